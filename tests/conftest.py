@@ -1,0 +1,32 @@
+"""Fixtures that every folder of tests uses."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from tiny import save_tiny_model
+
+from gkd.environment import prepare_process
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+prepare_process()  # before any test imports torch
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a 4-layer model with its tokenizer."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "teacher", seed=1, layers=4)
+
+
+@pytest.fixture(scope="session")
+def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a 2-layer model with the same tokenizer and a tied head."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "student", seed=2, layers=2)
+
+
+@pytest.fixture(scope="session")
+def tiny_untied_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a head of its own."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "untied", seed=3, layers=2, tied=False)

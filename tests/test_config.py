@@ -1,0 +1,127 @@
+"""The config: strict, frozen, overridable, with errors that name the key and the mend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gkd.config import Launch, describe_keys, load_config, make_config
+from gkd.errors import ConfigError
+
+REPOSITORY = Path(__file__).parent.parent
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+MINIMAL = {"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "d.jsonl"}}
+
+
+def with_values(**sections: dict[str, object]) -> dict[str, object]:
+    return {**MINIMAL, **sections}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    load_config(path)
+    header = path.read_text()[:600]
+    assert "gkd train" in header and "Tried on" in header, "the header gives the exact command and the hardware"
+
+
+def test_a_config_is_frozen() -> None:
+    config = make_config(MINIMAL)
+    with pytest.raises(ValueError, match="frozen"):
+        config.run.steps = 3  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"rollout": {"temprature": 1.0}}, r"rollout\.temprature: unknown key; did you mean rollout\.temperature\?"),
+        ({"rollout": {"lr": 1.0}}, r"rollout\.lr: unknown key; did you mean optim\.lr\?"),
+        ({"rolout": {}}, r"rolout: unknown key; did you mean rollout\?"),
+        ({"optim": {"lr": "abc"}}, r"optim\.lr: .*valid number.*'abc'"),
+        ({"run": {"steps": 0}}, r"run\.steps: .*greater than or equal to 1, not 0"),
+        ({"run": {"steps": 1.5}}, r"run\.steps: "),
+        ({"run": {"name": "../x"}}, r"run\.name: '\.\./x'"),
+        ({"mixture": {"student": 0.5}}, r"mixture\.student \+ teacher \+ dataset is 0\.5, must be 1; set student to 1"),
+        ({"objective": {"beta": 1.5}}, r"objective\.beta: .*less than or equal to 1, not 1\.5"),
+        ({"rollout": {"temperature": 0.0}}, r"rollout\.temperature: .*greater than 0"),
+        ({"objective": {"hard_label_weight": 0.5}}, r"objective\.hard_label_weight: .*mixture\.dataset is 0"),
+        (
+            {"optim": {"batch_size": 7, "micro_batch_size": 1}, "rollout": {"samples_per_prompt": 2}},
+            r"optim\.batch_size: 7 .*samples_per_prompt = 2; the nearest is 8",
+        ),
+        ({"optim": {"schedule": "cosine", "warmup_steps": 100}}, r"optim\.warmup_steps: 100 .*at most 99"),
+        ({"deepspeed": {"config": "missing.json"}}, r"deepspeed\.config: no file 'missing\.json'"),
+        ({"deepspeed": "missing.json"}, r"deepspeed\.config: no file"),
+        ({"student": {"dtype": "bfloat16"}}, r"student\.model: name a model"),
+        ({"data": {}}, r"data\.train: is missing"),
+        ({"optim": {"lr": float("nan")}}, r"optim\.lr: "),
+    ],
+)
+def test_errors_name_the_key(sections: dict[str, dict[str, object]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(with_values(**sections))
+
+
+def test_world_size_must_divide() -> None:
+    config = make_config(with_values(optim={"batch_size": 12, "micro_batch_size": 4}))
+    config.check_world_size(3)
+    with pytest.raises(ConfigError, match=r"optim\.batch_size: 12 .*4 x 2; the nearest is 16"):
+        config.check_world_size(2)
+
+
+def test_yaml_and_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("teacher: {model: t}\nstudent: {init: {layers: 4}}\ndata: {train: d.jsonl}\noptim: {lr: 3e-4}\n")
+    config = load_config(path, ["optim.betas=[0.9, 0.95]", "student.init.layers=[0, 3]", "run.name=x", "run.dir=null"])
+    assert config.optim.lr == 3e-4, "YAML 1.1 would read 3e-4 as text"
+    assert config.optim.betas == (0.9, 0.95)
+    assert config.student.init is not None and config.student.init.layers == [0, 3]
+    assert config.run.folder == Path("runs/x")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", r"run\.yaml:1: "),
+        ("run:\n  steps: 1\n  steps: 2\n", r"run\.yaml:3: key 'steps' stands twice"),
+        ("just text", r"run\.yaml:1: expected sections"),
+        ("a: !!python/object/apply:os.system ['true']", r"run\.yaml:1: could not determine a constructor"),
+    ],
+)
+def test_broken_yaml_names_the_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+@pytest.mark.parametrize("override", ["run.steps", "=1", "run.=1", "run.steps.more=1"])
+def test_broken_overrides(tmp_path: Path, override: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("run: {steps: 3}")
+    with pytest.raises(ConfigError, match="override"):
+        load_config(path, [override])
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(b"run: \xff")
+    with pytest.raises(ConfigError, match="not UTF-8 at byte 5"):
+        load_config(tmp_path / "run.yaml")
+    with pytest.raises(ConfigError, match="no such config file"):
+        load_config(tmp_path / "other.yaml")
+
+
+def test_every_key_is_described() -> None:
+    rows = describe_keys()
+    assert {"run.steps", "teacher.model", "student.init.layers", "deepspeed.zero_stage"} <= {path for path, *_ in rows}
+    assert [path for path, _, description in rows if not description] == []
+
+
+def test_launch_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert Launch.from_environment() == Launch(rank=0, local_rank=0, world_size=1)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert Launch.from_environment() == Launch(rank=3, local_rank=0, world_size=4)
