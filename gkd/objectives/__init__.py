@@ -1,0 +1,19 @@
+"""Divergences and reductions as pure functions: the truth that kernels and ops are tested against."""
+
+from gkd.objectives.byproducts import BYPRODUCTS
+from gkd.objectives.divergence import KINDS, Divergence, RowScores, divergence_value, score_rows, value_and_gradient
+from gkd.objectives.hard_label import HardLabels
+from gkd.objectives.reduction import REDUCTIONS, reduce_rows
+
+__all__ = [
+    "BYPRODUCTS",
+    "KINDS",
+    "REDUCTIONS",
+    "Divergence",
+    "HardLabels",
+    "RowScores",
+    "divergence_value",
+    "reduce_rows",
+    "score_rows",
+    "value_and_gradient",
+]

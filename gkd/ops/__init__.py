@@ -1,0 +1,6 @@
+"""Differentiable losses for a training loop: closed-form gradients behind plain function calls."""
+
+from gkd.ops.divergence import divergence
+from gkd.ops.linear_divergence import CHUNK_BYTES, linear_divergence
+
+__all__ = ["CHUNK_BYTES", "divergence", "linear_divergence"]

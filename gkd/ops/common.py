@@ -1,0 +1,31 @@
+"""What the ops share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gkd.errors import InputError
+
+
+def times(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient [..., V] times an upstream gradient, a scalar or [...], in `dtype`.
+
+    The product is rounded once: upstream is not rounded to a half-precision gradient's dtype first. Where it costs no
+    synchronisation to know, a factor of 1 is not worth a pass.
+    """
+    if upstream.dim() == 0 and upstream.device.type == "cpu" and float(upstream) == 1.0:
+        return gradient.to(dtype)
+    column = upstream.reshape(*upstream.shape, *[1] * (gradient.dim() - upstream.dim()))
+    return torch.mul(gradient, column, out=torch.empty(gradient.shape, dtype=dtype, device=gradient.device))
+
+
+def valid_columns(name: str, valid: int | None, vocabulary: int) -> int:
+    """`valid`, or all of `vocabulary`. Raises InputError unless 1 <= valid <= vocabulary."""
+    if valid is None:
+        valid = vocabulary
+    if not 1 <= valid <= vocabulary:
+        raise InputError(
+            f"{name} must be between 1 and {vocabulary}, the size of the vocabulary's dimension; got {valid}"
+        )
+    return valid

@@ -1,0 +1,102 @@
+"""One side of a linear divergence: hidden states and the output head that turns them into logits.
+
+Legend: N rows (scored tokens), n rows of a chunk, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gkd.errors import ConfigError, InputError
+from gkd.objectives.divergence import working_dtype
+from gkd.objectives.reduction import mask_rows
+from gkd.ops.common import valid_columns
+from gkd.ops.matmul import HeadProduct
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = softcap * tanh(((hidden weight^T) + bias) * logit_scale / softcap), without softcap the inner part.
+
+    The order is that of transformers: Gemma 2's final_logit_softcapping, Cohere's logit_scale.
+    """
+
+    name: str  # "student" or "teacher", for messages
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+    logit_scale: float
+
+    def check(self) -> None:
+        """Raises InputError for shapes, dtypes and devices that do not fit, ConfigError for an option's value."""
+        hidden, weight, bias = self.hidden, self.weight, self.bias
+        working_dtype(hidden, weight)
+        if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+            shapes = f"{list(hidden.shape)} and {list(weight.shape)}"
+            raise InputError(f"{self.name}_hidden must be [N, H] and {self.name}_head [V, H], not {shapes}")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise InputError(f"{self.name}_bias must be [{weight.shape[0]}], not {list(bias.shape)}")
+        if any(tensor.device != hidden.device for tensor in (weight, bias) if tensor is not None):
+            raise InputError(f"{self.name}_hidden, {self.name}_head and {self.name}_bias must be on one device")
+        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0.0):
+            raise ConfigError(
+                f"{self.name}_softcap: {self.softcap} must be a finite number above 0, or None for no cap"
+            )
+        if not math.isfinite(self.logit_scale):
+            raise ConfigError(f"{self.name}_logit_scale: {self.logit_scale} must be a finite number, 1.0 for none")
+
+    def detached(self) -> Head:
+        bias = None if self.bias is None else self.bias.detach()
+        return dataclasses.replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
+
+    def product(
+        self, columns: int, weights: Tensor | None, compute_dtype: torch.dtype | None, dtype: torch.dtype
+    ) -> HeadProduct:
+        """The product of the rows that are not ignored with the first `columns` rows of the head."""
+        hidden, weight = mask_rows(self.hidden, weights), self.weight[:columns]
+        if compute_dtype is not None:
+            hidden, weight = hidden.to(compute_dtype), weight.to(compute_dtype)
+        return HeadProduct.of(hidden, weight, dtype)
+
+    def logits(self, product: HeadProduct, rows: slice, out: Tensor) -> Tensor:
+        """The logits of `rows`, written into `out` [n, V]."""
+        product.logits(rows, out)
+        if self.bias is not None:
+            out.add_(self.bias[: out.shape[1]].to(out.dtype))
+        if self.logit_scale != 1.0:
+            out.mul_(self.logit_scale)
+        if self.softcap is not None:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
+        return out
+
+    def pull_back_(self, gradient: Tensor, logits: Tensor) -> None:
+        """Turns d/dlogits [n, V] into d/d(logits before the soft cap), in place. Overwrites logits.
+
+        logit_scale is left to the caller, who has a factor per row to put it into.
+        """
+        if self.softcap is not None:
+            gradient.mul_(logits.div_(self.softcap).square_().neg_().add_(1.0))  # 1 - tanh^2
+
+
+def common_columns(student: Head, teacher: Head, valid_vocab: int | None) -> int:
+    """How many columns of the two heads are compared. Raises InputError for sides that do not fit each other."""
+    student.check()
+    teacher.check()
+    if student.hidden.shape[0] != teacher.hidden.shape[0]:
+        counts = f"{student.hidden.shape[0]} and {teacher.hidden.shape[0]}"
+        raise InputError(f"student_hidden and teacher_hidden must have the same number of rows, not {counts}")
+    if student.hidden.device != teacher.hidden.device:
+        raise InputError(f"the student is on {student.hidden.device}, the teacher on {teacher.hidden.device}")
+    sizes = (student.weight.shape[0], teacher.weight.shape[0])
+    if valid_vocab is None and sizes[0] != sizes[1]:
+        raise InputError(
+            f"student_head has {sizes[0]} rows and teacher_head {sizes[1]}; where one is padded, say with valid_vocab "
+            "how many tokens they share"
+        )
+    return valid_columns("valid_vocab", valid_vocab, min(sizes))

@@ -1,0 +1,344 @@
+"""The divergence of two language-model heads from hidden states, without logits for more than a chunk of tokens.
+
+Legend: N rows (scored tokens), n rows of a chunk, Hs and Ht hidden sizes, V vocabulary (common columns).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypedDict, Unpack, overload
+
+import torch
+from torch import Tensor
+
+from gkd.errors import ConfigError, InputError
+from gkd.objectives.byproducts import BYPRODUCTS, concatenate
+from gkd.objectives.divergence import Divergence, score_rows, working_dtype
+from gkd.objectives.hard_label import HardLabels
+from gkd.objectives.reduction import check_reduction, check_weights, reduce_rows, row_factors, weigh
+from gkd.ops.common import times
+from gkd.ops.heads import Head, common_columns
+from gkd.ops.matmul import HeadProduct
+
+CHUNK_BYTES = 128 << 20
+"""Logits of one side of a chunk, in bytes. Rather few and large: each reads both heads and updates a gradient."""
+
+
+class LinearOptions(TypedDict, total=False):
+    """The keyword options of `linear_divergence`, for the type checker; defaults and meaning are there."""
+
+    beta: float
+    alpha: float
+    temperature: float
+    weights: Tensor | None
+    reduction: str
+    student_bias: Tensor | None
+    teacher_bias: Tensor | None
+    student_softcap: float | None
+    teacher_softcap: float | None
+    student_logit_scale: float
+    teacher_logit_scale: float
+    valid_vocab: int | None
+    labels: Tensor | None
+    hard_label_weight: Tensor | float | None
+    scale_by_temperature_squared: bool
+    normalize_jsd: bool
+    compute_dtype: torch.dtype | None
+    chunk_bytes: int
+
+
+@overload
+def linear_divergence(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    kind: str = ...,
+    *,
+    byproducts: Literal[False] = ...,
+    **options: Unpack[LinearOptions],
+) -> Tensor: ...
+
+
+@overload
+def linear_divergence(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    kind: str = ...,
+    *,
+    byproducts: Literal[True],
+    **options: Unpack[LinearOptions],
+) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+def linear_divergence(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    kind: str = "forward_kl",
+    *,
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    temperature: float = 1.0,
+    weights: Tensor | None = None,
+    reduction: str = "sum",
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    valid_vocab: int | None = None,
+    labels: Tensor | None = None,
+    hard_label_weight: Tensor | float | None = None,
+    scale_by_temperature_squared: bool = False,
+    normalize_jsd: bool = False,
+    compute_dtype: torch.dtype | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    byproducts: bool = False,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """A divergence between two models over the whole vocabulary, from hidden states [N, H] and heads [V, H].
+
+    logits = softcap * tanh(((hidden head^T) + bias) * logit_scale / softcap), the order of transformers (Gemma 2's
+    final_logit_softcapping, Cohere's logit_scale, 1 / Granite's logits_scaling); they are float32 whatever the inputs.
+    student_hidden [N, Hs], student_head [Vs, Hs], student_bias [Vs]; teacher likewise with Ht and Vt.
+
+    kind, beta, alpha, temperature and the two convention flags: see `gkd.objectives.Divergence` (beta weights the
+    teacher; the formulas and their sources are in `gkd.objectives.closed_forms`).
+    weights, reduction  as in `gkd.divergence`: [N], weight 0 = ignored even if its hidden states hold NaN.
+    valid_vocab         columns from there on are padding, on both sides; needed where Vs and Vt differ.
+    labels, hard_label_weight
+                        [N] token ids and h in [0, 1], [N] or a number: (1 - h) divergence + h cross-entropy at
+                        temperature 1 (`gkd.objectives.hard_label`). A negative label (-100) means h = 0.
+    compute_dtype       round hidden states and heads to this dtype before the products, as autocast would; gradients
+                        still come back unrounded in their inputs' dtypes. Default: the inputs as they are.
+    chunk_bytes         memory for one side's logits; a few buffers of this size live at a time.
+    byproducts          also return {name: [N]} of `gkd.objectives.BYPRODUCTS`, detached; 0 in ignored rows.
+
+    Returns the loss, float32 (float64 for float64 inputs), or (loss, byproducts). Differentiable once, in the student's
+    hidden states, head and bias. For "sum" and "mean" the gradients are computed in the forward pass and the head is
+    not kept for the backward pass; "none" keeps the inputs and computes them in the backward pass. An enclosing
+    autocast changes nothing.
+    Raises InputError for shapes or dtypes that do not fit, ConfigError (a kind of InputError) for an option's value.
+    """
+    spec = Divergence(kind, beta, alpha, temperature, scale_by_temperature_squared, normalize_jsd)
+    check_reduction(reduction)
+    if chunk_bytes < 1:
+        raise ConfigError(f"chunk_bytes: {chunk_bytes} must be at least 1")
+    student = Head("student", student_hidden, student_head, student_bias, student_softcap, student_logit_scale)
+    teacher = Head("teacher", teacher_hidden, teacher_head, teacher_bias, teacher_softcap, teacher_logit_scale)
+    columns = common_columns(student, teacher, valid_vocab)
+    rows = student_hidden.shape[:1]
+    check_weights(weights, rows)
+    if weights is not None:
+        weights = weights.detach().to(student_hidden.device)
+    hard_labels = _hard_labels(labels, hard_label_weight, weights, student_hidden)
+    teacher = teacher.detached()
+    job = _Job(spec, student, teacher, columns, weights, reduction, hard_labels, compute_dtype, chunk_bytes, byproducts)
+    if not torch.is_grad_enabled():
+        student_hidden, student_head = student_hidden.detach(), student_head.detach()
+        student_bias = None if student_bias is None else student_bias.detach()
+    outputs: Any = _LinearDivergence.apply(student_hidden, student_head, student_bias, job)
+    loss, *measured = outputs
+    return (loss, dict(zip(BYPRODUCTS, measured, strict=True))) if byproducts else loss
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that a pass over the rows needs."""
+
+    spec: Divergence
+    student: Head
+    teacher: Head
+    columns: int
+    weights: Tensor | None  # [N]
+    reduction: str
+    hard_labels: HardLabels | None
+    compute_dtype: torch.dtype | None
+    chunk_bytes: int
+    byproducts: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        if self.compute_dtype == torch.float64:
+            return torch.float64
+        heads = (self.student, self.teacher)
+        return working_dtype(*(tensor for head in heads for tensor in (head.hidden, head.weight)))
+
+    def chunks(self) -> Iterator[slice]:
+        """As few chunks as chunk_bytes allows, of about equal size."""
+        n_rows = self.student.hidden.shape[0]
+        at_most = max(1, self.chunk_bytes // (self.columns * self.dtype.itemsize))
+        n_chunks = -(-n_rows // at_most)
+        for index in range(n_chunks):
+            yield slice(index * n_rows // n_chunks, (index + 1) * n_rows // n_chunks)
+
+
+class _LinearDivergence(torch.autograd.Function):
+    """One pass over the rows: in the forward for a scalar loss, whose upstream gradient is a factor that can wait;
+    in the backward for reduction "none", whose upstream gradient belongs inside."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> tuple[Tensor, ...]:
+        needs: tuple[bool, bool, bool] = ctx.needs_input_grad[:3]
+        late = job.reduction == "none"
+        like = torch.empty(hidden.shape[0], dtype=job.dtype, device=hidden.device)  # [N]
+        factors = row_factors(like, job.weights, job.reduction)
+        value, measured, gradients = _pass(job, factors, (False, False, False) if late else needs)
+        if late and any(needs):
+            ctx.save_for_backward(hidden, weight, bias)
+            ctx.job = replace(job, student=replace(job.student, hidden=like, weight=like, bias=None), byproducts=False)
+        else:
+            # Not the head: its storage may be a shard's, gathered for this call only.
+            ctx.save_for_backward(*gradients)
+            ctx.job = None
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(*measured)
+        return (reduce_rows(value, job.weights, job.reduction), *measured)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.job is None:
+            scaled = [
+                None if gradient is None else times(gradient, upstream, dtype)
+                for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            ]
+            return (*scaled, None)
+        hidden, weight, bias = ctx.saved_tensors
+        job = replace(ctx.job, student=replace(ctx.job.student, hidden=hidden, weight=weight, bias=bias))
+        gradients = _pass(job, weigh(upstream, job.weights), ctx.needs_input_grad[:3])[2]
+        cast = (
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
+        return (*cast, None)
+
+
+@torch.no_grad()
+def _pass(
+    job: _Job, factors: Tensor | None, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    """Values [N], by-products (a list of [N], empty unless asked for) and gradients of sum factor * value.
+
+    factors [N], None for ones; needs: whether gradients for hidden, head and bias are wanted.
+    """
+    student, teacher, dtype = job.student, job.teacher, job.dtype
+    n_rows, device = student.hidden.shape[0], student.hidden.device
+    value = torch.empty(n_rows, dtype=dtype, device=device)
+    measured: list[dict[str, Tensor]] = []
+    with torch.autocast(device.type, enabled=False):
+        student_product = student.product(job.columns, job.weights, job.compute_dtype, dtype)
+        teacher_product = teacher.product(job.columns, job.weights, job.compute_dtype, dtype)
+        gradients = _Gradients(job, student_product, needs)
+        factors = gradients.row_factors(factors)
+        buffers = _Buffers(job, any(needs))
+        for rows in job.chunks():
+            student_logits, teacher_logits, gradient = buffers.of(rows)  # [n, V] each
+            scores = score_rows(
+                student.logits(student_product, rows, student_logits),
+                teacher.logits(teacher_product, rows, teacher_logits),
+                job.spec,
+                gradient=gradient,
+                gradient_scale=None if factors is None else factors[rows],
+                hard_labels=None if job.hard_labels is None else job.hard_labels.rows(rows),
+                byproducts=job.byproducts,
+            )
+            value[rows] = scores.value
+            measured.append(scores.byproducts)
+            if gradient is not None:
+                student.pull_back_(gradient, student_logits)
+                gradients.add(rows, gradient)
+    alive = None if job.weights is None else job.weights != 0
+    byproducts = concatenate(measured, value) if job.byproducts else {}
+    return value, [weigh(rows, alive) for rows in byproducts.values()], gradients.results()
+
+
+class _Buffers:
+    """The [n, V] matrices of a pass, made once. The gradient overwrites the student's logits where it can."""
+
+    def __init__(self, job: _Job, with_gradient: bool) -> None:
+        largest = max((rows.stop - rows.start for rows in job.chunks()), default=0)
+        device = job.student.hidden.device
+        self._logits = [torch.empty(largest, job.columns, dtype=job.dtype, device=device) for _ in range(2)]
+        self._gradient = self._logits[0] if with_gradient else None
+        if with_gradient and job.student.softcap is not None:  # the cap's derivative needs the logits afterwards
+            self._gradient = torch.empty_like(self._logits[0])
+
+    def of(self, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        n = rows.stop - rows.start
+        return self._logits[0][:n], self._logits[1][:n], None if self._gradient is None else self._gradient[:n]
+
+
+class _Gradients:
+    """The student's gradients, added up over the chunks in the dtype of the logits."""
+
+    def __init__(self, job: _Job, product: HeadProduct, needs: tuple[bool, bool, bool]) -> None:
+        self._head, self._product, self._columns, self._first = job.student, product, job.columns, True
+        self._hidden, self._weight, self._bias = (
+            torch.empty(tensor.shape, dtype=job.dtype, device=tensor.device) if needed and tensor is not None else None
+            for needed, tensor in zip(needs, (job.student.hidden, job.student.weight, job.student.bias), strict=True)
+        )
+        if self._weight is not None:  # the first chunk, if there is one, overwrites the columns that are compared
+            self._weight[job.columns if job.student.hidden.shape[0] else 0 :].zero_()
+        if self._bias is not None:
+            self._bias.zero_()
+
+    def row_factors(self, factors: Tensor | None) -> Tensor | None:
+        """`factors` [N] times the logit scale, which every gradient below the logits carries."""
+        scale = self._head.logit_scale
+        if scale == 1.0:
+            return factors
+        if factors is None:
+            hidden = self._head.hidden
+            factors = torch.ones(hidden.shape[0], dtype=self._product.dtype, device=hidden.device)
+        return factors * scale
+
+    def add(self, rows: slice, logits_gradient: Tensor) -> None:
+        """Adds what the rows' d/dlogits [n, V] means for hidden states, head and bias."""
+        if self._hidden is not None:
+            self._product.hidden_gradient(rows, logits_gradient, self._hidden)
+        if self._weight is not None:
+            self._product.add_head_gradient(rows, logits_gradient, self._weight[: self._columns], self._first)
+        if self._bias is not None:
+            self._bias[: self._columns] += logits_gradient.sum(dim=0)
+        self._first = False
+
+    def results(self) -> list[Tensor | None]:
+        """For hidden, head and bias, bfloat16 for bfloat16 inputs. float16 waits for its loss scale in float32."""
+        inputs = (self._head.hidden, self._head.weight, self._head.bias)
+        return [
+            None if total is None or tensor is None else total.to(_kept_dtype(total, tensor))
+            for total, tensor in zip((self._hidden, self._weight, self._bias), inputs, strict=True)
+        ]
+
+
+def _kept_dtype(total: Tensor, like: Tensor) -> torch.dtype:
+    return torch.bfloat16 if like.dtype == torch.bfloat16 else total.dtype
+
+
+def _hard_labels(
+    labels: Tensor | None, weight: Tensor | float | None, weights: Tensor | None, hidden: Tensor
+) -> HardLabels | None:
+    """The hard labels of the rows that count, or None. Raises InputError or ConfigError where they do not fit."""
+    if labels is None and weight is None:
+        return None
+    if labels is None or weight is None:
+        raise InputError("labels and hard_label_weight belong together: give both or neither")
+    if labels.is_floating_point() or labels.shape != hidden.shape[:1]:
+        raise InputError(f"labels must be token ids, one a row, not {labels.dtype} {list(labels.shape)}")
+    if not isinstance(weight, Tensor):
+        if not 0.0 <= weight <= 1.0:
+            nearest = 1.0 if weight > 1.0 else 0.0
+            raise ConfigError(f"hard_label_weight: {weight} is outside [0, 1]; the nearest valid value is {nearest}")
+        weight = torch.full(labels.shape, weight, device=hidden.device)
+    if weight.shape != labels.shape:
+        raise InputError(f"hard_label_weight must be a number or [{labels.shape[0]}], not {list(weight.shape)}")
+    labels = labels.to(hidden.device, torch.int64)
+    if weights is not None:
+        labels = torch.where(weights != 0, labels, -1)
+    return HardLabels(labels, weight.detach().to(hidden.device))
