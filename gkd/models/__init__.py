@@ -1,0 +1,68 @@
+"""Models: found, checked, loaded, cut in backbone and head, made smaller, and exported.
+
+Names are imported on first use: `gkd.models` itself imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gkd.models.export import ModelCard, save_final
+    from gkd.models.heads import backbone_of, head_logits, head_settings, output_head, split_head, verify_head
+    from gkd.models.load import (
+        end_token_ids,
+        load_causal_lm,
+        load_tokenizer,
+        pad_token_id,
+        read_config,
+        read_generation_config,
+    )
+    from gkd.models.resolve import local_folder, model_fingerprint, resolve_model
+    from gkd.models.subset import choose_layers, make_student_from_layers
+    from gkd.models.tokenizer_pair import check_tokenizer_pair
+    from gkd.models.weights import file_tensors
+
+_HOMES = {
+    "export": ("ModelCard", "save_final"),
+    "heads": ("backbone_of", "head_logits", "head_settings", "output_head", "split_head", "verify_head"),
+    "load": (
+        "end_token_ids", "load_causal_lm", "load_tokenizer", "pad_token_id", "read_config", "read_generation_config",
+    ),
+    "resolve": ("local_folder", "model_fingerprint", "resolve_model"),
+    "subset": ("choose_layers", "make_student_from_layers"),
+    "tokenizer_pair": ("check_tokenizer_pair",),
+    "weights": ("file_tensors",),
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ModelCard",
+    "backbone_of",
+    "check_tokenizer_pair",
+    "choose_layers",
+    "end_token_ids",
+    "file_tensors",
+    "head_logits",
+    "head_settings",
+    "load_causal_lm",
+    "load_tokenizer",
+    "local_folder",
+    "make_student_from_layers",
+    "model_fingerprint",
+    "output_head",
+    "pad_token_id",
+    "read_config",
+    "read_generation_config",
+    "resolve_model",
+    "save_final",
+    "split_head",
+    "verify_head",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)

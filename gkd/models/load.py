@@ -1,0 +1,167 @@
+"""Models, tokenizers and configs from a folder or the hub: no remote code, safetensors only, errors of one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from gkd.errors import ModelError
+from gkd.models.resolve import is_hub_name, local_folder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_tokenizer(path: str, key: str = "student.model", *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a resolved model. Raises ModelError, starting with `key`, if there is none."""
+    from transformers import AutoTokenizer
+
+    with explained(path, key, "tokenizer"):
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+
+
+def read_config(path: str, *, revision: str | None = None, key: str = "student.model") -> PreTrainedConfig:
+    """The config of a resolved model. Raises ModelError, starting with `key`."""
+    from transformers import AutoConfig
+
+    with explained(path, key):
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+
+
+def read_generation_config(
+    path: str, *, revision: str | None = None, key: str = "student.model"
+) -> GenerationConfig | None:
+    """The generation config of a resolved model, or None if it has no such file."""
+    from transformers import GenerationConfig
+
+    folder = local_folder(path, revision=revision, key=key)
+    if not (folder / "generation_config.json").is_file():
+        return None
+    with explained(path, key, "generation config"):
+        return GenerationConfig.from_pretrained(str(folder))
+
+
+def load_causal_lm(
+    path: str, dtype: str | torch.dtype, *, revision: str | None = None, key: str = "student.model"
+) -> PreTrainedModel:
+    """The model of a resolved name on the CPU, in `dtype` and eval mode, with PyTorch's own attention.
+
+    Every weight comes from the files. Raises ModelError, starting with `key`, if one is missing (transformers would
+    make it up), if the weights are quantized, or if the model needs code that is not transformers' own.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = str(local_folder(path, revision=revision, key=key))
+    config = read_config(folder, key=key)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{key}: {path} is quantized; gkd needs plain weights: use the model it was made from")
+    with explained(path, key), quiet_transformers():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch_dtype(dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation="sdpa",  # a config.json may name a kernel on the hub; it is not followed
+            output_loading_info=True,
+        )
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{key}: the weights of {path} lack {len(missing)} tensors of {type(model).__name__}, first {missing[0]}: "
+            "they belong to another model, or are incomplete"
+        )
+    return model.eval()
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The architecture of a config without memory: modules, names and shapes, on the meta device."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="sdpa")
+
+
+def end_token_ids(
+    tokenizer: PreTrainedTokenizerBase, *configs: GenerationConfig | PreTrainedConfig | None, key: str = "student.model"
+) -> tuple[int, ...]:
+    """The ids that end a completion: the tokenizer's end token first, then those of the configs, each once.
+
+    Raises ModelError, starting with `key`, if there is none: a completion could then never end.
+    """
+    found: list[Any] = []
+    for value in (tokenizer.eos_token_id, *(getattr(config, "eos_token_id", None) for config in configs)):
+        found += value if isinstance(value, list | tuple) else [] if value is None else [value]
+    if not found:
+        raise ModelError(f"{key}: neither the tokenizer nor the generation config names an end token (eos_token)")
+    return tuple(int(token_id) for token_id in dict.fromkeys(found))
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase, key: str = "student.model") -> int:
+    """The id that fills up a batch: the pad token, else the end token. Masks never depend on its being distinct."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token_id, int):
+            return token_id
+    raise ModelError(f"{key}: the tokenizer has neither a pad token nor an end token (eos_token)")
+
+
+def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """`torch.bfloat16` for "bfloat16"."""
+    import torch
+
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Switches the loading bars of transformers off inside the block."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def explained(path: str, key: str, what: str = "model") -> Iterator[None]:
+    """Turns what transformers and the hub raise into a ModelError of one line that starts with `key`."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(f"{key}: {_explanation(path, what, error)}") from error
+
+
+def _explanation(path: str, what: str, error: BaseException) -> str:
+    text = str(error)
+    causes = _cause_names(error)
+    if "trust_remote_code" in text:
+        return f"{path} needs program code from its own files, which gkd does not run"
+    if is_hub_name(path):
+        if "GatedRepoError" in causes:
+            return f"{path} is gated: accept its terms at https://huggingface.co/{path}, then `hf auth login`"
+        if "RevisionNotFoundError" in causes:
+            return f"the hub has no such revision of {path}"
+        if "RepositoryNotFoundError" in causes:
+            return f"there is no folder {path!r} here, and no model of that name on the hub (or it is private)"
+        if causes & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout"}:
+            return f"there is no folder {path!r} here, it is not in the hub's cache, and the hub is out of reach"
+    first_line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    return f"cannot load the {what} of {path}: {first_line}"
+
+
+def _cause_names(error: BaseException | None) -> set[str]:
+    names: set[str] = set()
+    while error is not None:
+        names |= {kind.__name__ for kind in type(error).__mro__}
+        error = error.__cause__ or error.__context__
+    return names
