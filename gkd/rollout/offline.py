@@ -1,0 +1,125 @@
+"""Sampling a fixed model in a process of its own, so that all its memory is free again before training starts.
+
+`complete` fills a CompletionCache; `python -m gkd.rollout.offline JOB.json` is the process it starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gkd.environment import prepare_process
+from gkd.errors import SamplerError
+from gkd.rollout.base import Sampler
+from gkd.rollout.completion_cache import CompletionCache
+from gkd.types import SampleRequest, SamplingSettings
+
+_SHARD_REQUESTS = 256  # what an interruption can lose
+_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class SamplerSpec:
+    """Everything that is needed to start a sampler, as plain values that travel between processes."""
+
+    engine: str
+    model_folder: str
+    dtype: str
+    max_model_tokens: int
+    pad_token_id: int
+    max_num_seqs: int = 64
+    kv_cache_gib: float = 1.0
+    gpu_memory_utilization: float = 0.3
+    enforce_eager: bool = True
+    seed: int = 0
+
+
+def start_sampler(spec: SamplerSpec) -> Sampler:
+    """Starts the engine that `spec` names."""
+    if spec.engine == "vllm":
+        from gkd.rollout.vllm_engine import VllmSampler
+
+        return VllmSampler(
+            spec.model_folder,
+            dtype=spec.dtype,
+            max_model_tokens=spec.max_model_tokens,
+            seed=spec.seed,
+            max_num_seqs=spec.max_num_seqs,
+            kv_cache_gib=spec.kv_cache_gib,
+            gpu_memory_utilization=spec.gpu_memory_utilization,
+            enforce_eager=spec.enforce_eager,
+        )
+    import torch
+
+    from gkd.rollout.hf import HfSampler
+
+    return HfSampler(
+        spec.model_folder,
+        dtype=spec.dtype,
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        pad_token_id=spec.pad_token_id,
+        max_num_seqs=spec.max_num_seqs,
+    )
+
+
+def cache_for(root: Path, spec: SamplerSpec, fingerprint: str, settings: SamplingSettings) -> CompletionCache:
+    """The cache of everything that decides a completion besides its request."""
+    identity = {"model": fingerprint, "engine": spec.engine, "dtype": spec.dtype, "settings": asdict(settings)}
+    digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return CompletionCache(root / "completions" / digest)
+
+
+def complete(
+    spec: SamplerSpec,
+    jobs: Sequence[tuple[CompletionCache, SamplingSettings, Sequence[SampleRequest]]],
+    note: Callable[[str], None],
+) -> None:
+    """Samples what the caches of `jobs` lack, in one child process. Raises SamplerError if that fails."""
+    missing = [(cache, settings, cache.missing(requests)) for cache, settings, requests in jobs]
+    count = sum(len(requests) for *_, requests in missing)
+    if not count:
+        return
+    note(f"sampling {count} teacher completions with {spec.engine}, once; they are kept in the cache")
+    plan = {
+        "spec": asdict(spec),
+        "jobs": [
+            {"folder": str(c.folder), "settings": asdict(s), "requests": [asdict(r) for r in requests]}
+            for c, s, requests in missing
+        ],
+    }
+    environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES}
+    with tempfile.TemporaryDirectory() as folder:
+        job_file = Path(folder) / "job.json"
+        job_file.write_text(json.dumps(plan))
+        command = [sys.executable, "-m", "gkd.rollout.offline", str(job_file)]
+        result = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False)
+    for cache, _, _ in missing:
+        cache.reload()
+    if result.returncode or any(cache.missing(requests) for cache, _, requests in missing):
+        raise SamplerError(f"sampling the teacher's completions failed: its process ended with {result.returncode}")
+
+
+def _run(plan: dict[str, Any]) -> None:
+    sampler = start_sampler(SamplerSpec(**plan["spec"]))
+    for job in plan["jobs"]:
+        cache = CompletionCache(Path(job["folder"]))
+        settings = SamplingSettings(**{**job["settings"], "stop_token_ids": tuple(job["settings"]["stop_token_ids"])})
+        requests = [SampleRequest(tuple(r["prompt_ids"]), r["seed"]) for r in job["requests"]]
+        for start in range(0, len(requests), _SHARD_REQUESTS):
+            shard = requests[start : start + _SHARD_REQUESTS]
+            cache.add(shard, sampler.generate(shard, settings))
+            print(f"  {start + len(shard)}/{len(requests)} completions", file=sys.stderr, flush=True)
+    sampler.close()
+
+
+if __name__ == "__main__":
+    prepare_process()
+    _run(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,123 @@
+"""Weights from the trainer into the sampler: complete, proven, versioned.
+
+Complete: every parameter of the trainer arrives once, in its full shape. Proven: the sampler continues a probe
+prompt and the trainer scores the same tokens; if their log-probabilities disagree, nothing more is generated.
+The probe is longer than a block of the sampler's prefix cache, so that stale cached states are caught too.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from gkd.errors import WeightSyncError
+from gkd.rollout.base import Sampler
+from gkd.seeding import derive_seed
+from gkd.types import Completion, SampleRequest, SamplingSettings, WeightStream
+
+if TYPE_CHECKING:
+    import torch
+
+PROBE_PROMPT_TOKENS = 160  # vLLM's largest default block is 128 tokens
+PROBE_NEW_TOKENS = 16
+
+
+class SyncedSampler:
+    """A sampler that refuses to generate unless its weights are proven to be the trainer's.
+
+    `max_over_ranks` makes all ranks agree on the largest error, so that they fail together instead of hanging.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        *,
+        probe_ids: Sequence[int],
+        tolerance: float,
+        seed: int,
+        max_over_ranks: Callable[[float], float] = lambda value: value,
+    ) -> None:
+        self._sampler = sampler
+        self._probe_ids = tuple(probe_ids)
+        self._tolerance = tolerance
+        self._seed = seed
+        self._max_over_ranks = max_over_ranks
+        self._proven = False
+        self.weights_version: int | None = None
+
+    def generate(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[Completion]:
+        """Raises WeightSyncError while the sampler's weights are not proven."""
+        if not self._proven:
+            raise WeightSyncError("the sampler holds no complete, proven weights; it does not generate")
+        return self._sampler.generate(requests, settings)
+
+    def load_weights(self, weights: WeightStream, version: int) -> dict[str, float]:
+        """Streams `weights` in, proves them, and sets the version. Returns the `sync/*` metrics.
+
+        Raises WeightSyncError if a parameter is missing, unknown, repeated or misshapen, or if the probe's mean
+        log-probability error exceeds the tolerance.
+        """
+        self._proven = False
+        self.weights_version = None
+        checked = _Checked(weights)
+        self._sampler.update_weights(checked)
+        checked.raise_faults()
+        errors = self._probe_errors(weights, version)
+        mean, largest = self._max_over_ranks(sum(errors) / len(errors)), self._max_over_ranks(max(errors))
+        if not mean <= self._tolerance:  # a NaN must not pass
+            raise WeightSyncError(
+                f"after the update to version {version} the sampler's log-probabilities differ from the trainer's by "
+                f"{mean:.3g} on average ({largest:.3g} at most) over {len(errors)} probe tokens; "
+                f"rollout.sync_tolerance is {self._tolerance:g}"
+            )
+        self._proven = True
+        self.weights_version = version
+        return {"sync/mean_logprob_error": mean, "sync/max_logprob_error": largest}
+
+    def _probe_errors(self, weights: WeightStream, version: int) -> list[float]:
+        request = SampleRequest(self._probe_ids, derive_seed(self._seed, "probe", version))
+        settings = SamplingSettings(max_new_tokens=PROBE_NEW_TOKENS)  # no stop ids: as many tokens on every rank
+        completion = self._sampler.generate([request], settings)[0]
+        trainer = weights.token_logprobs(self._probe_ids + completion.token_ids, len(self._probe_ids))
+        return [abs(a - b) for a, b in zip(trainer, completion.logprobs, strict=True)]
+
+    def close(self) -> None:
+        self._proven = False
+        self._sampler.close()
+
+
+class _Checked:
+    """Passes on what belongs and remembers what does not.
+
+    Nothing is raised on the way: an engine that is cut off in the middle of an update cannot take another.
+    """
+
+    def __init__(self, weights: WeightStream) -> None:
+        self._weights = weights
+        self._missing = dict(weights.shapes)
+        self._faults: list[str] = []
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self._weights:
+            shape = self._missing.pop(name, None)
+            if shape is None:
+                self._faults.append(f"{name}: unknown or sent twice")
+            elif tuple(tensor.shape) != shape:
+                self._faults.append(f"{name}: shape {tuple(tensor.shape)}, expected {shape}")
+            else:
+                yield name, tensor
+
+    def raise_faults(self) -> None:
+        faults = self._faults
+        if self._missing:
+            faults = [*faults, f"{len(self._missing)} not sent, the first is {next(iter(self._missing))}"]
+        if faults:
+            raise WeightSyncError("the update of the sampler's weights is incomplete: " + "; ".join(faults))
+
+
+def probe_prompt(prompts: Iterable[Sequence[int]]) -> list[int]:
+    """`PROBE_PROMPT_TOKENS` token ids: prompts one after another, repeated if they are too few."""
+    texts = [list(prompt) for prompt in itertools.islice(prompts, PROBE_PROMPT_TOKENS)]
+    flowing = itertools.chain.from_iterable(itertools.cycle(texts))
+    return list(itertools.islice(flowing, PROBE_PROMPT_TOKENS))

@@ -1,0 +1,60 @@
+"""A teacher beside the student: frozen, in eval mode, one forward a micro-batch, no logits kept.
+
+Legend: B sequences, T positions, H_t the teacher's hidden size, n_i completion tokens of rollout i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from gkd.errors import RunError
+from gkd.models import backbone_of, output_head
+from gkd.types import Rollout, TeacherScores
+
+
+class LocalTeacher:
+    """Implements `Teacher` with a transformers model in this process.
+
+    Scores are bitwise the same for the same rollouts in the same order.
+    """
+
+    def __init__(self, model: Any, *, device: torch.device, micro_batch_size: int, pad_token_id: int) -> None:
+        self._model = model.to(device).eval().requires_grad_(False)
+        self._backbone = backbone_of(self._model)
+        self._head = output_head(self._model)
+        self._device = device
+        self._micro_batch_size = micro_batch_size
+        self._pad_token_id = pad_token_id
+
+    @torch.no_grad()
+    def score(self, rollouts: Sequence[Rollout]) -> TeacherScores:
+        """Hidden states after the final norm, [n_i, H_t] for each rollout, in the teacher's dtype."""
+        self._assert_frozen()
+        hidden: list[torch.Tensor | None] = [None] * len(rollouts)
+        scored = [i for i, rollout in enumerate(rollouts) if rollout.completion_ids]
+        scored.sort(key=lambda i: len(rollouts[i].token_ids), reverse=True)  # little padding in each forward
+        for start in range(0, len(scored), self._micro_batch_size):
+            rows = scored[start : start + self._micro_batch_size]
+            for i, states in zip(rows, self._forward([rollouts[i] for i in rows]), strict=True):
+                hidden[i] = states
+        return TeacherScores(hidden, self._head)
+
+    def _forward(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
+        longest = max(len(r.token_ids) for r in rollouts)
+        ids = torch.full((len(rollouts), longest), self._pad_token_id)  # [B, T]
+        for row, rollout in enumerate(rollouts):
+            ids[row, : len(rollout.token_ids)] = torch.tensor(rollout.token_ids)
+        # padded on the right, so the causal mask alone keeps padding out of every state that is used
+        states = self._backbone(input_ids=ids.to(self._device), use_cache=False).last_hidden_state  # [B, T, H_t]
+        # position t predicts token t + 1, so the completion's first token is predicted by the prompt's last
+        return [
+            states[row, len(r.draw.prompt.token_ids) - 1 : len(r.token_ids) - 1].clone()
+            for row, r in enumerate(rollouts)
+        ]
+
+    def _assert_frozen(self) -> None:
+        if self._model.training or any(p.requires_grad for p in self._model.parameters()):
+            raise RunError("the teacher must be frozen and in eval mode, but something switched it to training")

@@ -1,0 +1,42 @@
+"""Teacher completions come from a process of their own, once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gkd.errors import SamplerError
+from gkd.rollout.base import Sampler
+from gkd.rollout.offline import SamplerSpec, cache_for, complete
+from gkd.types import SampleRequest, SamplingSettings
+
+SETTINGS = SamplingSettings(6, stop_token_ids=(2,))
+GREEDY = SamplingSettings(3, temperature=0.0)
+REQUESTS = [SampleRequest((1, 80 + i), i) for i in range(3)]
+
+
+@pytest.mark.slow
+def test_a_child_process_fills_the_caches_once(
+    tmp_path: Path, tiny_student: Path, hf_sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")  # a launcher's variables must not reach the child
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    spec = SamplerSpec("transformers", str(tiny_student), "float32", 64, pad_token_id=0)
+    caches = [cache_for(tmp_path, spec, "f", settings) for settings in (SETTINGS, GREEDY)]
+    notes: list[str] = []
+    jobs = [(caches[0], SETTINGS, REQUESTS), (caches[1], GREEDY, REQUESTS[:1])]
+    complete(spec, jobs, notes.append)
+    assert [caches[0].get(r).token_ids for r in REQUESTS] == [
+        c.token_ids for c in hf_sampler.generate(REQUESTS, SETTINGS)
+    ]
+    assert len(caches[1].get(REQUESTS[0]).token_ids) == 3
+    complete(spec, jobs, notes.append)
+    assert len(notes) == 1 and "sampling 4 teacher completions" in notes[0]
+
+
+@pytest.mark.slow
+def test_a_failing_child_is_an_error(tmp_path: Path) -> None:
+    spec = SamplerSpec("transformers", str(tmp_path / "missing"), "float32", 64, pad_token_id=0)
+    with pytest.raises(SamplerError, match="its process ended with 1"):
+        complete(spec, [(cache_for(tmp_path, spec, "f", SETTINGS), SETTINGS, REQUESTS)], lambda text: None)

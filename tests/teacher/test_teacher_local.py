@@ -1,0 +1,61 @@
+"""The local teacher: hidden states that are the model's own, whatever the batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from gkd.errors import RunError
+from gkd.models import head_logits, load_causal_lm
+from gkd.teacher.local import LocalTeacher
+from gkd.types import Prompt, PromptDraw, Rollout
+
+
+def rollout(index: int, prompt: int, completion: int) -> Rollout:
+    ids = tuple(3 + (17 * i + 5 * index) % 250 for i in range(prompt + completion))
+    return Rollout(PromptDraw(Prompt(index, ids[:prompt], ""), 0), "student", ids[prompt:])
+
+
+ROLLOUTS = [rollout(0, 5, 9), rollout(1, 2, 1), rollout(2, 11, 0), rollout(3, 1, 20), rollout(4, 8, 3)]
+
+
+def teacher(folder: Path, micro_batch_size: int = 2) -> LocalTeacher:
+    model = load_causal_lm(str(folder), "float32", key="teacher.model")
+    return LocalTeacher(model, device=torch.device("cpu"), micro_batch_size=micro_batch_size, pad_token_id=0)
+
+
+def test_states_times_head_are_the_models_logits(tiny_teacher: Path) -> None:
+    scores = teacher(tiny_teacher).score(ROLLOUTS)
+    model = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32).eval()
+    for r, states in zip(ROLLOUTS, scores.hidden, strict=True):
+        if not r.completion_ids:
+            assert states is None
+            continue
+        assert states is not None and states.shape == (len(r.completion_ids), 64) and not states.requires_grad
+        with torch.no_grad():
+            logits = model(torch.tensor([r.token_ids])).logits[0]
+        start = len(r.draw.prompt.token_ids) - 1
+        torch.testing.assert_close(head_logits(states, scores.head), logits[start:-1], atol=1e-4, rtol=1e-4)
+
+
+def test_order_and_batching_do_not_matter(tiny_teacher: Path) -> None:
+    forwards = teacher(tiny_teacher, 2).score(ROLLOUTS).hidden
+    backwards = teacher(tiny_teacher, 5).score(ROLLOUTS[::-1]).hidden[::-1]
+    for one, other in zip(forwards, backwards, strict=True):
+        if one is not None and other is not None:
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.fault
+def test_a_teacher_that_trains_is_refused(tiny_teacher: Path) -> None:
+    subject = teacher(tiny_teacher)
+    subject._model.train()
+    with pytest.raises(RunError, match="frozen and in eval mode"):
+        subject.score(ROLLOUTS)
+    subject = teacher(tiny_teacher)
+    next(subject._model.parameters()).requires_grad_(True)
+    with pytest.raises(RunError, match="frozen and in eval mode"):
+        subject.score(ROLLOUTS)
