@@ -1,0 +1,100 @@
+"""The names of all metrics, defined here and nowhere else: what is not listed cannot be logged.
+
+`docs/metrics.md` shows this table; a test keeps the two equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import get_args
+
+from gkd.config import DivergenceKind
+
+MetricValue = float | int | str
+
+_DIVERGENCE_MEANING = {
+    "forward_kl": "KL(teacher || student), mean over the step's scored tokens",
+    "reverse_kl": "KL(student || teacher), mean over the step's scored tokens",
+    "jsd": "Jensen-Shannon divergence with `objective.beta`, mean over the step's scored tokens",
+    "skew_forward_kl": "KL(teacher || mixture) with `objective.alpha`, mean over the step's scored tokens",
+    "skew_reverse_kl": "KL(student || mixture) with `objective.alpha`, mean over the step's scored tokens",
+    "tvd": "total variation distance, between 0 and 1, mean over the step's scored tokens",
+    "alpha": "alpha divergence of order `objective.alpha`, mean over the step's scored tokens",
+}
+
+METRICS: dict[str, str] = {  # name -> "unit: meaning"
+    "step": "count: index of the step, from 0; the terminal shows the number of steps done, one more",
+    "loss": "nats: what the optimizer minimises, over the global batch",
+    **{
+        f"divergence/{kind}": f"{'probability' if kind == 'tvd' else 'nats'}: {_DIVERGENCE_MEANING[kind]}"
+        for kind in get_args(DivergenceKind)
+    },
+    "entropy/student": "nats: entropy of the student's next-token distribution, mean over scored tokens",
+    "entropy/teacher": "nats: entropy of the teacher's next-token distribution, mean over scored tokens",
+    "agreement/top1": "fraction: scored tokens where student and teacher have the same most likely token",
+    "tokens/scored": "tokens: scored in the step, over all ranks",
+    "tokens/generated": "tokens: sampled from the student in the step, over all ranks",
+    "tokens/scored_per_s": "tokens/s: `tokens/scored` by `time/step_s`, the speed of the whole run",
+    "tokens/generated_per_s": "tokens/s: `tokens/generated` by `time/sample_s`, the speed of the sampler",
+    "time/sample_s": "s: sampling and fetching completions",
+    "time/score_s": "s: the teacher's forward passes",
+    "time/forward_backward_s": "s: forward, divergence and backward of the student",
+    "time/optimizer_s": "s: gradient clipping and the optimizer",
+    "time/train_s": "s: `time/forward_backward_s` + `time/optimizer_s`",
+    "time/sync_s": "s: the student's weights into the sampler, and their proof",
+    "time/other_s": "s: the rest of `time/step_s`: data, logging, and a checkpoint or an evaluation in between",
+    "time/step_s": "s: wall time since the end of the last step",
+    "mixture/student": "fraction: the step's samples whose completion is the student's",
+    "mixture/teacher": "fraction: the step's samples whose completion is the teacher's",
+    "mixture/dataset": "fraction: the step's samples whose completion is the data set's",
+    "sync/max_logprob_error": "nats: largest difference of a log-probability, trainer against sampler, on the probe",
+    "sync/mean_logprob_error": "nats: mean absolute difference of the log-probabilities on the probe",
+    "grad_norm": "norm: of the whole gradient, before clipping",
+    "lr": "rate: learning rate of the step",
+    "weights_version": "count: optimizer steps behind the weights that the step's completions were sampled from",
+    "heldout/forward_kl": "nats: KL(teacher || student), mean over the held-out prompts' scored tokens",
+    "heldout/reverse_kl": "nats: KL(student || teacher), mean over the held-out prompts' scored tokens",
+    "heldout/jsd": "nats: Jensen-Shannon divergence at beta 0.5, mean over the held-out prompts' scored tokens",
+}
+
+
+def merge_metrics(*groups: Mapping[str, MetricValue]) -> dict[str, MetricValue]:
+    """One mapping of all groups, in order.
+
+    Raises ValueError for a name that is not in METRICS, for a value that is not a plain number or string (a tensor
+    would make the device wait at a place nobody sees), and for a name that comes twice with different values.
+    """
+    merged: dict[str, MetricValue] = {}
+    for group in groups:
+        for name, value in group.items():
+            if name not in METRICS:
+                raise ValueError(f"metric {name!r} is not described in gkd/monitor/metrics.py: add it there")
+            if isinstance(value, bool) or not isinstance(value, (float, int, str)):
+                raise ValueError(f"metric {name!r} is a {type(value).__name__}: give a plain float, int or str")
+            if name in merged and not _same(merged[name], value):
+                raise ValueError(f"metric {name!r} is logged twice in one step: {merged[name]!r} and {value!r}")
+            merged[name] = value
+    return merged
+
+
+def without_non_finite(record: Mapping[str, object]) -> dict[str, object]:
+    """The record with NaN and infinities as None: JSON has no other way to write them that all readers accept."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }
+
+
+def metrics_table() -> str:
+    """METRICS as a Markdown table, the one in docs/metrics.md."""
+    rows = ["| name | unit | meaning |", "|---|---|---|"]
+    for name, description in METRICS.items():
+        unit, meaning = description.split(": ", 1)
+        rows.append(f"| `{name}` | {unit} | {meaning.replace('|', chr(92) + '|')} |")
+    return "\n".join(rows) + "\n"
+
+
+def _same(first: MetricValue, second: MetricValue) -> bool:
+    if isinstance(first, float) and isinstance(second, float) and math.isnan(first) and math.isnan(second):
+        return True
+    return first == second
