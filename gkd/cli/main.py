@@ -1,0 +1,58 @@
+"""The command line. One small file a command; nothing heavy is imported until a command needs it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+
+import gkd
+from gkd.cli.config import config_command
+from gkd.cli.eval import eval_command
+from gkd.cli.generate import generate_command
+from gkd.cli.train import train_command
+from gkd.config import Launch
+from gkd.environment import prepare_process
+from gkd.errors import GkdError
+
+app = typer.Typer(
+    name="gkd",
+    help="On-policy and generalized knowledge distillation of language models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("train")(train_command)
+app.command("eval")(eval_command)
+app.command("generate")(generate_command)
+app.command("config")(config_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gkd {gkd.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", help="Print the version.", callback=_print_version, is_eager=True),
+    local_rank: int = typer.Option(0, "--local_rank", hidden=True),
+) -> None:
+    del version, local_rank  # the deepspeed launcher puts --local_rank before the command; LOCAL_RANK says the same
+
+
+def main() -> None:
+    """Runs the command; a `GkdError` becomes one line on stderr and its exit code."""
+    prepare_process()
+    is_main = Launch.from_environment().is_main
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("gkd").setLevel(logging.INFO if is_main else logging.WARNING)
+    try:
+        app()
+    except GkdError as error:
+        if is_main or error.exit_code != 2:  # wrong input is wrong on every rank: said once
+            sys.stdout.flush()
+            print(f"gkd: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)

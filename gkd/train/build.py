@@ -1,0 +1,329 @@
+"""The one place where a config chooses the parts. Everything expensive starts here, cheap checks first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from gkd.config import Config, Launch, cache_folder
+from gkd.data import PromptData, PromptSet, load_prompts, pack
+from gkd.errors import ConfigError, DataError
+from gkd.evaluate.heldout import HeldoutEvaluation, MeasuresDivergence, heldout_requests, heldout_rollouts
+from gkd.evaluate.samples import greedy_settings, sample_requests
+from gkd.models import (
+    check_tokenizer_pair,
+    end_token_ids,
+    load_causal_lm,
+    load_tokenizer,
+    make_student_from_layers,
+    model_fingerprint,
+    pad_token_id,
+    read_config,
+    read_generation_config,
+    resolve_model,
+    verify_head,
+)
+from gkd.rollout.completion_cache import CompletionCache
+from gkd.rollout.mixture import MixtureRollouts, teacher_requests
+from gkd.rollout.offline import SamplerSpec, cache_for, complete, start_sampler
+from gkd.rollout.sync import PROBE_NEW_TOKENS, PROBE_PROMPT_TOKENS, SyncedSampler, probe_prompt
+from gkd.teacher.base import Teacher
+from gkd.teacher.local import LocalTeacher
+from gkd.train.checkpoint import Checkpointer, find_resume_step
+from gkd.train.deepspeed_config import deepspeed_config
+from gkd.train.distributed import compute_device, from_main, max_over_ranks
+from gkd.train.engine import Phase, StudentEngine
+from gkd.train.run_folder import RunFolder
+from gkd.types import Prompt, Rollout, SampleRequest, SamplingSettings, TeacherScores, TokenBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+Pack = Callable[[Sequence[Rollout], TeacherScores], list[TokenBatch]]
+
+
+def checkpoint_layout(config: Config, launch: Launch) -> dict[str, int]:
+    settings = deepspeed_config(config, launch.world_size)
+    return {"world_size": launch.world_size, "zero_stage": settings["zero_optimization"]["stage"]}
+
+
+def resume_step(config: Config, folder: RunFolder, launch: Launch, note: Callable[[str], None]) -> int:
+    """Where a resume starts, before any model is loaded. Raises what `find_resume_step` raises."""
+    layout = checkpoint_layout(config, launch)
+    return from_main(find_resume_step(folder.checkpoints, layout, note) if launch.is_main else None)
+
+
+@dataclass(frozen=True)
+class Models:
+    """Where student and teacher are, and what their tokenizers agree on."""
+
+    teacher_path: str
+    student_path: str  # holds the weights that training starts from
+    tokenizer: PreTrainedTokenizerBase
+    pad_token_id: int
+    stop_token_ids: tuple[int, ...]
+    valid_vocab: int
+    max_model_tokens: int  # prompt and completion together
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)  # pyright: ignore
+
+
+def locate_models(config: Config, folder: RunFolder, launch: Launch) -> Models:
+    """Resolves both models, makes the student if it is cut from layers, and checks that the pair fits.
+
+    The main rank does what writes to disk; the others wait. Raises ModelError or ConfigError.
+    """
+    teacher_path = from_main(
+        resolve_model(config.teacher.model, revision=config.teacher.revision, key="teacher.model")
+        if launch.is_main
+        else None
+    )
+    student_path = from_main(_student_path(config, folder, teacher_path) if launch.is_main else None)
+    student_config = read_config(student_path, revision=_student_revision(config))
+    teacher_config = read_config(teacher_path, revision=config.teacher.revision, key="teacher.model")
+    tokenizer = load_tokenizer(student_path, revision=_student_revision(config), key="student.model")
+    teacher_tokenizer = load_tokenizer(teacher_path, revision=config.teacher.revision, key="teacher.model")
+    stop_ids = config.rollout.stop_token_ids
+    if stop_ids is None:
+        generation = read_generation_config(student_path, revision=_student_revision(config))
+        stop_ids = end_token_ids(tokenizer, generation, student_config)
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    for key, model_config in (("student.model", student_config), ("teacher.model", teacher_config)):
+        _check_context(key, model_config, longest)
+    return Models(
+        teacher_path=teacher_path,
+        student_path=student_path,
+        tokenizer=tokenizer,
+        pad_token_id=pad_token_id(tokenizer),
+        stop_token_ids=tuple(stop_ids),
+        valid_vocab=check_tokenizer_pair(
+            tokenizer, teacher_tokenizer, _vocabulary_rows(student_config), _vocabulary_rows(teacher_config)
+        ),
+        max_model_tokens=max(longest, PROBE_PROMPT_TOKENS + PROBE_NEW_TOKENS),
+    )
+
+
+def _student_path(config: Config, folder: RunFolder, teacher_path: str) -> str:
+    if config.student.model is None:
+        source, revision = teacher_path, config.teacher.revision
+    else:
+        revision = config.student.revision
+        source = resolve_model(config.student.model, revision=revision, key="student.model")
+    if config.student.init is None:
+        return source
+    return str(make_student_from_layers(source, config.student.init.layers, folder.student_init, revision=revision))
+
+
+def _student_revision(config: Config) -> str | None:
+    return None if config.student.init is not None else config.student.revision
+
+
+def _vocabulary_rows(model_config: PreTrainedConfig) -> int:
+    return model_config.get_text_config().vocab_size
+
+
+def _check_context(key: str, model_config: PreTrainedConfig, longest: int) -> None:
+    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and longest > context:
+        raise ConfigError(
+            f"data.max_prompt_tokens: with rollout.max_new_tokens a sequence can reach {longest} tokens, but "
+            f"{key} reads {context}; lower one of the two by {longest - context}"
+        )
+
+
+@dataclass(frozen=True)
+class Prompts:
+    train: PromptSet
+    heldout: PromptSet | None
+
+
+def load_data(config: Config, models: Models) -> Prompts:
+    """Raises DataError, also where the mixture needs completions that rows do not have."""
+    train = load_prompts(config.data.train, config.data.train_split, models.tokenizer, config.data)
+    if config.mixture.dataset > 0:
+        bare = next((prompt for prompt in train.prompts if prompt.completion_ids is None), None)
+        if bare is not None:
+            raise DataError(f"{bare.origin}: mixture.dataset > 0 needs a completion in every row")
+    heldout = None
+    if config.data.heldout is not None:
+        heldout = load_prompts(
+            config.data.heldout, config.data.heldout_split, models.tokenizer, config.data, key="data.heldout"
+        )
+    return Prompts(train, heldout)
+
+
+def prompt_data(config: Config, prompts: Prompts, launch: Launch) -> PromptData:
+    return PromptData(
+        prompts.train.prompts,
+        batch_size=config.optim.batch_size,
+        samples_per_prompt=config.rollout.samples_per_prompt,
+        seed=config.run.seed,
+        shuffle=config.data.shuffle,
+        rank=launch.rank,
+        world_size=launch.world_size,
+    )
+
+
+def sampling_settings(config: Config, models: Models) -> SamplingSettings:
+    return SamplingSettings(
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        top_k=config.rollout.top_k,
+        stop_token_ids=models.stop_token_ids,
+    )
+
+
+def sampler_spec(config: Config, models: Models, path: str, dtype: str) -> SamplerSpec:
+    return SamplerSpec(
+        engine=config.rollout.engine,
+        model_folder=path,
+        dtype=dtype,
+        max_model_tokens=models.max_model_tokens,
+        pad_token_id=models.pad_token_id,
+        max_num_seqs=config.rollout.max_num_seqs,
+        kv_cache_gib=config.rollout.kv_cache_gib,
+        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+        enforce_eager=config.rollout.enforce_eager,
+        seed=config.run.seed,
+    )
+
+
+@dataclass(frozen=True)
+class TeacherTexts:
+    """What the teacher wrote, once: for the mixture and the held-out measure (sampled), to be shown (greedy)."""
+
+    sampled: CompletionCache
+    greedy: CompletionCache
+
+
+def teacher_texts(
+    config: Config, models: Models, prompts: Prompts, data: PromptData, launch: Launch, note: Callable[[str], None]
+) -> TeacherTexts:
+    """Samples what the caches lack of everything that this run will ask for; collective."""
+    spec = sampler_spec(config, models, models.teacher_path, config.teacher.dtype)
+    settings = sampling_settings(config, models)
+    fingerprint = from_main(model_fingerprint(models.teacher_path, config.teacher.revision) if launch.is_main else None)
+    texts = TeacherTexts(
+        cache_for(cache_folder(), spec, fingerprint, settings),
+        cache_for(cache_folder(), spec, fingerprint, greedy_settings(settings)),
+    )
+    if launch.is_main:
+        steps = ((step, data.global_batch(step)) for step in range(config.run.steps))
+        sampled = teacher_requests(config.mixture, config.run.seed, steps) if config.mixture.teacher else []
+        greedy: list[SampleRequest] = []
+        if prompts.heldout is not None:
+            measured = prompts.heldout.prompts[: config.eval.prompts]
+            sampled += heldout_requests(measured, config.run.seed)
+            greedy += sample_requests(prompts.heldout.prompts[: config.eval.samples], config.run.seed)
+        complete(spec, [(texts.sampled, settings, sampled), (texts.greedy, greedy_settings(settings), greedy)], note)
+    from_main(True if launch.is_main else None)  # the others read what the main rank wrote
+    if not launch.is_main:
+        texts.sampled.reload()
+        texts.greedy.reload()
+    return texts
+
+
+def build_teacher(config: Config, models: Models, launch: Launch) -> LocalTeacher:
+    model = load_causal_lm(
+        models.teacher_path, config.teacher.dtype, revision=config.teacher.revision, key="teacher.model"
+    )
+    verify_head(model, "teacher.model")
+    return LocalTeacher(
+        model,
+        device=compute_device(launch),
+        micro_batch_size=config.teacher.micro_batch_size,
+        pad_token_id=models.pad_token_id,
+    )
+
+
+def build_student(config: Config, models: Models, launch: Launch, phase: Phase) -> StudentEngine:
+    """Float32 master weights; compute is in student.dtype."""
+    model: Any = load_causal_lm(models.student_path, "float32", revision=_student_revision(config), key="student.model")
+    model.to(compute_device(launch))
+    verify_head(model, "student.model")
+    model.train()
+    return StudentEngine(model, config, launch, valid_vocab=models.valid_vocab, phase=phase)
+
+
+def build_sampler(config: Config, models: Models, prompts: Prompts) -> SyncedSampler:
+    """One engine a rank. It generates nothing until the student's weights are in it and proven."""
+    probe = probe_prompt(prompt.token_ids for prompt in prompts.train.prompts)
+    return SyncedSampler(
+        start_sampler(sampler_spec(config, models, models.student_path, config.student.dtype)),
+        probe_ids=probe,
+        tolerance=config.sync_tolerance,
+        seed=config.run.seed,
+        max_over_ranks=max_over_ranks,
+    )
+
+
+def build_rollouts(config: Config, models: Models, sampler: SyncedSampler, texts: TeacherTexts) -> MixtureRollouts:
+    return MixtureRollouts(
+        sampler,
+        mixture=config.mixture,
+        settings=sampling_settings(config, models),
+        seed=config.run.seed,
+        teacher_completion=texts.sampled.get,
+    )
+
+
+def packer(config: Config, models: Models) -> Pack:
+    return partial(
+        pack,
+        micro_batch_size=config.optim.micro_batch_size,
+        pad_token_id=models.pad_token_id,
+        reduction=config.objective.reduction,
+    )
+
+
+def shown_requests(
+    config: Config, models: Models, prompts: Sequence[Prompt]
+) -> tuple[list[SampleRequest], SamplingSettings]:
+    """What is asked of teacher and student to show their answers side by side."""
+    return sample_requests(prompts, config.run.seed), greedy_settings(sampling_settings(config, models))
+
+
+def build_checkpoints(config: Config, folder: RunFolder, launch: Launch, student: StudentEngine) -> Checkpointer:
+    return Checkpointer(
+        folder.checkpoints,
+        student,
+        every=config.run.save_every,
+        last_step=config.run.steps,
+        keep=config.run.keep_checkpoints,
+        layout=checkpoint_layout(config, launch),
+        is_main=launch.is_main,
+    )
+
+
+def build_heldout(
+    config: Config,
+    models: Models,
+    prompts: Prompts,
+    texts: TeacherTexts,
+    *,
+    teacher: Teacher,
+    student: MeasuresDivergence,
+    launch: Launch,
+) -> HeldoutEvaluation | None:
+    """None without held-out data. Always a mean over tokens, whatever the objective's reduction."""
+    if prompts.heldout is None:
+        return None
+    measured = prompts.heldout.prompts[: config.eval.prompts]
+    completions = [texts.sampled.get(request) for request in heldout_requests(measured, config.run.seed)]
+    return HeldoutEvaluation(
+        heldout_rollouts(measured, completions),
+        teacher=teacher,
+        student=student,
+        pack=partial(
+            pack,
+            micro_batch_size=config.optim.micro_batch_size,
+            pad_token_id=models.pad_token_id,
+            reduction="token_mean",
+        ),
+        rank=launch.rank,
+        world_size=launch.world_size,
+    )

@@ -1,0 +1,138 @@
+"""Checkpoints: written aside, sealed with a manifest of sizes and hashes, then renamed.
+
+checkpoints/step_N/engine/...       DeepSpeed's files, one set a rank
+checkpoints/step_N/manifest.json    step, world size, ZeRO stage, and every file's size and SHA-256
+
+DeepSpeed's files are pickles. They are loaded only from a folder whose manifest names every file and matches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from gkd.errors import CheckpointError, RunFolderError
+from gkd.train.distributed import barrier
+from gkd.train.run_folder import write_json
+
+_MANIFEST = "manifest.json"
+
+
+class HasState(Protocol):
+    def save_state(self, folder: str) -> None: ...
+
+    def load_state(self, folder: str) -> None: ...
+
+
+class Checkpointer:
+    """Saves every `every` steps and after the last; keeps the `keep` newest. All methods are collective.
+
+    `layout` is what a resume must not change: how many ranks there are, and what is sharded over them.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        state: HasState,
+        *,
+        every: int,
+        last_step: int,
+        keep: int,
+        layout: Mapping[str, int],
+        is_main: bool,
+    ) -> None:
+        self._folder = folder
+        self._state = state
+        self._every = every
+        self._last_step = last_step
+        self._keep = keep
+        self._layout = dict(layout)
+        self._is_main = is_main
+
+    def maybe_save(self, step: int) -> None:
+        """`step` optimizer steps are done."""
+        if self._every and (step % self._every == 0 or step == self._last_step):
+            self.save(step)
+
+    def save(self, step: int) -> Path:
+        aside, final = self._folder / f".step_{step}.tmp", self._folder / f"step_{step}"
+        if self._is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        barrier()
+        self._state.save_state(str(aside))
+        barrier()  # every rank's files are there
+        if self._is_main:
+            write_json(aside / _MANIFEST, {"step": step, **self._layout, "files": _describe_files(aside)})
+            shutil.rmtree(final, ignore_errors=True)
+            aside.replace(final)
+            for old in saved_steps(self._folder)[: -self._keep]:
+                shutil.rmtree(self._folder / f"step_{old}")
+        barrier()
+        return final
+
+    def load(self, step: int) -> None:
+        """Puts the state of checkpoint `step`, which `find_resume_step` found, into the engine."""
+        self._state.load_state(str(self._folder / f"step_{step}"))
+
+
+def find_resume_step(folder: Path, layout: Mapping[str, int], note: Callable[[str], None] = lambda text: None) -> int:
+    """The step of the newest undamaged checkpoint, or 0 if there is none. Reads every byte of it, loads nothing.
+
+    Raises RunFolderError if it was saved under another `layout`, CheckpointError if every one is damaged.
+    """
+    steps = saved_steps(folder)
+    for step in reversed(steps):
+        checkpoint = folder / f"step_{step}"
+        fault = find_fault(checkpoint)
+        if fault is not None:
+            note(f"checkpoint step_{step} is damaged ({fault}); trying the one before")
+            continue
+        manifest = json.loads((checkpoint / _MANIFEST).read_text())
+        differences = [
+            f"{key} was {manifest[key]}, is {value}" for key, value in layout.items() if manifest[key] != value
+        ]
+        if differences:
+            raise RunFolderError(f"--resume: {checkpoint} does not fit: {'; '.join(differences)}")
+        return step
+    if steps:
+        raise CheckpointError(f"{folder}: none of the {len(steps)} checkpoints is intact")
+    return 0
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints that have their final name, oldest first."""
+    names = [re.fullmatch(r"step_(\d+)", child.name) for child in folder.glob("step_*")]
+    return sorted(int(match[1]) for match in names if match)
+
+
+def find_fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        expected: dict[str, Any] = manifest["files"]
+    except (OSError, ValueError, KeyError):
+        return f"{_MANIFEST} is missing or unreadable"
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {_MANIFEST}
+    if found != expected.keys():
+        return f"files differ from the manifest: {sorted(found ^ expected.keys())[0]}"
+    for name, entry in expected.items():
+        path = folder / name
+        if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+            return f"{name} does not match its size and hash"
+    return None
+
+
+def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

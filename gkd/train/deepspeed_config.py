@@ -1,0 +1,102 @@
+"""The DeepSpeed JSON of a run: the user's, untouched, with "auto" filled in; or a default one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gkd.config import Config
+from gkd.errors import ConfigError
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`.
+
+    A value the user's JSON sets stays; "auto" and what is absent are filled from the run's config. Raises
+    ConfigError for a JSON that cannot be read, or that contradicts the batch size of `optim`.
+    """
+    user = _read(config.deepspeed.config)
+    accumulation = config.optim.batch_size // (config.optim.micro_batch_size * world_size)
+    defaults: dict[str, Any] = {
+        "train_batch_size": config.optim.batch_size,
+        "train_micro_batch_size_per_gpu": config.optim.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.max_grad_norm,
+        "zero_optimization": {"stage": config.deepspeed.zero_stage},
+        "zero_allow_untested_optimizer": True,  # torch's AdamW needs no compiler, unlike DeepSpeed's own
+        "steps_per_print": 10**9,  # the run has its own progress
+    }
+    filled = _fill(user, {**defaults, **_values_for_auto(config)}, path="")
+    for key, value in defaults.items():
+        filled.setdefault(key, value)
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        if filled[key] != defaults[key]:
+            raise ConfigError(
+                f"deepspeed.config: {key} is {filled[key]}, but optim.batch_size and optim.micro_batch_size on "
+                f'{world_size} ranks make it {defaults[key]}; set it to "auto"'
+            )
+    if not _sets_precision(filled) and config.student.dtype != "float32":
+        # float32 master weights under autocast: the update is exact whatever the ZeRO stage
+        filled["torch_autocast"] = {"enabled": True, "dtype": config.student.dtype}
+    return filled
+
+
+def _values_for_auto(config: Config) -> dict[str, Any]:
+    """Values for "auto" entries that are not added where the user's JSON has none."""
+    adamw = {
+        "lr": config.optim.lr,
+        "betas": list(config.optim.betas),
+        "eps": config.optim.eps,
+        "weight_decay": config.optim.weight_decay,
+    }
+    return {
+        "bf16": {"enabled": config.student.dtype == "bfloat16"},
+        "fp16": {"enabled": config.student.dtype == "float16"},
+        "torch_autocast": {"enabled": config.student.dtype != "float32", "dtype": config.student.dtype},
+        "optimizer": {"params": adamw},
+        "scheduler": {
+            "params": {
+                "warmup_num_steps": config.optim.warmup_steps,
+                "warmup_min_lr": 0.0,
+                "warmup_max_lr": config.optim.lr,
+                "total_num_steps": config.run.steps,
+            }
+        },
+    }
+
+
+def _read(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"deepspeed.config: {path}: {error}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"deepspeed.config: {path}:{error.lineno}: {error.msg}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"deepspeed.config: {path}:1: expected a JSON object")
+    return values
+
+
+def _fill(user: dict[str, Any], known: dict[str, Any], path: str) -> dict[str, Any]:
+    filled: dict[str, Any] = {}
+    for key, value in user.items():
+        here = f"{path}{key}"
+        if value == "auto":
+            if key not in known or isinstance(known[key], dict):
+                raise ConfigError(f'deepspeed.config: {here} is "auto", but the run has no value for it')
+            filled[key] = known[key]
+        elif isinstance(value, dict):
+            inner = known.get(key)
+            filled[key] = _fill(value, inner if isinstance(inner, dict) else {}, f"{here}.")
+        else:
+            filled[key] = value
+    if path == "" and "zero_optimization" in filled:
+        filled["zero_optimization"].setdefault("stage", known["zero_optimization"]["stage"])
+    return filled
+
+
+def _sets_precision(values: dict[str, Any]) -> bool:
+    return any(values.get(section, {}).get("enabled") for section in ("bf16", "fp16", "torch_autocast"))

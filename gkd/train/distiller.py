@@ -1,0 +1,238 @@
+"""A whole run: claim the folder, build the parts, measure, train, measure, export, summarise."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gkd.config import Config, Launch, load_config, make_config
+from gkd.data.formats import read_rows
+from gkd.environment import prepare_process
+from gkd.monitor import HeldoutSample, Monitor, RunSummary, loss_curve, read_metrics, time_totals
+from gkd.train.run_folder import RunFolder, library_versions, write_json
+
+if TYPE_CHECKING:
+    from gkd.train.build import Models
+    from gkd.types import Rollout
+
+_log = logging.getLogger(__name__)
+Metrics = dict[str, float]
+
+
+class Distiller:
+    """Distils a teacher into a student as `config` says.
+
+    `config` is a `gkd.Config`, nested plain values, or the path of a YAML file. Under torchrun or the deepspeed
+    launcher every process makes one and calls `train`. Raises ConfigError at once for a config that cannot run.
+    """
+
+    def __init__(self, config: Config | Mapping[str, Any] | str | Path) -> None:
+        if isinstance(config, str | Path):
+            config = load_config(config)
+        elif not isinstance(config, Config):
+            config = make_config(config)
+        self.config: Config = config
+        self._launch = Launch.from_environment()
+        config.check_world_size(self._launch.world_size)
+
+    def train(self, *, resume: bool = False, overwrite: bool = False) -> RunSummary:
+        """Runs to `run.steps` and returns what came of it; the student is in `<run folder>/final`.
+
+        `resume` goes on from the newest checkpoint of the run folder, `overwrite` replaces what is in it.
+        Raises a `gkd.errors.GkdError`: InputError before anything expensive has started, RunError after.
+        """
+        started = time.monotonic()
+        prepare_process()
+        self.check()
+        folder = RunFolder(self.config.run.folder)
+        if self._launch.is_main:
+            folder.open(self.config, resume=resume, overwrite=overwrite)
+        try:
+            return self._train(folder, resume, started)
+        finally:
+            folder.close()
+
+    def check(self) -> None:
+        """Reads what can be read without torch: the data files. Raises DataError with file:line."""
+        data = self.config.data
+        for key, path, split in (
+            ("data.train", data.train, data.train_split),
+            ("data.heldout", data.heldout, data.heldout_split),
+        ):
+            if path is not None and path.endswith((".jsonl", ".json")):  # what reading needs no library for
+                read_rows(path, split, key=key)
+
+    def _train(self, folder: RunFolder, resume: bool, started: float) -> RunSummary:
+        from gkd.train import build, distributed  # torch and DeepSpeed load here, after the cheap checks
+
+        config, launch = self.config, self._launch
+        distributed.initialize(launch)
+        start_step = build.resume_step(config, folder, launch, _log.warning) if resume else 0
+        models = build.locate_models(config, folder, launch)
+        prompts = build.load_data(config, models)
+        with Monitor(
+            config, folder.path, is_main=launch.is_main, decode=models.decode, start_step=start_step
+        ) as monitor:
+            monitor.note(_describe_data(prompts.train.counts, prompts.heldout and prompts.heldout.counts))
+            run = _Run(config, launch, folder, monitor, models, prompts)
+            run.start(start_step)
+            run.loop()
+            return run.finish(started)
+
+
+class _Run:
+    """The parts of one run. They are built in the order of what fails first; what takes most memory comes last."""
+
+    def __init__(
+        self, config: Config, launch: Launch, folder: RunFolder, monitor: Monitor, models: Models, prompts: Any
+    ) -> None:
+        from gkd.train import build
+
+        self.config, self.launch, self.folder = config, launch, folder
+        self.monitor, self.models, self.prompts = monitor, models, prompts
+        self.data = build.prompt_data(config, prompts, launch)
+        self.texts = build.teacher_texts(config, models, prompts, self.data, launch, monitor.note)
+        monitor.note(f"starting the sampler ({config.rollout.engine}), the student (DeepSpeed) and the teacher")
+        self.sampler = build.build_sampler(config, models, prompts)
+        self.student = build.build_student(config, models, launch, monitor.phase)
+        self.teacher = build.build_teacher(config, models, launch)
+        self.heldout = build.build_heldout(
+            config, models, prompts, self.texts, teacher=self.teacher, student=self.student, launch=launch
+        )
+        self.checkpoints = build.build_checkpoints(config, folder, launch, self.student)
+
+    def start(self, start_step: int) -> None:
+        """Loads a checkpoint on a resume, gives the sampler the student's weights, and measures the start."""
+        if start_step:
+            self.checkpoints.load(start_step)
+            self.monitor.note(f"resumed at step {start_step}")
+        self.sampler.load_weights(self.student.weights(), version=start_step)
+        if start_step == 0:
+            before = self._snapshot()
+            if self.launch.is_main:
+                write_json(self.folder.before, before)
+
+    def loop(self) -> None:
+        from gkd.train import build
+        from gkd.train.loop import train_loop
+
+        train_loop(
+            data=self.data,
+            rollout=build.build_rollouts(self.config, self.models, self.sampler, self.texts),
+            teacher=self.teacher,
+            student=self.student,
+            pack=build.packer(self.config, self.models),
+            measure=_measure,
+            evaluate=self._evaluate,
+            monitor=self.monitor,
+            save=self.checkpoints.maybe_save,
+        )
+
+    def finish(self, started: float) -> RunSummary:
+        """Measures the end, writes the result and the summary, and stops the sampler. Collective."""
+        after = self._snapshot()
+        before = json.loads(self.folder.before.read_text()) if self.launch.is_main else after
+        summary = self._summarise(before, after, time.monotonic() - started)
+        self._export(summary)
+        if self.launch.is_main:
+            summary.write_summary_json(self.folder.summary)
+            summary.write_samples_markdown(self.folder.samples)
+        self.sampler.close()
+        return summary
+
+    def _snapshot(self) -> dict[str, Any]:
+        """Held-out divergences, and on the main rank greedy answers to a few held-out prompts."""
+        heldout = self.heldout.measure() if self.heldout is not None else {}
+        return {"heldout": heldout, "answers": self._answers() if self.launch.is_main else []}
+
+    def _shown_prompts(self) -> Sequence[Any]:
+        return () if self.prompts.heldout is None else self.prompts.heldout.prompts[: self.config.eval.samples]
+
+    def _answers(self) -> list[str]:
+        from gkd.train import build
+
+        requests, settings = build.shown_requests(self.config, self.models, self._shown_prompts())
+        return [self._text(c.token_ids) for c in self.sampler.generate(requests, settings)]
+
+    def _text(self, token_ids: Sequence[int]) -> str:
+        return self.models.decode(token_ids, skip_special_tokens=True).strip()
+
+    def _evaluate(self, steps_done: int) -> Metrics:
+        every = self.config.eval.every
+        due = every and steps_done % every == 0 and steps_done < self.config.run.steps
+        return self.heldout.measure() if due and self.heldout is not None else {}
+
+    def _summarise(self, before: dict[str, Any], after: dict[str, Any], wall_s: float) -> RunSummary:
+        from gkd.train import build
+
+        records = read_metrics(self.folder.metrics) if self.launch.is_main else []
+        requests, _ = build.shown_requests(self.config, self.models, self._shown_prompts())
+        teacher_answers = [self._text(self.texts.greedy.get(request).token_ids) for request in requests]
+        texts = zip(self._shown_prompts(), teacher_answers, before["answers"], after["answers"], strict=False)
+        folder = self.folder.path
+        return RunSummary(
+            name=self.config.run.name,
+            steps=self.config.run.steps,
+            wall_s=wall_s,
+            heldout={
+                name.replace("/", "_"): (before["heldout"][name], value) for name, value in after["heldout"].items()
+            },
+            time_s=time_totals(records),
+            samples=tuple(HeldoutSample(prompt.text, *answers) for prompt, *answers in texts),
+            losses=loss_curve(records),
+            final_folder=str(self.folder.final),
+            next_commands=(
+                f"gkd generate {self.folder.final} --prompt 'List three uses for a paper clip.'",
+                f"gkd eval {folder / 'config.resolved.json'} --student {self.folder.final}",
+                f"less {self.folder.samples}",
+            ),
+        )
+
+    def _export(self, summary: RunSummary) -> None:
+        """Every rank streams, as gathering is collective; the main rank writes."""
+        from gkd.models import ModelCard, save_final
+
+        weights = self.student.weights()
+        if not self.launch.is_main:
+            for _ in weights:
+                pass
+            return
+        config = self.config
+        card = ModelCard(
+            teacher=config.teacher.model,
+            student=config.student.model or f"{config.student.init} of the teacher",
+            objective=config.objective.model_dump(mode="json"),
+            mixture=config.mixture.model_dump(mode="json"),
+            data=config.data.train,
+            steps=config.run.steps,
+            versions=library_versions(),
+            heldout=summary.heldout,
+        )
+        save_final(self.folder.final, weights, self.models.student_path, config.student.dtype, card)
+
+
+def _measure(rollouts: Sequence[Rollout]) -> Metrics:
+    """What the step's samples were, over all ranks."""
+    from gkd.rollout.mixture import mixture_counts
+    from gkd.train.distributed import sum_all
+
+    counts = mixture_counts(rollouts)
+    generated = sum(len(r.completion_ids) for r in rollouts if r.source == "student")
+    total_generated, *realised = sum_all([generated, *counts.values()])
+    total = max(1.0, sum(realised))
+    return {
+        "tokens/generated": total_generated,
+        **{f"mixture/{source}": count / total for source, count in zip(counts, realised, strict=True)},
+    }
+
+
+def _describe_data(train: Mapping[str, int], heldout: Mapping[str, int] | None) -> str:
+    def words(counts: Mapping[str, int]) -> str:
+        dropped = {k: v for k, v in counts.items() if k.startswith("dropped") and v}
+        return f"{counts['kept']} of {counts['rows']} rows" + (f" ({dropped})" if dropped else "")
+
+    return f"data: train {words(train)}" + (f", held-out {words(heldout)}" if heldout else "")

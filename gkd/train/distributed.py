@@ -1,0 +1,97 @@
+"""The few collectives that the engine needs itself; everything else is DeepSpeed's."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from gkd.config import Launch
+
+T = TypeVar("T")
+
+
+def compute_device(launch: Launch) -> torch.device:
+    """This rank's GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", launch.local_rank)
+    return torch.device("cpu")
+
+
+def initialize(launch: Launch) -> None:
+    """Joins the process group that the launcher described; without a launcher, makes a group of one.
+
+    DeepSpeed would compile a shared-memory collective library on CPU (about a minute) that ZeRO never calls.
+    """
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    # it warns of torch's own AdamW ("untested"), of inputs that are no plain tensors, and of its own collectives
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if on_gpu:
+        torch.cuda.set_device(launch.local_rank)
+    else:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if launch.world_size == 1:
+        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in single.items():
+            os.environ.setdefault(name, value)
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """In place; the same result on every rank."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.SUM)
+    return values
+
+
+def sum_all(values: Sequence[float]) -> list[float]:
+    """Sums a few plain numbers over the ranks."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        tensor = tensor.cuda()
+    return sum_over_ranks(tensor).tolist()
+
+
+def max_over_ranks(value: float) -> float:
+    """A NaN on any rank gives NaN on all (an all-reduce by MAX could lose it)."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    values: list[float] = [0.0] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return float("nan") if any(v != v for v in values) else max(values)
+
+
+def from_main(value: T | None) -> T:
+    """The main rank's value, on every rank. Also a barrier: nobody passes before the main rank has it."""
+    box = [value]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]  # pyright: ignore[reportReturnType]
+
+
+def barrier() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def shut_down() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,172 @@
+"""The student on DeepSpeed: forward, divergence, backward, finite check, optimizer step, and its weights as a stream.
+
+Legend: B rows, T positions, N scored tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from gkd.config import Config, Launch, ObjectiveConfig
+from gkd.train.deepspeed_config import deepspeed_config
+from gkd.train.distributed import compute_device, sum_over_ranks
+from gkd.train.guards import FiniteGuard
+from gkd.train.module import BYPRODUCTS, DivergenceSums, StudentModule, mean_divergences
+from gkd.train.optimizer import make_optimizer, make_schedule
+from gkd.types import OutputHead, TokenBatch, WeightStream
+
+Phase = Callable[[str], AbstractContextManager[None]]
+
+
+class StudentEngine:
+    """Owns the DeepSpeed engine. Every method is collective: all ranks call it, with as many micro-batches each."""
+
+    def __init__(
+        self, model: Any, config: Config, launch: Launch, *, valid_vocab: int, phase: Phase = lambda name: nullcontext()
+    ) -> None:
+        import deepspeed
+
+        self._config = config
+        self._device = compute_device(launch)
+        self._world_size = launch.world_size
+        self._phase = phase
+        settings = deepspeed_config(config, launch.world_size)
+        if config.student.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        module = StudentModule(model, config.objective, valid_vocab, getattr(torch, config.student.dtype))
+        own_optimizer = "optimizer" not in settings
+        optimizer = make_optimizer(module, config.optim) if own_optimizer else None
+        schedule: Any = None
+        if optimizer is not None and "scheduler" not in settings:
+            schedule = make_schedule(optimizer, config.optim, config.run.steps)
+        self._engine: Any = deepspeed.initialize(
+            model=module, optimizer=optimizer, lr_scheduler=schedule, config=settings, dist_init_required=False
+        )[0]
+        self._guard = FiniteGuard(module, enabled=not settings.get("fp16", {}).get("enabled"))
+
+    # ---- training
+
+    def step(self, micro_batches: Sequence[TokenBatch], teacher_head: OutputHead, step: int) -> dict[str, float]:
+        """One optimizer step on this rank's share of the global batch; returns metrics of the global batch.
+
+        The loss is sum of weight x divergence over the scored tokens of ALL ranks and micro-batches, divided by
+        their total weight, which is counted before the first backward: how the batch is split cannot matter.
+        Raises NonFiniteError on all ranks, before the optimizer steps, if any loss or gradient is not finite.
+        """
+        torch.manual_seed(step)  # dropout, if the student has any: the same after a resume
+        totals = torch.stack(
+            [sum((b.weights.double().sum() for b in micro_batches), torch.zeros((), dtype=torch.float64)),
+             torch.tensor(float(sum(b.scored_tokens for b in micro_batches)), dtype=torch.float64)]
+        ).to(self._device)  # fmt: skip
+        total_weight, scored_tokens = sum_over_ranks(totals).tolist()
+        self._engine.train()
+        sums = torch.zeros(1 + len(BYPRODUCTS), dtype=torch.float64, device=self._device)
+        for index, micro_batch in enumerate(micro_batches):
+            is_last = index == len(micro_batches) - 1
+            with self._phase("forward_backward"):
+                sums += self._forward_backward(micro_batch, teacher_head, total_weight)
+                if is_last:
+                    self._guard.check(sums, [i for b in micro_batches for i in b.sample_ids], step)
+            with self._phase("optimizer"):
+                grad_norm = self._gradient_norm() if is_last else None
+                self._engine.step()  # only counts, until the last micro-batch
+        loss, *byproducts = sum_over_ranks(sums).tolist()
+        return {
+            "loss": loss / max(total_weight, 1e-30),
+            **_byproduct_metrics(byproducts, scored_tokens),
+            "tokens/scored": scored_tokens,
+            "grad_norm": float(self._engine.get_global_grad_norm() if grad_norm is None else grad_norm),
+            "lr": self._engine.get_lr()[0],
+        }
+
+    def _forward_backward(self, micro_batch: TokenBatch, teacher_head: OutputHead, total_weight: float) -> torch.Tensor:
+        sums: DivergenceSums = self._engine(micro_batch.to(self._device), teacher_head)
+        # DeepSpeed averages gradients over ranks; the loss is already a share of the global mean
+        scale = self._world_size / max(total_weight, 1e-30)
+        self._engine.backward(sums.loss * scale, scale_wrt_gas=False)
+        return torch.cat([sums.loss.detach()[None], sums.byproducts]).double()
+
+    def _gradient_norm(self) -> float | None:
+        """DeepSpeed keeps the norm only where it shards; without sharding it is taken here, before clipping."""
+        if self._engine.zero_optimization() or self._engine.fp16_enabled() or self._engine.bfloat16_enabled():
+            return None
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    # ---- evaluation
+
+    @torch.no_grad()
+    def divergences(
+        self, micro_batches: Sequence[TokenBatch], teacher_head: OutputHead, objective: ObjectiveConfig
+    ) -> dict[str, float]:
+        """See `mean_divergences`."""
+        self._engine.eval()
+        return mean_divergences(self._engine, micro_batches, teacher_head, objective, self._device)
+
+    @torch.no_grad()
+    def token_logprobs(self, token_ids: Sequence[int], start: int) -> list[float]:
+        """Natural log-probabilities of `token_ids[start:]`, each given everything before it."""
+        self._engine.eval()
+        batch = TokenBatch(
+            input_ids=torch.tensor([token_ids]),
+            score_index=torch.arange(start - 1, len(token_ids) - 1),
+            labels=torch.tensor(token_ids[start:]),
+            weights=torch.ones(len(token_ids) - start),
+            hard_label=torch.zeros(len(token_ids) - start, dtype=torch.bool),
+            teacher_hidden=None,
+            sample_ids=("probe",),
+        )
+        return self._engine(batch.to(self._device)).tolist()
+
+    # ---- weights and state
+
+    def weights(self) -> WeightStream:
+        return _EngineWeights(self)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full shapes, also of sharded parameters; Hugging Face names."""
+        return {self._names[id(p)]: tuple(getattr(p, "ds_shape", p.shape)) for p in self._engine.module.parameters()}
+
+    def stream_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, full parameter), one gathered at a time; a tied head comes once."""
+        import deepspeed
+
+        sharded = self._engine.zero_optimization_partition_weights()
+        for parameter in self._engine.module.parameters():
+            gathered = deepspeed.zero.GatheredParameters([parameter]) if sharded else nullcontext()
+            with gathered:
+                yield self._names[id(parameter)], parameter.detach()
+
+    def save_state(self, folder: str) -> None:
+        self._engine.save_checkpoint(folder, tag="engine", save_latest=False)
+
+    def load_state(self, folder: str) -> None:
+        self._engine.load_checkpoint(folder, tag="engine")
+
+
+class _EngineWeights:
+    """Implements `WeightStream`."""
+
+    def __init__(self, engine: StudentEngine) -> None:
+        self._engine = engine
+        self.shapes = engine.parameter_shapes()
+        self.token_logprobs = engine.token_logprobs
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._engine.stream_parameters()
+
+
+def _byproduct_metrics(sums: Sequence[float], scored_tokens: float) -> dict[str, float]:
+    means = {name: value / max(scored_tokens, 1.0) for name, value in zip(BYPRODUCTS, sums, strict=True)}
+    return {
+        "divergence/forward_kl": means["forward_kl"],
+        "divergence/reverse_kl": means["reverse_kl"],
+        "entropy/student": means["student_entropy"],
+        "entropy/teacher": means["teacher_entropy"],
+        "agreement/top1": means["top1_agreement"],
+    }

@@ -1,0 +1,140 @@
+"""The student and its loss as one module, so that sharded parameters are gathered where they are used.
+
+Legend: B rows, T positions, N scored tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from gkd.config import ObjectiveConfig
+from gkd.models import backbone_of, head_logits, output_head
+from gkd.ops import linear_divergence
+from gkd.train.distributed import sum_over_ranks
+from gkd.types import OutputHead, TokenBatch
+
+# By-products of the loss, in the order of `DivergenceSums.byproducts`.
+BYPRODUCTS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
+
+
+class DivergenceSums(NamedTuple):
+    """Sums over the scored tokens of one micro-batch. A tuple, as ZeRO-3 looks for tensors in nothing else."""
+
+    loss: torch.Tensor  # scalar: sum of weight x loss, differentiable
+    byproducts: torch.Tensor  # [len(BYPRODUCTS)]: plain sums over tokens, detached
+
+
+class DivergenceHead(nn.Module):
+    """The output head together with the divergence.
+
+    It holds the head's parameters itself, though they are the model's: ZeRO-3 gathers a module's own parameters
+    around its forward and backward, and the logits never exist outside.
+    """
+
+    def __init__(self, head: OutputHead, objective: ObjectiveConfig, valid_vocab: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = head.weight
+        self.bias = head.bias
+        self._head = head
+        self._objective = objective
+        self._valid_vocab = valid_vocab
+        self._dtype = dtype
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        batch: TokenBatch,
+        teacher_head: OutputHead | None,
+        objective: ObjectiveConfig | None,
+    ) -> DivergenceSums | torch.Tensor:
+        """`hidden` is [N, H]; see `StudentModule.forward`."""
+        if teacher_head is None:
+            return self._logprobs(hidden, batch.labels)
+        return self._divergence(hidden, batch, teacher_head, objective or self._objective)
+
+    def _divergence(
+        self, hidden: torch.Tensor, batch: TokenBatch, teacher_head: OutputHead, objective: ObjectiveConfig
+    ) -> DivergenceSums:
+        assert batch.teacher_hidden is not None
+        hard = objective.hard_label_weight
+        outcome: Any = linear_divergence(
+            hidden,
+            self.weight,
+            batch.teacher_hidden,
+            teacher_head.weight,
+            objective.kind,
+            beta=objective.beta,
+            alpha=objective.alpha,
+            temperature=objective.temperature,
+            weights=batch.weights,
+            reduction="sum",
+            student_bias=self.bias,
+            teacher_bias=teacher_head.bias,
+            student_softcap=self._head.softcap,
+            teacher_softcap=teacher_head.softcap,
+            student_logit_scale=self._head.logit_scale,
+            teacher_logit_scale=teacher_head.logit_scale,
+            valid_vocab=self._valid_vocab,
+            labels=batch.labels if hard else None,
+            hard_label_weight=batch.hard_label * hard if hard else None,
+            scale_by_temperature_squared=objective.scale_by_temperature_squared,
+            normalize_jsd=objective.normalize_jsd,
+            compute_dtype=self._dtype,
+            chunk_bytes=objective.chunk_mib << 20,
+            byproducts=True,
+        )
+        loss, byproducts = outcome
+        return DivergenceSums(loss, torch.stack([byproducts[name].sum() for name in BYPRODUCTS]))
+
+    def _logprobs(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Natural log-probabilities [N] of `labels` [N], over the student's whole vocabulary."""
+        head = replace(self._head, weight=self.weight.to(self._dtype), bias=self.bias)
+        logits = head_logits(hidden.to(self._dtype), head)  # [N, V]
+        return logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+
+
+class StudentModule(nn.Module):
+    """`forward` is the only entrance: what shards parameters hooks it."""
+
+    def __init__(self, model: Any, objective: ObjectiveConfig, valid_vocab: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+        self.divergence_head = DivergenceHead(output_head(model), objective, valid_vocab, dtype)
+
+    def forward(
+        self, batch: TokenBatch, teacher_head: OutputHead | None = None, objective: ObjectiveConfig | None = None
+    ) -> DivergenceSums | torch.Tensor:
+        """Divergence sums against `teacher_head`, or without one the scored tokens' log-probabilities [N].
+
+        `objective` None means the run's own.
+        """
+        states = backbone_of(self.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # [B, T, H]
+        hidden = states.flatten(0, 1)[batch.score_index]  # [N, H]
+        return self.divergence_head(hidden, batch, teacher_head, objective)
+
+
+def mean_divergences(
+    forward: Callable[..., Any],
+    micro_batches: Sequence[TokenBatch],
+    teacher_head: OutputHead,
+    objective: ObjectiveConfig,
+    device: torch.device,
+) -> dict[str, float]:
+    """Means over the scored tokens of all ranks: the objective's divergence under its own name, and the by-products.
+
+    `forward` is a StudentModule, or what wraps it.
+    """
+    sums = torch.zeros(2 + len(BYPRODUCTS), dtype=torch.float64, device=device)
+    for micro_batch in micro_batches:
+        result: DivergenceSums = forward(micro_batch.to(device), teacher_head, objective)
+        sums[0] += micro_batch.scored_tokens
+        sums[1] += result.loss
+        sums[2:] += result.byproducts
+    scored_tokens, *totals = sum_over_ranks(sums).tolist()
+    means = [total / max(scored_tokens, 1.0) for total in totals]
+    return {objective.kind: means[0], **dict(zip(BYPRODUCTS, means[1:], strict=True))}

