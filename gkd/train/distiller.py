@@ -56,6 +56,13 @@ class Distiller:
         finally:
             folder.close()
 
+    def shut_down(self) -> None:
+        """Leaves the process group, after a last barrier; for the end of a process."""
+        from gkd.train import distributed
+
+        distributed.barrier()
+        distributed.shut_down()
+
     def check(self) -> None:
         """Reads what can be read without torch: the data files. Raises DataError with file:line."""
         data = self.config.data

@@ -18,6 +18,7 @@ from typing import Any
 
 from gkd.config import Config
 from gkd.errors import RunFolderError
+from gkd.monitor.text import write_atomically
 
 # Keys that may change between a run and its resume: none of them alters what a step computes.
 _FREE_ON_RESUME = ("run.steps", "run.save_every", "run.keep_checkpoints", "run.dir", "eval.every", "log.")
@@ -103,10 +104,8 @@ def _flatten(values: Any, path: str = "") -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Written aside, then renamed: a reader never sees half a file."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    aside.replace(path)
+    """Indented, in one step: a reader never sees half a file."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode("utf-8"))
 
 
 def library_versions() -> dict[str, str]:

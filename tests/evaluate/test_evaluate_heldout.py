@@ -1,0 +1,91 @@
+"""The held-out measure: every rank takes part in every forward, and every row counts once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from gkd.config import ObjectiveConfig, make_config
+from gkd.data import pack
+from gkd.evaluate.heldout import HeldoutEvaluation, heldout_requests, heldout_rollouts
+from gkd.evaluate.samples import greedy_settings, sample_requests
+from gkd.models import load_causal_lm
+from gkd.teacher.local import LocalTeacher
+from gkd.train.evaluation import FrozenStudent
+from gkd.train.module import StudentModule
+from gkd.types import Completion, OutputHead, Prompt, SamplingSettings, TokenBatch
+
+PROMPTS = [Prompt(i, (5 + i, 6, 7), f"p{i}") for i in range(5)]
+COMPLETIONS = [Completion(tuple(range(20, 21 + 2 * i)), (), "length") for i in range(5)]
+PACK = partial(pack, micro_batch_size=2, pad_token_id=0, reduction="token_mean")
+OBJECTIVE = make_config({"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "d"}}).objective
+
+
+@pytest.fixture
+def teacher(tiny_teacher: Path) -> LocalTeacher:
+    model = load_causal_lm(str(tiny_teacher), "float32")
+    return LocalTeacher(model, device=torch.device("cpu"), micro_batch_size=4, pad_token_id=0)
+
+
+class Counter:
+    """Stands where a student stands, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.micro_batches = 0
+        self.tokens = 0
+
+    def divergences(
+        self, micro_batches: Sequence[TokenBatch], teacher_head: OutputHead, objective: ObjectiveConfig
+    ) -> dict[str, float]:
+        self.micro_batches += len(micro_batches)
+        self.tokens += sum(batch.scored_tokens for batch in micro_batches)
+        return {"forward_kl": 1.0, "reverse_kl": 2.0, "jsd": 3.0}
+
+
+def test_ranks_share_the_rows_and_forward_as_often(teacher: LocalTeacher) -> None:
+    rollouts = heldout_rollouts(PROMPTS, COMPLETIONS)
+    students = [Counter(), Counter()]
+    for rank, student in enumerate(students):
+        HeldoutEvaluation(rollouts, teacher=teacher, student=student, pack=PACK, rank=rank, world_size=2).measure()
+    assert [student.micro_batches for student in students] == [2, 2]
+    assert sum(student.tokens for student in students) == sum(len(c.token_ids) for c in COMPLETIONS)
+
+
+def test_figures_are_means_over_tokens_from_full_logits(teacher: LocalTeacher, tiny_student: Path) -> None:
+    model = load_causal_lm(str(tiny_student), "float32")
+    student = FrozenStudent(StudentModule(model, OBJECTIVE, 259, torch.float32), torch.device("cpu"))
+    rollouts = heldout_rollouts(PROMPTS, COMPLETIONS)
+    measured = HeldoutEvaluation(rollouts, teacher=teacher, student=student, pack=PACK, rank=0, world_size=1).measure()
+    total, tokens = torch.zeros(3, dtype=torch.float64), 0
+    for rollout in rollouts:
+        ids, span = torch.tensor([rollout.token_ids]), slice(len(rollout.draw.prompt.token_ids) - 1, -1)
+        with torch.no_grad():
+            p = teacher._model(ids).logits[0, span].double().softmax(-1)
+            q = model(ids).logits[0, span].double().softmax(-1)
+        m = (p + q) / 2
+        total += torch.stack(
+            [
+                (p * (p / q).log()).sum(),
+                (q * (q / p).log()).sum(),
+                0.5 * (p * (p / m).log()).sum() + 0.5 * (q * (q / m).log()).sum(),
+            ]
+        )
+        tokens += p.shape[0]
+    expected = dict(
+        zip(("heldout/forward_kl", "heldout/reverse_kl", "heldout/jsd"), (total / tokens).tolist(), strict=True)
+    )
+    assert measured == pytest.approx(expected, rel=1e-4)
+
+
+def test_requests_are_fixed_by_the_seed() -> None:
+    assert heldout_requests(PROMPTS, 1) == heldout_requests(PROMPTS, 1) != heldout_requests(PROMPTS, 2)
+    assert {r.seed for r in heldout_requests(PROMPTS, 1)}.isdisjoint(r.seed for r in sample_requests(PROMPTS, 1))
+
+
+def test_answers_to_look_at_are_greedy() -> None:
+    settings = greedy_settings(SamplingSettings(7, temperature=0.7, top_p=0.5, top_k=3, stop_token_ids=(2,)))
+    assert settings == SamplingSettings(7, temperature=0.0, stop_token_ids=(2,))
