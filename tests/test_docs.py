@@ -65,3 +65,17 @@ def test_the_whole_run_is_what_the_config_says(
     library_page["distil"]()
     assert seen[0].run.steps == 10 and seen[0].run.name == "ten"
     assert capsys.readouterr().out == "(2.0, 1.0)\n"
+
+
+def test_the_readme_shows_the_recorded_quickstart() -> None:
+    import json
+
+    root = DOCS.parent
+    readme = (root / "README.md").read_text()
+    summary = json.loads((root / "benchmarks" / "results" / "quickstart.json").read_text())["summary"]
+    for name, label in (("forward_kl", "forward KL"), ("reverse_kl", "reverse KL"), ("jsd", "JSD")):
+        before, after = summary[f"heldout_{name}_before"], summary[f"heldout_{name}_after"]
+        assert re.search(rf"{label} +{before:.3f} +{after:.3f} +{100 * after / before:.1f} %", readme), label
+    minutes, seconds = divmod(round(summary["wall_s"]), 60)
+    assert f"{summary['steps']} steps in {minutes}m{seconds:02d}s" in readme
+    assert summary["heldout_forward_kl_after"] <= 0.3 * summary["heldout_forward_kl_before"]
