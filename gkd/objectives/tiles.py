@@ -19,6 +19,9 @@ import torch
 _CPU_TILE_BYTES = 512 << 10  # one buffer of a tile; about five of them live at a time
 _TILE_BYTES = 64 << 20  # elsewhere: bounds the temporaries
 
+# Not torch.set_num_threads: vLLM replaces that name by a function that does nothing once its engine is in the process.
+_set_num_threads: Callable[[int], None] = torch._C.set_num_threads  # pyright: ignore[reportAttributeAccessIssue]
+
 Result = TypeVar("Result")
 
 
@@ -39,8 +42,8 @@ def map_tiles(work: Callable[[slice], Result], tiles: Sequence[slice], device: t
         return [work(tile) for tile in tiles]
     op_threads = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(n_threads, initializer=_set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(work, tiles))
     finally:
         # Every thread has its own setting, but the last one set is also what threads yet to come start with.
-        torch.set_num_threads(op_threads)
+        _set_num_threads(op_threads)

@@ -16,9 +16,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch._C.set_num_threads(2)  # pyright: ignore[reportAttributeAccessIssue]
     yield
-    torch.set_num_threads(before)
+    torch._C.set_num_threads(before)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize("n_rows", [0, 1, 5, 1000])
@@ -36,6 +36,13 @@ def test_results_come_in_order_from_threads_with_one_op_thread() -> None:
     assert [start for start, _, _ in seen] == list(range(40))
     assert {n_threads for _, n_threads, _ in seen} == {1}
     assert threading.get_ident() not in {ident for _, _, ident in seen}
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_are_set_where_vllm_has_replaced_the_setter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    assert set(map_tiles(lambda _: torch.get_num_threads(), row_tiles(4, 512 << 10, CPU), CPU)) == {1}
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.usefixtures("two_threads")
