@@ -62,7 +62,7 @@ class DivergenceHead(nn.Module):
     ) -> DivergenceSums:
         assert batch.teacher_hidden is not None
         hard = objective.hard_label_weight
-        outcome: Any = linear_divergence(
+        loss, byproducts = linear_divergence(
             hidden,
             self.weight,
             batch.teacher_hidden,
@@ -88,7 +88,6 @@ class DivergenceHead(nn.Module):
             chunk_bytes=objective.chunk_mib << 20,
             byproducts=True,
         )
-        loss, byproducts = outcome
         return DivergenceSums(loss, torch.stack([byproducts[name].sum() for name in BYPRODUCTS]))
 
     def _logprobs(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
