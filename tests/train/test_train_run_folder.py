@@ -34,11 +34,21 @@ def test_a_fresh_folder_holds_config_and_environment(tmp_path: Path) -> None:
 def test_a_used_folder_is_refused(tmp_path: Path) -> None:
     open_and_close(tmp_path, config())
     (tmp_path / "metrics.jsonl").write_text("{}")
+    (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(RunFolderError, match=r"holds a run; continue it with --resume"):
         open_and_close(tmp_path, config())
     assert (tmp_path / "metrics.jsonl").exists(), "a refusal removes nothing"
     open_and_close(tmp_path, config(), overwrite=True)
     assert not (tmp_path / "metrics.jsonl").exists()
+    assert (tmp_path / "thesis.tex").read_text() == "mine", "only what a run writes is replaced"
+
+
+def test_a_start_that_failed_is_in_nobodys_way(tmp_path: Path) -> None:
+    open_and_close(tmp_path, config())
+    (tmp_path / "student_init").mkdir()
+    (tmp_path / "metrics.jsonl").touch()
+    open_and_close(tmp_path, config(optim={"lr": 0.1}))
+    assert not (tmp_path / "student_init").exists()
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
