@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gkd.config import Config, Launch, cache_folder
 from gkd.data import PromptData, PromptSet, load_prompts, pack
@@ -41,6 +41,7 @@ from gkd.types import Prompt, Rollout, SampleRequest, SamplingSettings, TeacherS
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+Reduction = Literal["token_mean", "sequence_mean"]
 Pack = Callable[[Sequence[Rollout], TeacherScores], list[TokenBatch]]
 
 
@@ -271,12 +272,9 @@ def build_rollouts(config: Config, models: Models, sampler: SyncedSampler, texts
     )
 
 
-def packer(config: Config, models: Models) -> Pack:
+def packer(config: Config, models: Models, reduction: Reduction) -> Pack:
     return partial(
-        pack,
-        micro_batch_size=config.optim.micro_batch_size,
-        pad_token_id=models.pad_token_id,
-        reduction=config.objective.reduction,
+        pack, micro_batch_size=config.optim.micro_batch_size, pad_token_id=models.pad_token_id, reduction=reduction
     )
 
 
@@ -318,12 +316,7 @@ def build_heldout(
         heldout_rollouts(measured, completions),
         teacher=teacher,
         student=student,
-        pack=partial(
-            pack,
-            micro_batch_size=config.optim.micro_batch_size,
-            pad_token_id=models.pad_token_id,
-            reduction="token_mean",
-        ),
+        pack=packer(config, models, "token_mean"),
         rank=launch.rank,
         world_size=launch.world_size,
     )

@@ -132,7 +132,7 @@ class _Run:
             rollout=build.build_rollouts(self.config, self.models, self.sampler, self.texts),
             teacher=self.teacher,
             student=self.student,
-            pack=build.packer(self.config, self.models),
+            pack=build.packer(self.config, self.models, self.config.objective.reduction),
             measure=_measure,
             evaluate=self._evaluate,
             monitor=self.monitor,
