@@ -41,10 +41,16 @@ install-cpu:
 install-cuda:
 	$(PIP) install --no-build-isolation -e ".[cuda,dev]"
 
-quickstart: $(READY)
+# The kernels are built by the install above; again when one of their files changes.
+KERNELS := .venv/.kernels
+$(KERNELS): $(READY) $(wildcard kernels/*/*)
+	$(PIP) install --no-build-isolation --no-deps -e .
+	@touch $@
+
+quickstart: $(KERNELS)
 	$(BIN)/gkd train configs/quickstart.yaml --overwrite
 
-test: $(READY)
+test: $(KERNELS)
 	$(BIN)/python -m pytest -q $(ARGS)
 
 lint: $(READY)
@@ -58,4 +64,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build *.egg-info runs
+	rm -rf .venv build *.egg-info runs gkd/*.so

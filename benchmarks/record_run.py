@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
-
-def device() -> str:
-    """The processor's name and how many of its threads this process may use."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(os.sched_getaffinity(0))} x {names[0] if names else 'unknown processor'}"
+from measure import device
 
 
 def main() -> None:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gkd.config import Config, load_config
     from gkd.errors import GkdError
-    from gkd.ops import divergence, linear_divergence
+    from gkd.ops import divergence, linear_divergence, topk_divergence
     from gkd.train.distiller import Distiller
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Distiller", "GkdError", "divergence", "linear_divergence", "load_config"]
+__all__ = ["Config", "Distiller", "GkdError", "divergence", "linear_divergence", "load_config", "topk_divergence"]
 
 _HOMES = {
     "Config": "gkd.config",
@@ -24,6 +24,7 @@ _HOMES = {
     "divergence": "gkd.ops",
     "linear_divergence": "gkd.ops",
     "load_config": "gkd.config",
+    "topk_divergence": "gkd.ops",
 }
 
 

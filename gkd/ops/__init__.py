@@ -2,5 +2,6 @@
 
 from gkd.ops.divergence import divergence
 from gkd.ops.linear_divergence import CHUNK_BYTES, linear_divergence
+from gkd.ops.topk_divergence import topk_divergence
 
-__all__ = ["CHUNK_BYTES", "divergence", "linear_divergence"]
+__all__ = ["CHUNK_BYTES", "divergence", "linear_divergence", "topk_divergence"]

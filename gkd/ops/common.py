@@ -14,7 +14,8 @@ def times(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     The product is rounded once: upstream is not rounded to a half-precision gradient's dtype first. Where it costs no
     synchronisation to know, a factor of 1 is not worth a pass.
     """
-    if upstream.dim() == 0 and upstream.device.type == "cpu" and float(upstream) == 1.0:
+    known = upstream.dim() == 0 and upstream.device.type == "cpu" and not torch.compiler.is_compiling()
+    if known and float(upstream) == 1.0:
         return gradient.to(dtype)
     column = upstream.reshape(*upstream.shape, *[1] * (gradient.dim() - upstream.dim()))
     return torch.mul(gradient, column, out=torch.empty(gradient.shape, dtype=dtype, device=gradient.device))

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from gkd.errors import ConfigError, InputError
 from gkd.objectives.byproducts import BYPRODUCTS, concatenate
-from gkd.objectives.divergence import Divergence, score_rows, working_dtype
+from gkd.objectives.divergence import Divergence, working_dtype
 from gkd.objectives.hard_label import HardLabels
 from gkd.objectives.reduction import check_reduction, check_weights, reduce_rows, row_factors, weigh
 from gkd.ops.common import times
 from gkd.ops.heads import Head, common_columns
 from gkd.ops.matmul import HeadProduct
+from gkd.ops.rows import score_rows
 
 CHUNK_BYTES = 128 << 20
 """Logits of one side of a chunk, in bytes. Rather few and large: each reads both heads and updates a gradient."""
@@ -136,7 +137,7 @@ def linear_divergence(
     check_weights(weights, rows)
     if weights is not None:
         weights = weights.detach().to(student_hidden.device)
-    hard_labels = _hard_labels(labels, hard_label_weight, weights, student_hidden)
+    hard_labels = _hard_labels(labels, hard_label_weight, weights, student_hidden, columns)
     teacher = teacher.detached()
     job = _Job(spec, student, teacher, columns, weights, reduction, hard_labels, compute_dtype, chunk_bytes, byproducts)
     if not torch.is_grad_enabled():
@@ -322,7 +323,7 @@ def _kept_dtype(total: Tensor, like: Tensor) -> torch.dtype:
 
 
 def _hard_labels(
-    labels: Tensor | None, weight: Tensor | float | None, weights: Tensor | None, hidden: Tensor
+    labels: Tensor | None, weight: Tensor | float | None, weights: Tensor | None, hidden: Tensor, columns: int
 ) -> HardLabels | None:
     """The hard labels of the rows that count, or None. Raises InputError or ConfigError where they do not fit."""
     if labels is None and weight is None:
@@ -341,4 +342,6 @@ def _hard_labels(
     labels = labels.to(hidden.device, torch.int64)
     if weights is not None:
         labels = torch.where(weights != 0, labels, -1)
+    if labels.device.type == "cpu" and bool((labels >= columns).any()):  # elsewhere looking would make the host wait
+        raise InputError(f"labels: {int(labels.max())} is not below {columns}, the number of columns that are compared")
     return HardLabels(labels, weight.detach().to(hidden.device))

@@ -11,10 +11,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from gkd.objectives import KINDS, Divergence, divergence_value, score_rows, value_and_gradient
+from gkd import objectives
+from gkd.objectives import KINDS, Divergence, divergence_value
 from gkd.objectives import tiles as tiles_module
+from gkd.ops import rows
 
 INF = math.inf
+score_rows = objectives.score_rows
+
+
+@pytest.fixture(params=["reference", "native"], autouse=True)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds for the reference and for the kernels."""
+    scorer = {"reference": objectives.score_rows, "native": rows.score_rows}[request.param]
+    monkeypatch.setitem(globals(), "score_rows", scorer)
+
+
+def value_and_gradient(student: Tensor, teacher: Tensor, spec: Divergence) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+    gradient = torch.empty(student.shape, dtype=wide)
+    return score_rows(student, teacher, spec, gradient=gradient).value, gradient
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -1,0 +1,100 @@
+"""The native kernels of `kernels/`: finding them, and the one op they offer.
+
+Legend: N rows (tokens), V vocabulary. `torch.ops.gkd.score_rows` computes what it is given memory for. Its schema is in
+kernels/shared/op.h, the layout of `stats` [N, 5] and `sums` [N, 3] in kernels/shared/spec.h.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gkd.objectives.divergence import Divergence
+
+KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha")  # enum Kind
+STATS = ("student_max", "student_sum", "teacher_max", "teacher_sum", "cross")  # enum Stat
+SUMS = ("value", "first", "second")  # enum Sum
+BYPRODUCTS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")  # enum Byproduct
+
+_FOLDER = Path(__file__).parent.parent
+_REBUILD = "build them with: pip install --no-build-isolation --no-deps -e . (README: make venv)"
+
+
+@functools.cache
+def devices() -> frozenset[str]:
+    """The device types that have kernels here. Warns, once, where they should be and are not."""
+    if not (_FOLDER / "_cpu.so").exists():
+        warnings.warn(f"gkd's native kernels are missing, the slow reference is used; {_REBUILD}", stacklevel=2)
+        return frozenset()
+    torch.ops.load_library(_FOLDER / "_cpu.so")
+    torch.library.register_fake("gkd::score_rows", lambda *_: None)
+    if not torch.cuda.is_available():
+        return frozenset({"cpu"})
+    if not (_FOLDER / "_cuda.so").exists():
+        warnings.warn(f"gkd's CUDA kernels are missing, the slow reference is used; {_REBUILD}", stacklevel=2)
+        return frozenset({"cpu"})
+    torch.ops.load_library(_FOLDER / "_cuda.so")
+    return frozenset({"cpu", "cuda"})
+
+
+def supports(*tensors: Tensor) -> bool:
+    """Whether there are kernels for matrices of these devices, dtypes and strides."""
+    device = tensors[0].device.type
+    if device not in devices():
+        return False
+    if device == "cuda" and any(tensor.dtype == torch.float64 for tensor in tensors):
+        return False
+    return all(tensor.shape[1] == 1 or tensor.stride(1) == 1 for tensor in tensors)
+
+
+def score_rows(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    divergence: Divergence,
+    *,
+    alive: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    labels: Tensor | None = None,
+    hard_weight: Tensor | None = None,
+    given_stats: Tensor | None = None,
+    given_sums: Tensor | None = None,
+    stats: Tensor | None = None,
+    sums: Tensor | None = None,
+    value: Tensor | None = None,
+    gradient: Tensor | None = None,
+    byproducts: Tensor | None = None,
+) -> None:
+    """Fills the last five, as far as they are given, for logits [N, V] of adjacent columns.
+
+    alive           [N] bool; a row where it is False is not read, and all of its outputs are 0.
+    row_scale       [N]; multiplies the rows of the gradient.
+    labels, hard_weight  [N] int64 and [N]: mixes in the cross-entropy (`gkd.objectives.hard_label`).
+    given_stats, given_sums  what an earlier call put into stats and sums, to skip the passes that find them.
+    stats [N, 5], sums [N, 3], byproducts [5, N]: see STATS, SUMS and BYPRODUCTS; value [N], the loss of each row.
+    gradient        [N, V or more] of any floating dtype; may lie in the student's own memory. Columns from V on get 0.
+
+    All but logits, gradient and alive are float32, float64 where one side's logits are.
+    """
+    torch.ops.gkd.score_rows(
+        student_logits,
+        teacher_logits,
+        KINDS.index(divergence.limit),
+        divergence.parameter,
+        divergence.temperature,
+        divergence.scale,
+        alive,
+        row_scale,
+        labels,
+        hard_weight,
+        given_stats,
+        given_sums,
+        stats,
+        sums,
+        value,
+        gradient,
+        byproducts,
+    )

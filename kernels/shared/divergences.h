@@ -1,0 +1,263 @@
+// Every divergence, once, for all devices. The formulas with their sources: gkd/objectives/closed_forms.py.
+//
+// M is the arithmetic of a device (kernels/cpu/math.h, kernels/cuda/math.cuh):
+//   M::S            the scalar, float or double;   M::F   what it computes on: a vector of S, or S itself
+//   M::exp2_nonpositive(x, scale)  2^(x scale), 0 where that underflows
+//   M::expm1(x)     e^x - 1 for |x| <= 90           M::log1p(y)   for y >= -1/2        M::abs(x)
+//   M::kl_curve(x)  x + e^-x - 1 for |x| < kNearLogRatio, to full relative accuracy
+//   M::xlogx_curve(y)  ((1+y) log(1+y) - y) / y^2 for |y| < kNearRatio, likewise
+//   M::log(x)       of a scalar                     M::product(a, b)  rounded: never fused with what follows, so that
+//                                                   equal probabilities have a difference of 0
+//
+// A divergence has
+//   value(pair)            its term of the row's sum
+//   first(pair), second(pair)  terms of the two sums over the row that its gradient needs (0 where it needs none)
+//   gradient(pair, first, second)  with respect to student_logits / temperature, given those two sums
+//   needs_sums             whether gradient uses them
+// Adding one: a struct here, a line in `dispatch`, its name in Kind, in gkd/ops/native.py and in closed_forms.py.
+#pragma once
+
+#include "spec.h"
+
+namespace gkd {
+
+template <class M>
+struct Pair {
+  using F = typename M::F;
+  F student;    // Q
+  F teacher;    // P
+  F log_ratio;  // d = log P - log Q; +-inf where one of them is 0, NaN where both are -inf logits
+};
+
+// Comparisons with NaN are false, so a NaN log ratio (both sides impossible) comes out finite, and 0 times it is 0.
+template <class M>
+GKD_INLINE typename M::F at_least(typename M::F x, typename M::S low) {
+  return x > low ? x : typename M::F{} + low;
+}
+
+template <class M>
+GKD_INLINE typename M::F clamp(typename M::F x) {
+  using F = typename M::F;
+  const typename M::S far = kFar;
+  F below = x < far ? x : F{} + far;
+  return below > -far ? below : F{} - far;
+}
+
+// A term of KL(first || second): first (l + e^-l - 1) >= 0, l = log first/second. The sum over a row of first l alone
+// has 2.5e-6 nat of absolute error; this form keeps its relative accuracy.
+template <class M>
+GKD_INLINE typename M::F kl_term(typename M::F first, typename M::F second, typename M::F l) {
+  using F = typename M::F;
+  using S = typename M::S;
+  l = at_least<M>(l, -S(kFar));
+  l = first > S(0) ? l : F{} - S(kFar);  // 0 * inf = 0
+  return M::abs(l) < S(kNearLogRatio) ? first * M::kl_curve(l) : first * l - first + second;
+}
+
+// The mixture w L + (1 - w) H of a heavier and a lighter side, w <= 1/2: accurate for w near 0, where taking it from
+// the lighter side is not.
+template <class M>
+struct Mixture {
+  using F = typename M::F;
+  using S = typename M::S;
+  F log_ratio;  // log L/H, within +-kFar
+  F ratio;      // L/H - 1
+  F to_heavy;   // log M/H
+  F to_light;   // log M/L
+
+  GKD_INLINE Mixture(F light_over_heavy, S light_weight) {
+    log_ratio = clamp<M>(light_over_heavy);
+    ratio = M::expm1(log_ratio);
+    to_heavy = M::log1p(light_weight * ratio);
+    to_light = to_heavy - log_ratio;
+  }
+};
+
+// log M/P and log M/Q of M = w P + (1 - w) Q for any w in [0, 1].
+template <class M>
+struct LogMixture {
+  using F = typename M::F;
+  using S = typename M::S;
+  F to_teacher, to_student;
+
+  GKD_INLINE LogMixture(const Pair<M>& pair, S teacher_weight) {
+    if (teacher_weight <= S(0.5)) {
+      Mixture<M> mixture(pair.log_ratio, teacher_weight);
+      to_teacher = mixture.to_light;
+      to_student = mixture.to_heavy;
+    } else {
+      Mixture<M> mixture(-pair.log_ratio, S(1) - teacher_weight);
+      to_teacher = mixture.to_heavy;
+      to_student = mixture.to_light;
+    }
+  }
+};
+
+// Gradients of the general form g = u - Q sum(u), u = Q dD/dQ up to a multiple of Q.
+template <class M, class D>
+struct Centred {
+  using F = typename M::F;
+  using S = typename M::S;
+  static constexpr bool needs_sums = true;
+  GKD_INLINE F first(const Pair<M>& pair) const { return static_cast<const D*>(this)->slope(pair); }
+  GKD_INLINE F second(const Pair<M>&) const { return F{}; }
+  GKD_INLINE F gradient(const Pair<M>& pair, S first_sum, S) const {
+    return static_cast<const D*>(this)->slope(pair) - pair.student * first_sum;
+  }
+};
+
+template <class M>
+struct ForwardKl {
+  using F = typename M::F;
+  using S = typename M::S;
+  static constexpr bool needs_sums = false;
+  GKD_INLINE explicit ForwardKl(S) {}
+  GKD_INLINE F value(const Pair<M>& pair) const { return kl_term<M>(pair.teacher, pair.student, pair.log_ratio); }
+  GKD_INLINE F first(const Pair<M>&) const { return F{}; }
+  GKD_INLINE F second(const Pair<M>&) const { return F{}; }
+  GKD_INLINE F gradient(const Pair<M>& pair, S, S) const { return pair.student - pair.teacher; }
+};
+
+template <class M>
+struct ReverseKl : Centred<M, ReverseKl<M>> {
+  using F = typename M::F;
+  using S = typename M::S;
+  GKD_INLINE explicit ReverseKl(S) {}
+  GKD_INLINE F value(const Pair<M>& pair) const { return kl_term<M>(pair.student, pair.teacher, -pair.log_ratio); }
+  GKD_INLINE F slope(const Pair<M>& pair) const { return -pair.student * clamp<M>(pair.log_ratio); }
+};
+
+template <class M>
+struct Jsd : Centred<M, Jsd<M>> {
+  using F = typename M::F;
+  using S = typename M::S;
+  S beta, light;
+  bool student_is_heavy;
+  GKD_INLINE explicit Jsd(S beta_) : beta(beta_), student_is_heavy(beta_ <= S(0.5)) {
+    light = student_is_heavy ? beta : S(1) - beta;
+  }
+  GKD_INLINE Mixture<M> mixture(const Pair<M>& pair) const {
+    return Mixture<M>(student_is_heavy ? pair.log_ratio : -pair.log_ratio, light);
+  }
+  // Per unit of H, with x = L/H - 1 and f(y) = (1 + y) log(1 + y) - y, the term is w f(x) - f(w x).
+  GKD_INLINE F value(const Pair<M>& pair) const {
+    Mixture<M> m = mixture(pair);
+    F heavy = student_is_heavy ? pair.student : pair.teacher;
+    F lighter = student_is_heavy ? pair.teacher : pair.student;
+    F mixed = light * m.ratio;
+    F near = heavy * m.ratio * m.ratio * light * (M::xlogx_curve(m.ratio) - light * M::xlogx_curve(mixed));
+    F far = -light * lighter * m.to_light - (S(1) - light) * heavy * m.to_heavy;
+    return M::abs(m.ratio) < S(kNearRatio) ? near : far;
+  }
+  GKD_INLINE F slope(const Pair<M>& pair) const {
+    Mixture<M> m = mixture(pair);
+    return (beta - S(1)) * pair.student * (student_is_heavy ? m.to_heavy : m.to_light);
+  }
+};
+
+template <class M>
+struct SkewForwardKl : Centred<M, SkewForwardKl<M>> {
+  using F = typename M::F;
+  using S = typename M::S;
+  S alpha;
+  GKD_INLINE explicit SkewForwardKl(S alpha_) : alpha(alpha_) {}
+  GKD_INLINE F value(const Pair<M>& pair) const {
+    F mixed = alpha * pair.teacher + (S(1) - alpha) * pair.student;
+    return kl_term<M>(pair.teacher, mixed, -LogMixture<M>(pair, alpha).to_teacher);
+  }
+  GKD_INLINE F slope(const Pair<M>& pair) const {  // (1 - alpha) Q (1 - P/M)
+    return (alpha - S(1)) * pair.student * M::expm1(-LogMixture<M>(pair, alpha).to_teacher);
+  }
+};
+
+template <class M>
+struct SkewReverseKl : Centred<M, SkewReverseKl<M>> {
+  using F = typename M::F;
+  using S = typename M::S;
+  S alpha;
+  GKD_INLINE explicit SkewReverseKl(S alpha_) : alpha(alpha_) {}
+  GKD_INLINE F value(const Pair<M>& pair) const {
+    F mixed = (S(1) - alpha) * pair.teacher + alpha * pair.student;
+    return kl_term<M>(pair.student, mixed, -LogMixture<M>(pair, S(1) - alpha).to_student);
+  }
+  GKD_INLINE F slope(const Pair<M>& pair) const {  // Q (log Q/M + alpha (1 - Q/M))
+    F to_student = LogMixture<M>(pair, S(1) - alpha).to_student;
+    return pair.student * (-alpha * M::expm1(-to_student) - to_student);
+  }
+};
+
+// With Q split into its mass above P and the rest, g = above sum(below) - below sum(above): u - Q sum(u) would cancel
+// where the two hardly overlap.
+template <class M>
+struct TotalVariation {
+  using F = typename M::F;
+  using S = typename M::S;
+  static constexpr bool needs_sums = true;
+  GKD_INLINE explicit TotalVariation(S) {}
+  GKD_INLINE F value(const Pair<M>& pair) const { return S(0.5) * M::abs(pair.teacher - pair.student); }
+  GKD_INLINE F first(const Pair<M>& pair) const { return share_above(pair) * pair.student; }
+  GKD_INLINE F second(const Pair<M>& pair) const { return (S(1) - share_above(pair)) * pair.student; }
+  GKD_INLINE F gradient(const Pair<M>& pair, S above_sum, S below_sum) const {
+    F share = share_above(pair);
+    return pair.student * (share * below_sum - (S(1) - share) * above_sum);
+  }
+
+ private:
+  GKD_INLINE static F share_above(const Pair<M>& pair) {
+    F half = F{} + S(0.5);
+    return pair.log_ratio < S(0) ? F{} + S(1) : (pair.log_ratio > S(0) ? F{} : half);
+  }
+};
+
+// Terms base (e^(w l) - 1) + w (base - other), l = log other/base, from the side that carries more weight.
+template <class M>
+struct Alpha : Centred<M, Alpha<M>> {
+  using F = typename M::F;
+  using S = typename M::S;
+  S alpha, weight;
+  bool mirrored;
+  GKD_INLINE explicit Alpha(S alpha_) : alpha(alpha_), mirrored(alpha_ > S(0.5)) {
+    weight = mirrored ? S(1) - alpha : alpha;
+  }
+  GKD_INLINE F value(const Pair<M>& pair) const {
+    F l = log_ratio(pair), base = mirrored ? pair.teacher : pair.student;
+    F other = mirrored ? pair.student : pair.teacher;
+    F near = base * (M::kl_curve(-weight * l) - weight * M::kl_curve(-l));
+    F far = base * M::expm1(tilt(l)) + weight * (base - other);
+    return (M::abs(l) < S(kNearLogRatio) ? near : far) * (S(1) / (alpha * (alpha - S(1))));
+  }
+  GKD_INLINE F slope(const Pair<M>& pair) const {  // (Q - P^alpha Q^(1 - alpha)) / alpha
+    F l = log_ratio(pair), base = mirrored ? pair.teacher : pair.student;
+    F tilted = base * M::expm1(tilt(l));
+    if (mirrored) {
+      F difference = M::abs(l) < S(kNearLogRatio) ? -base * M::expm1(l) : base - pair.student;
+      tilted = tilted + difference;
+    }
+    return tilted * (S(-1) / alpha);
+  }
+
+ private:
+  GKD_INLINE F log_ratio(const Pair<M>& pair) const { return mirrored ? -pair.log_ratio : pair.log_ratio; }
+  // Not the log ratio itself is bounded: e^(-kFar w) is not small for a small w.
+  GKD_INLINE F tilt(F l) const {
+    F tilted = weight * l;
+    return tilted < S(kFar) ? tilted : F{} + S(kFar);
+  }
+};
+
+// Calls visit(divergence) with the divergence of that kind and parameter.
+template <class M, class Visitor>
+GKD_INLINE void dispatch(Kind kind, typename M::S parameter, Visitor&& visit) {
+  switch (kind) {
+    case Kind::forward_kl: return visit(ForwardKl<M>(parameter));
+    case Kind::reverse_kl: return visit(ReverseKl<M>(parameter));
+    case Kind::jsd: return visit(Jsd<M>(parameter));
+    case Kind::skew_forward_kl: return visit(SkewForwardKl<M>(parameter));
+    case Kind::skew_reverse_kl: return visit(SkewReverseKl<M>(parameter));
+    case Kind::tvd: return visit(TotalVariation<M>(parameter));
+    case Kind::alpha: return visit(Alpha<M>(parameter));
+    case Kind::count: return;
+  }
+}
+
+}  // namespace gkd

@@ -1,0 +1,38 @@
+// What the kernels of every device agree on. Python's side of it is gkd/ops/native.py.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define GKD_INLINE __host__ __device__ __forceinline__
+#else
+#define GKD_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace gkd {
+
+// The order is that of KINDS in gkd/ops/native.py.
+enum class Kind : int64_t { forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, tvd, alpha, count };
+
+enum class Dtype : int { float16, bfloat16, float32, float64 };
+
+constexpr double kLog2E = 1.4426950408889634;
+
+// Beyond a log ratio of 45 one probability is as good as 0 beside the other, in any dtype: e^-45 = 3e-20.
+constexpr float kFar = 45.0f;
+// Up to here a term that is second order in the log ratio comes from a series, beyond from its definition.
+constexpr float kNearLogRatio = 0.5f;
+constexpr float kNearRatio = 0.25f;
+
+// Columns of the `stats` of a row or of a shard of it. Maxima are those of the raw logits, sums those of
+// e^((logit - maximum) / temperature). cross is, with x the logits over the temperature,
+//   sum e^(x_teacher - max) (x_teacher - x_student) for the forward KL and, with the sides exchanged, for the reverse KL.
+enum Stat { kStudentMax, kStudentSum, kTeacherMax, kTeacherSum, kCross, kStats };
+
+// Columns of the `sums` of a row or of a shard of it: the divergence, and what its gradient needs to know of the row.
+enum Sum { kValue, kFirst, kSecond, kSums };
+
+// Columns of the by-products, in the order of gkd.objectives.BYPRODUCTS without "divergence".
+enum Byproduct { kForwardKl, kReverseKl, kStudentEntropy, kTeacherEntropy, kTop1Agreement, kByproducts };
+
+}  // namespace gkd
