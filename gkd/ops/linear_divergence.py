@@ -237,7 +237,7 @@ def _pass(
         teacher_product = teacher.product(job.columns, job.weights, job.compute_dtype, dtype)
         gradients = _Gradients(job, student_product, needs)
         factors = gradients.row_factors(factors)
-        buffers = _Buffers(job, any(needs))
+        buffers = _Buffers(job, student_product.gradient_dtype if any(needs) else None)
         for rows in job.chunks():
             student_logits, teacher_logits, gradient = buffers.of(rows)  # [n, V] each
             scores = score_rows(
@@ -262,12 +262,16 @@ def _pass(
 class _Buffers:
     """The [n, V] matrices of a pass, made once. The gradient overwrites the student's logits where it can."""
 
-    def __init__(self, job: _Job, with_gradient: bool) -> None:
+    def __init__(self, job: _Job, gradient_dtype: torch.dtype | None) -> None:
         largest = max((rows.stop - rows.start for rows in job.chunks()), default=0)
         device = job.student.hidden.device
         self._logits = [torch.empty(largest, job.columns, dtype=job.dtype, device=device) for _ in range(2)]
-        self._gradient = self._logits[0] if with_gradient else None
-        if with_gradient and job.student.softcap is not None:  # the cap's derivative needs the logits afterwards
+        self._gradient: Tensor | None = None
+        if gradient_dtype is None:
+            return
+        if job.student.softcap is None:  # a row's gradient lies where its logits were, be it in half of the memory
+            self._gradient = self._logits[0].view(gradient_dtype)[:, : job.columns]
+        else:  # the cap's derivative needs the logits afterwards
             self._gradient = torch.empty_like(self._logits[0])
 
     def of(self, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -306,7 +310,7 @@ class _Gradients:
         if self._weight is not None:
             self._product.add_head_gradient(rows, logits_gradient, self._weight[: self._columns], self._first)
         if self._bias is not None:
-            self._bias[: self._columns] += logits_gradient.sum(dim=0)
+            self._bias[: self._columns] += logits_gradient.sum(dim=0, dtype=self._bias.dtype)
         self._first = False
 
     def results(self) -> list[Tensor | None]:

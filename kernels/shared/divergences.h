@@ -51,7 +51,8 @@ GKD_INLINE typename M::F kl_term(typename M::F first, typename M::F second, type
   using S = typename M::S;
   l = at_least<M>(l, -S(kFar));
   l = first > S(0) ? l : F{} - S(kFar);  // 0 * inf = 0
-  return M::abs(l) < S(kNearLogRatio) ? first * M::kl_curve(l) : first * l - first + second;
+  const F near = first * M::kl_curve(l), far = first * l - first + second;
+  return M::abs(l) < S(kNearLogRatio) ? near : far;
 }
 
 // The mixture w L + (1 - w) H of a heavier and a lighter side, w <= 1/2: accurate for w near 0, where taking it from
@@ -124,7 +125,12 @@ struct ReverseKl : Centred<M, ReverseKl<M>> {
   using S = typename M::S;
   GKD_INLINE explicit ReverseKl(S) {}
   GKD_INLINE F value(const Pair<M>& pair) const { return kl_term<M>(pair.student, pair.teacher, -pair.log_ratio); }
-  GKD_INLINE F slope(const Pair<M>& pair) const { return -pair.student * clamp<M>(pair.log_ratio); }
+  // Only what is infinite is bounded: then the sum of the slopes is the divergence itself, wherever that is finite.
+  GKD_INLINE F slope(const Pair<M>& pair) const {
+    F l = pair.log_ratio;
+    l = M::abs(l) < S(__builtin_huge_valf()) ? l : clamp<M>(l);
+    return -pair.student * l;
+  }
 };
 
 template <class M>
