@@ -1,5 +1,5 @@
 # Two commands do all the set-up:  make quickstart   and   make test
-.PHONY: help venv quickstart test lint format clean
+.PHONY: help venv quickstart test lint format gpu-check cuda clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
@@ -16,6 +16,8 @@ help:
 	@echo "make quickstart   distil SmolLM2-135M into 20 of its 30 layers (.venv, weights and all; minutes on 2 cores)"
 	@echo "make test         every test that this machine can run"
 	@echo "make lint         ruff, pyright, import contracts      make format   ruff format"
+	@echo "make gpu-check    build, test, sanitize and time the CUDA kernels on a GPU (torch, numpy, pytest, nvcc; WHEELS=dir)"
+	@echo "make cuda         cross-compile the CUDA kernels, GPU or not"
 	@echo "make venv         make .venv ready and nothing else    ACCELERATOR=cpu|cuda (found: $(ACCELERATOR))"
 
 venv: $(READY)
@@ -52,6 +54,15 @@ quickstart: $(KERNELS)
 
 test: $(KERNELS)
 	$(BIN)/python -m pytest -q $(ARGS)
+
+# On a machine with a GPU, torch, numpy, pytest and nvcc; no virtual environment and no network are needed.
+GPU_PYTHON ?= python3
+gpu-check:
+	$(GPU_PYTHON) benchmarks/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) $(if $(OUT),--out $(OUT))
+
+# Cross-compiles the CUDA kernels for all architectures, GPU or not.
+cuda: $(READY)
+	GKD_BUILD_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
 
 lint: $(READY)
 	$(BIN)/ruff check .

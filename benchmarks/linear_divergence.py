@@ -24,7 +24,7 @@ from measure import Candidate, Errors, Results
 from torch import Tensor
 
 from gkd.objectives import KINDS, Divergence, divergence_value
-from gkd.ops.linear_divergence import CHUNK_BYTES
+from gkd.ops.linear_divergence import default_chunk_bytes
 
 CPU_SHAPES = ["1024x576x576x49152"]
 CUDA_SHAPES = [f"{rows}x{widths}x128256" for rows in (1024, 8192) for widths in ("4096x4096", "2048x4096")]
@@ -84,14 +84,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--beta", type=float, default=0.5)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--ignored", type=float, default=0.0, help="share of the rows, 0 to 1")
-    parser.add_argument("--chunk-mib", type=int, help="gkd's chunk_bytes; default 1024 on CUDA, else gkd's own")
+    parser.add_argument("--chunk-mib", type=int, help="gkd's chunk_bytes; default: gkd's own")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--repeats", type=int, help="rounds; default 25, with --quick 5")
     parser.add_argument("--quick", action="store_true", help="few rounds, one input: a look, not a measurement")
     parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/linear_divergence_{device}.csv"))
     options = parser.parse_args()
     options.repeats = options.repeats or (5 if options.quick else 25)
-    options.chunk_mib = options.chunk_mib or (1024 if options.device == "cuda" else CHUNK_BYTES // measure.MIB)
+    options.chunk_mib = options.chunk_mib or default_chunk_bytes(torch.device(options.device)) // measure.MIB
     return options
 
 

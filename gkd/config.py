@@ -135,7 +135,9 @@ class ObjectiveConfig(Section):
     reduction: Literal["token_mean", "sequence_mean"] = Field(
         "token_mean", description="mean over the global batch's scored tokens, or of each sequence's mean"
     )
-    chunk_mib: int = Field(128, ge=1, description="float32 logits in memory at once")
+    chunk_mib: int | None = Field(
+        None, ge=1, description="float32 logits of one side in memory at once; null: 128 on a CPU, 1024 on a GPU"
+    )
 
 
 class OptimConfig(Section):

@@ -1,7 +1,7 @@
 """Differentiable losses for a training loop: closed-form gradients behind plain function calls."""
 
 from gkd.ops.divergence import divergence
-from gkd.ops.linear_divergence import CHUNK_BYTES, linear_divergence
+from gkd.ops.linear_divergence import linear_divergence
 from gkd.ops.topk_divergence import topk_divergence
 
-__all__ = ["CHUNK_BYTES", "divergence", "linear_divergence", "topk_divergence"]
+__all__ = ["divergence", "linear_divergence", "topk_divergence"]

@@ -22,8 +22,10 @@ from gkd.ops.heads import Head, common_columns
 from gkd.ops.matmul import HeadProduct
 from gkd.ops.rows import score_rows
 
-CHUNK_BYTES = 128 << 20
-"""Logits of one side of a chunk, in bytes. Rather few and large: each reads both heads and updates a gradient."""
+
+def default_chunk_bytes(device: torch.device) -> int:
+    """Logits of one side of a chunk. Rather few and large chunks: each reads both heads and updates a gradient."""
+    return 1 << 30 if device.type == "cuda" else 128 << 20
 
 
 class LinearOptions(TypedDict, total=False):
@@ -46,7 +48,7 @@ class LinearOptions(TypedDict, total=False):
     scale_by_temperature_squared: bool
     normalize_jsd: bool
     compute_dtype: torch.dtype | None
-    chunk_bytes: int
+    chunk_bytes: int | None
 
 
 @overload
@@ -99,7 +101,7 @@ def linear_divergence(
     scale_by_temperature_squared: bool = False,
     normalize_jsd: bool = False,
     compute_dtype: torch.dtype | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     byproducts: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """A divergence between two models over the whole vocabulary, from hidden states [N, H] and heads [V, H].
@@ -117,7 +119,7 @@ def linear_divergence(
                         temperature 1 (`gkd.objectives.hard_label`). A negative label (-100) means h = 0.
     compute_dtype       round hidden states and heads to this dtype before the products, as autocast would; gradients
                         still come back unrounded in their inputs' dtypes. Default: the inputs as they are.
-    chunk_bytes         memory for one side's logits; a few buffers of this size live at a time.
+    chunk_bytes         memory for one side's logits, of which two live at a time; default 128 MiB, on CUDA 1 GiB.
     byproducts          also return {name: [N]} of `gkd.objectives.BYPRODUCTS`, detached; 0 in ignored rows.
 
     Returns the loss, float32 (float64 for float64 inputs), or (loss, byproducts). Differentiable once, in the student's
@@ -128,6 +130,8 @@ def linear_divergence(
     """
     spec = Divergence(kind, beta, alpha, temperature, scale_by_temperature_squared, normalize_jsd)
     check_reduction(reduction)
+    if chunk_bytes is None:
+        chunk_bytes = default_chunk_bytes(student_hidden.device)
     if chunk_bytes < 1:
         raise ConfigError(f"chunk_bytes: {chunk_bytes} must be at least 1")
     student = Head("student", student_hidden, student_head, student_bias, student_softcap, student_logit_scale)

@@ -76,7 +76,7 @@ class HeadProduct:
             with _precision(self.bfloat16):
                 _ = out.addmm_(left, right, beta=1.0 if add else 0.0)
         elif left.is_cuda and add:
-            out.add_(torch.mm(left, right, out_dtype=self.dtype))
+            torch.addmm(out, left, right, out_dtype=self.dtype, out=out)
         elif left.is_cuda:
             torch.mm(left, right, out_dtype=self.dtype, out=out)
         else:
@@ -92,7 +92,7 @@ def _multiplies_as_is(operand: Tensor) -> bool:
 
 @functools.cache
 def _mkl_gemm() -> Callable[..., None] | None:
-    """The MKL inside torch: its cblas_gemm_bf16bf16f32 (oneMKL manual, "cblas_gemm_*"); None where it is not or is slow."""
+    """MKL inside torch: cblas_gemm_bf16bf16f32 (oneMKL manual, "cblas_gemm_*"); None where it is not, or is slow."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     if not (torch.backends.mkl.is_available() and torch.cpu._is_amx_tile_supported() and library.exists()):
         return None

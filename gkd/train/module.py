@@ -85,7 +85,7 @@ class DivergenceHead(nn.Module):
             scale_by_temperature_squared=objective.scale_by_temperature_squared,
             normalize_jsd=objective.normalize_jsd,
             compute_dtype=self._dtype,
-            chunk_bytes=objective.chunk_mib << 20,
+            chunk_bytes=None if objective.chunk_mib is None else objective.chunk_mib << 20,
             byproducts=True,
         )
         return DivergenceSums(loss, torch.stack([byproducts[name].sum() for name in BYPRODUCTS]))
