@@ -33,7 +33,7 @@ ISA_FLAGS = {
     "rows_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
 NVCC_FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-DUSE_CUDA", *STABLE_ABI]
-NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-lineinfo"]
+NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
 def torch_paths() -> tuple[Path, Path]:
@@ -132,11 +132,13 @@ class BuildKernels(build_ext):
 
 
 def cuda_home() -> Path:
-    """The toolkit that the compiler belongs to."""
-    compiler = nvcc()
-    return Path(
-        os.environ.get("CUDA_HOME") or (Path(compiler).resolve().parent.parent if compiler else "/usr/local/cuda")
-    )
+    """The toolkit that the compiler belongs to, which the one on the path may only be a script for."""
+    if "CUDA_HOME" in os.environ:
+        return Path(os.environ["CUDA_HOME"])
+    asked = [nvcc() or "nvcc", "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
+    lines = subprocess.run(asked, capture_output=True, text=True).stderr.splitlines()
+    top = next((line.split("TOP=", 1)[1] for line in lines if "TOP=" in line), "/usr/local/cuda")
+    return Path(top).resolve()
 
 
 def extensions() -> list[Extension]:

@@ -19,7 +19,7 @@ from gkd.errors import ConfigError, InputError
 from gkd.objectives.byproducts import concatenate, row_byproducts
 from gkd.objectives.closed_forms import DEFINITIONS, RowPair
 from gkd.objectives.hard_label import HardLabels
-from gkd.objectives.tiles import map_tiles, row_tiles
+from gkd.objectives.tiles import row_tiles
 
 KINDS = tuple(DEFINITIONS)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -136,7 +136,6 @@ def score_rows(
     dtype = check_logits(student_logits, teacher_logits)
     value = torch.empty(student_logits.shape[0], dtype=dtype, device=student_logits.device)
 
-    @torch.no_grad()
     def score_tile(rows: slice) -> dict[str, Tensor]:
         student, teacher = student_logits[rows].to(dtype), teacher_logits[rows].to(dtype)  # [n, V]
         if alive is not None:
@@ -163,7 +162,7 @@ def score_rows(
 
     n_rows, vocabulary = student_logits.shape
     tiles = row_tiles(n_rows, vocabulary * dtype.itemsize, student_logits.device)
-    measured = map_tiles(score_tile, tiles, student_logits.device)
+    measured = [score_tile(rows) for rows in tiles]
     return RowScores(value, concatenate(measured, value) if byproducts else {})
 
 

@@ -26,14 +26,15 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gkd.errors import ConfigError
-from gkd.objectives.divergence import Divergence, score_rows, working_dtype
-from gkd.objectives.tiles import map_tiles, row_tiles
+from gkd.objectives.divergence import Divergence, RowScores, score_rows, working_dtype
+from gkd.objectives.tiles import row_tiles
 
 MODES = ("tail", "renormalized", "truncated")
 
@@ -47,6 +48,15 @@ def check_mode(mode: str, kind: str) -> None:
         raise ConfigError(f"mode: 'truncated' is for forward_kl alone; {kind} has the modes 'tail' and 'renormalized'")
 
 
+@dataclass(frozen=True)
+class TopkFunctions:
+    """What works on whole rows: the functions of these names, or others that keep to their docstrings."""
+
+    student_topk_log_probs: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+    write_topk_gradient: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor], None]
+    score_rows: Callable[..., RowScores]
+
+
 @torch.no_grad()
 def score_topk_rows(
     student_logits: Tensor,
@@ -58,6 +68,7 @@ def score_topk_rows(
     gradient: Tensor | None = None,
     gradient_scale: Tensor | None = None,
     alive: Tensor | None = None,
+    functions: TopkFunctions | None = None,
 ) -> Tensor:
     """The losses [N] of rows of student logits [N, V] against the teacher's [N, K] ids and log-probabilities.
 
@@ -65,24 +76,27 @@ def score_topk_rows(
     gradient        buffer [N, V] for the gradient with respect to student_logits; may be student_logits itself.
     gradient_scale  [N]; multiplies the rows of the gradient, not the values.
     alive           [N] bool; a row where it is False scores 0 and is not looked at.
+    functions       None: those of this file and of `divergence.py`.
 
     Returns float32 (float64 for float64 student logits). No host synchronisation.
     Raises ConfigError for a mode that does not exist or does not fit, InputError for a dtype that is not a float.
     """
     check_mode(mode, divergence.kind)
+    functions = functions or REFERENCE
     dtype = working_dtype(student_logits)
     ids = usable_ids(teacher_ids, student_logits.shape[-1], alive)  # [N, K]
     teacher = teacher_log_probs.to(working_dtype(teacher_log_probs)).masked_fill(ids < 0, -math.inf)  # [N, K]
     if mode == "truncated":
-        scores = _score_truncated(student_logits, ids, teacher.to(dtype), divergence.temperature)
+        scores = _score_truncated(student_logits, ids, teacher.to(dtype), divergence.temperature, functions)
     else:
-        scores = _score_outcomes(student_logits, ids, teacher, divergence, mode)
+        scores = _score_outcomes(student_logits, ids, teacher, divergence, mode, functions)
     scale = divergence.scale / _at_temperature_1(divergence).scale  # T^2 or 1
     if gradient is not None:
         rows = torch.full_like(scores.value, scale / divergence.temperature)  # [N]
         rows = rows if gradient_scale is None else rows * gradient_scale
         on_k, off_k = scores.on_k * rows.unsqueeze(-1), scores.off_k * rows
-        write_topk_gradient(student_logits, ids, on_k, off_k, scores.logsumexp, divergence.temperature, gradient)
+        factors = on_k, off_k, scores.logsumexp
+        functions.write_topk_gradient(student_logits, ids, *factors, divergence.temperature, gradient)
     return scores.value * scale
 
 
@@ -118,22 +132,19 @@ def student_topk_log_probs(student_logits: Tensor, ids: Tensor, temperature: flo
     ids [N, K] int64: -1 is an empty slot, whose log Q is -inf; no other id stands twice in a row. All three are float32
     (float64 for float64 logits). log Q and the tail are relative to the logsumexp as it was rounded, which is off by as
     much as 2e-5 for logits of 300: they share this error, so it drops out when they are normalised.
+    Of a row that has only empty slots nothing but the log Q is defined.
     """
     n_rows, vocabulary = student_logits.shape
     dtype, device = working_dtype(student_logits), student_logits.device
     on_k = torch.empty(ids.shape, dtype=dtype, device=device)  # [N, K]
     tail, logsumexp = (torch.empty(n_rows, dtype=dtype, device=device) for _ in range(2))  # [N]
-
-    @torch.no_grad()
-    def score_tile(rows: slice) -> None:
+    for rows in row_tiles(n_rows, vocabulary * dtype.itemsize, device):
         columns, index = _with_spare_column(student_logits[rows], ids[rows], temperature, dtype)
         logsumexp[rows] = torch.logsumexp(columns[:, :vocabulary], dim=-1)
         columns.sub_(logsumexp[rows].unsqueeze(-1))
         on_k[rows] = columns.gather(-1, index).masked_fill_(ids[rows] < 0, -math.inf)
         columns[:, vocabulary] = -math.inf
         tail[rows] = torch.logsumexp(columns.scatter_(-1, index, -math.inf), dim=-1)
-
-    map_tiles(score_tile, row_tiles(n_rows, vocabulary * dtype.itemsize, device), device)
     return on_k, tail, logsumexp
 
 
@@ -153,15 +164,14 @@ def write_topk_gradient(
     """
     n_rows, vocabulary = student_logits.shape
     dtype, device = gradient_on_k.dtype, student_logits.device
-
-    @torch.no_grad()
-    def write_tile(rows: slice) -> None:
+    for rows in row_tiles(n_rows, vocabulary * dtype.itemsize, device):
         columns, index = _with_spare_column(student_logits[rows], ids[rows], temperature, dtype)
         factor = off_k_factor[rows].unsqueeze(-1)  # [n, 1]
         columns.sub_(logsumexp[rows].unsqueeze(-1)).exp_().mul_(factor).masked_fill_(factor == 0, 0.0)
         out[rows] = columns.scatter_(-1, index, gradient_on_k[rows])[:, :vocabulary]
 
-    map_tiles(write_tile, row_tiles(n_rows, vocabulary * dtype.itemsize, device), device)
+
+REFERENCE = TopkFunctions(student_topk_log_probs, write_topk_gradient, score_rows)
 
 
 def _with_spare_column(logits: Tensor, ids: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -185,12 +195,19 @@ class _Scores:
 
 
 def _score_outcomes(
-    student_logits: Tensor, ids: Tensor, teacher_log_probs: Tensor, divergence: Divergence, mode: str
+    student_logits: Tensor,
+    ids: Tensor,
+    teacher_log_probs: Tensor,
+    divergence: Divergence,
+    mode: str,
+    functions: TopkFunctions,
 ) -> _Scores:
     """Modes "tail" and "renormalized", which is a tail that is impossible for both."""
     filled = ids >= 0  # [N, K]
     if mode == "tail":
-        student, logsumexp = _student_outcomes(student_logits, ids, divergence.temperature)  # [N, K + 1], [N]
+        student, logsumexp = _student_outcomes(
+            student_logits, ids, divergence.temperature, functions
+        )  # [N, K + 1], [N]
         # The rounding of a sum to 1 must not be mass that no token of the student's could get.
         complete = filled.sum(dim=-1) == student_logits.shape[-1]  # [N]
         teacher_tail = teacher_log_tail(teacher_log_probs).masked_fill(complete, -math.inf)
@@ -200,16 +217,19 @@ def _score_outcomes(
         teacher_tail = teacher_log_probs.new_full(student.shape[:1], -math.inf)
     teacher = torch.cat([teacher_log_probs, teacher_tail.unsqueeze(-1)], dim=-1).to(student.dtype)
     gradient, alive = torch.empty_like(student), filled.any(dim=-1)
-    value = score_rows(student, teacher, _at_temperature_1(divergence), gradient=gradient, alive=alive).value
+    options = {"gradient": gradient, "alive": alive}
+    value = functions.score_rows(student, teacher, _at_temperature_1(divergence), **options).value
     on_tail, student_tail = gradient[:, -1], student[:, -1]  # [N]
     off_k, logsumexp = _softmax_factor(on_tail, student_tail, logsumexp)
     off_k = torch.where(student_tail == -math.inf, 0.0 * on_tail, off_k)  # NaN for a broken row
     return _Scores(value, gradient[:, :-1], torch.where(alive, off_k, 0.0), logsumexp)
 
 
-def _score_truncated(student_logits: Tensor, ids: Tensor, teacher_log_probs: Tensor, temperature: float) -> _Scores:
+def _score_truncated(
+    student_logits: Tensor, ids: Tensor, teacher_log_probs: Tensor, temperature: float, functions: TopkFunctions
+) -> _Scores:
     """Mode "truncated": the forward KL's terms on K and nothing else."""
-    outcomes, logsumexp = _student_outcomes(student_logits, ids, temperature)  # [N, K + 1], [N]
+    outcomes, logsumexp = _student_outcomes(student_logits, ids, temperature, functions)  # [N, K + 1], [N]
     log_mass = torch.logsumexp(outcomes, dim=-1)  # [N] what the logsumexp is off by
     student = outcomes[:, :-1] - log_mass.unsqueeze(-1)  # [N, K]
     teacher = teacher_log_probs.exp()  # [N, K]
@@ -222,9 +242,11 @@ def _score_truncated(student_logits: Tensor, ids: Tensor, teacher_log_probs: Ten
     return _Scores(torch.where(alive, value, 0.0), on_k, torch.where(alive, off_k, 0.0), logsumexp)
 
 
-def _student_outcomes(student_logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _student_outcomes(
+    student_logits: Tensor, ids: Tensor, temperature: float, functions: TopkFunctions
+) -> tuple[Tensor, Tensor]:
     """What `student_topk_log_probs` returns, as log Q of the K + 1 outcomes [N, K + 1] and the logsumexp [N]."""
-    on_k, tail, logsumexp = student_topk_log_probs(student_logits, ids, temperature)
+    on_k, tail, logsumexp = functions.student_topk_log_probs(student_logits, ids, temperature)
     return torch.cat([on_k, tail.unsqueeze(-1)], dim=-1), logsumexp
 
 

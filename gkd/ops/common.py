@@ -21,6 +21,15 @@ def times(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(gradient, column, out=torch.empty(gradient.shape, dtype=dtype, device=gradient.device))
 
 
+def mark_written(tensor: Tensor) -> None:
+    """Tells autograd that a kernel has written to `tensor`: a backward pass that needs what was there then refuses.
+
+    A compiled graph keeps what was there instead, and tensors of inference mode have no backward pass.
+    """
+    if not (torch.compiler.is_compiling() or tensor.is_inference()):
+        torch.autograd.graph.increment_version(tensor)
+
+
 def valid_columns(name: str, valid: int | None, vocabulary: int) -> int:
     """`valid`, or all of `vocabulary`. Raises InputError unless 1 <= valid <= vocabulary."""
     if valid is None:

@@ -50,7 +50,8 @@ def divergence(
     gradient_mode  where the gradient waits for the backward pass:
                "fused"      computed with the value, in a tensor like student_logits (float32 for float16 logits)
                "in_place"   computed with the value, over student_logits, which are lost: no memory at all. The logits
-                            must not be needed by another backward (that of a linear layer does not need them).
+                            must not be needed by another backward (that of a linear layer does not need them; with
+                            any other autograd refuses to go back).
                "recompute"  computed in the backward pass from the logits again and 8 numbers a row
                "auto"       "fused"; "recompute" for reduction "none", whose upstream gradient differs by row
     student_logsumexp, teacher_logsumexp
@@ -110,7 +111,7 @@ class _Divergence(torch.autograd.Function):
         gradient, factors = None, None
         memory = RowMemory.of(student, teacher, stats) if stats is not None or (needs_gradient and late) else None
         if needs_gradient and not late:
-            gradient = flat if options.gradient_mode == "in_place" else torch.empty_like(flat, dtype=_kept_dtype(flat))
+            gradient = flat if options.gradient_mode == "in_place" else _empty_rows(flat, _kept_dtype(flat))
             like = student.new_empty(student.shape[0], dtype=working_dtype(student, teacher))  # [N]
             factors = row_factors(like, flat_weights, reduction)
         scores = score_rows(
@@ -155,7 +156,7 @@ def _late_gradient(
     factors = row_factors(like, flat_weights, options.reduction)
     factors = upstream.reshape(-1).to(like.dtype) * (torch.ones_like(like) if factors is None else factors)
     alive = None if flat_weights is None else flat_weights != 0
-    gradient = torch.empty_like(flat)
+    gradient = _empty_rows(flat, flat.dtype)
     score_rows(
         student,
         teacher,
@@ -172,6 +173,11 @@ def _rows(logits: Tensor) -> Tensor:
     """[N, V] with adjacent columns, without a copy where that is possible."""
     flat = logits.reshape(-1, logits.shape[-1])
     return flat if flat.shape[1] == 1 or flat.stride(1) == 1 else flat.contiguous()
+
+
+def _empty_rows(flat: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient for logits [N, V], with adjacent columns even where theirs are not."""
+    return torch.empty(flat.shape, dtype=dtype, device=flat.device)
 
 
 def _kept_dtype(student: Tensor) -> torch.dtype:
@@ -207,7 +213,7 @@ def _known_stats(
 
 def _check_in_place(student: Tensor) -> None:
     """The gradient can overwrite what is one block of memory and nobody's parameter."""
-    if student.is_leaf:
+    if student.is_leaf or (student._base is not None and student._base.is_leaf):
         raise InputError("gradient_mode 'in_place' would overwrite a leaf tensor; give it the output of a layer")
     if not student.is_contiguous():
         raise InputError("gradient_mode 'in_place' needs contiguous student logits")

@@ -1,12 +1,12 @@
-"""The native kernels of `kernels/`: finding them, and the one op they offer.
+"""The native kernels of `kernels/`: finding them, and the ops they offer.
 
-Legend: N rows (tokens), V vocabulary. `torch.ops.gkd.score_rows` computes what it is given memory for. Its schema is in
-kernels/shared/op.h, the layout of `stats` [N, 5] and `sums` [N, 3] in kernels/shared/spec.h.
+Legend: N rows (tokens), V vocabulary, K slots of a teacher's support. `torch.ops.gkd.score_rows` computes what it is
+given memory for. Its schema is in kernels/shared/op.h, the layout of `stats` [N, 5] and `sums` [N, 3] in
+kernels/shared/spec.h. The two ops for a teacher's top k, on a CPU only, are declared in kernels/shared/topk.h.
 """
 
 from __future__ import annotations
 
-import functools
 import warnings
 from pathlib import Path
 
@@ -24,27 +24,32 @@ _FOLDER = Path(__file__).parent.parent
 _REBUILD = "build them with: pip install --no-build-isolation --no-deps -e . (README: make venv)"
 
 
-@functools.cache
-def devices() -> frozenset[str]:
-    """The device types that have kernels here. Warns, once, where they should be and are not."""
+def _load() -> frozenset[str]:
+    """Loads the libraries and returns the device types they serve. Warns where there should be one and is not."""
     if not (_FOLDER / "_cpu.so").exists():
         warnings.warn(f"gkd's native kernels are missing, the slow reference is used; {_REBUILD}", stacklevel=2)
         return frozenset()
     torch.ops.load_library(_FOLDER / "_cpu.so")
-    torch.library.register_fake("gkd::score_rows", lambda *_: None)
-    if not torch.cuda.is_available():
+    for op in ("score_rows", "topk_log_probs", "topk_gradient"):
+        torch.library.register_fake(f"gkd::{op}", lambda *_: None)
+    if torch.version.cuda is None:
         return frozenset({"cpu"})
     if not (_FOLDER / "_cuda.so").exists():
-        warnings.warn(f"gkd's CUDA kernels are missing, the slow reference is used; {_REBUILD}", stacklevel=2)
+        if torch.cuda.is_available():
+            warnings.warn(f"gkd's CUDA kernels are missing, the slow reference is used; {_REBUILD}", stacklevel=2)
         return frozenset({"cpu"})
     torch.ops.load_library(_FOLDER / "_cuda.so")
     return frozenset({"cpu", "cuda"})
 
 
+DEVICES = _load()
+"""The device types that have kernels here. Found on import: torch.compile cannot follow the search."""
+
+
 def supports(*tensors: Tensor) -> bool:
     """Whether there are kernels for matrices of these devices, dtypes and strides."""
     device = tensors[0].device.type
-    if device not in devices():
+    if device not in DEVICES:
         return False
     if device == "cuda" and any(tensor.dtype == torch.float64 for tensor in tensors):
         return False
@@ -98,3 +103,37 @@ def score_rows(
         gradient,
         byproducts,
     )
+
+
+def supports_topk(*tensors: Tensor) -> bool:
+    """Whether there are kernels for a teacher's top k, for matrices of these devices, dtypes and strides."""
+    return tensors[0].device.type == "cpu" and supports(*tensors)
+
+
+def topk_log_probs(
+    student_logits: Tensor, ids: Tensor, temperature: float, *, on_k: Tensor, tail: Tensor, logsumexp: Tensor
+) -> None:
+    """Fills the last three, [N, K] and twice [N], for logits [N, V] of adjacent columns.
+
+    They are what `gkd.objectives.topk.student_topk_log_probs` returns, and in its dtype. A row that has no id in
+    [0, V), all of ids [N, K] int64 that count, is not read: its tail and logsumexp are 0.
+    """
+    torch.ops.gkd.topk_log_probs(student_logits, ids, temperature, on_k, tail, logsumexp)
+
+
+def topk_gradient(
+    student_logits: Tensor,
+    ids: Tensor,
+    temperature: float,
+    *,
+    on_k: Tensor,
+    off_k: Tensor,
+    logsumexp: Tensor,
+    gradient: Tensor,
+) -> None:
+    """Fills gradient [N, V], of any floating dtype: `gkd.objectives.topk.write_topk_gradient`.
+
+    on_k [N, K], off_k and logsumexp [N] are float32, float64 where the logits are; ids [N, K] are int64. A row whose
+    off_k is 0 or NaN is not read. `gradient` may be the student's own memory, if it has its dtype.
+    """
+    torch.ops.gkd.topk_gradient(student_logits, ids, temperature, on_k, off_k, logsumexp, gradient)

@@ -14,6 +14,7 @@ from gkd.objectives import divergence as reference
 from gkd.objectives.divergence import Divergence, RowScores, check_logits
 from gkd.objectives.hard_label import HardLabels
 from gkd.ops import native
+from gkd.ops.common import mark_written
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,15 @@ def score_rows(
         labels=None if hard_labels is None else hard_labels.labels.to(torch.int64).contiguous(),
         hard_weight=None if hard_labels is None else hard_labels.weight.to(dtype).contiguous(),
         given_stats=memory.stats if memory is not None and memory.has_stats else None,
-        given_sums=memory.sums if memory is not None and memory.has_sums else None,
+        given_sums=memory.sums if memory is not None and memory.has_sums and not byproducts else None,
         stats=memory.stats if memory is not None and not memory.has_stats else None,
         sums=memory.sums if memory is not None and not memory.has_sums else None,
         value=value,
         gradient=gradient,
         byproducts=measured,
     )
+    if gradient is not None:
+        mark_written(gradient)
     if memory is None or measured is None:
         return RowScores(value, {})
     named = dict(zip(native.BYPRODUCTS, measured, strict=True))

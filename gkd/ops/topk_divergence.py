@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from gkd.errors import InputError
+from gkd.objectives import topk as reference
 from gkd.objectives.divergence import Divergence, working_dtype
 from gkd.objectives.reduction import check_reduction, check_weights, reduce_rows, row_factors
-from gkd.objectives.topk import check_mode, score_topk_rows
-from gkd.ops.common import times, valid_columns
+from gkd.objectives.topk import TopkFunctions, check_mode, score_topk_rows
+from gkd.ops import native
+from gkd.ops.common import mark_written, times, valid_columns
+from gkd.ops.rows import score_rows
 
 
 def topk_divergence(
@@ -88,7 +91,7 @@ class _TopkDivergence(torch.autograd.Function):
         reduction: str,
     ) -> Tensor:
         rows, slots = student_logits.shape[:-1], teacher_ids.shape[-1]
-        student = student_logits[..., :columns].reshape(rows.numel(), columns)  # [N, V]
+        student = _adjacent(student_logits[..., :columns].reshape(rows.numel(), columns))  # [N, V]
         ids, log_probs = (tensor.reshape(rows.numel(), slots) for tensor in (teacher_ids, teacher_log_probs))  # [N, K]
         flat_weights = None if weights is None else weights.reshape(-1)
         alive = None if flat_weights is None else flat_weights != 0
@@ -96,11 +99,12 @@ class _TopkDivergence(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             # float16 would lose small entries that the upstream gradient, a loss scale, is there to save.
             dtype = torch.float32 if student.dtype == torch.float16 else student.dtype
-            gradient = torch.zeros(student_logits.shape, dtype=dtype, device=student.device)
+            gradient = torch.empty(student_logits.shape, dtype=dtype, device=student.device)
+            gradient[..., columns:].zero_()
             valid = gradient.view(rows.numel(), gradient.shape[-1])[:, :columns]  # [N, V]
         factors = row_factors(student.new_empty(rows.numel(), dtype=working_dtype(student)), flat_weights, reduction)
         with torch.autocast(student.device.type, enabled=False):
-            options = {"gradient": valid, "gradient_scale": factors, "alive": alive}
+            options = {"gradient": valid, "gradient_scale": factors, "alive": alive, "functions": NATIVE}
             value = score_topk_rows(student, ids, log_probs, spec, mode, **options)  # [N]
             loss = reduce_rows(value, flat_weights, reduction)
         if gradient is not None:
@@ -115,6 +119,48 @@ class _TopkDivergence(torch.autograd.Function):
         if upstream.dim() and alive is not None:
             upstream = torch.where(alive, upstream, 0.0)
         return times(gradient, upstream, ctx.dtype), *[None] * 7
+
+
+@torch.no_grad()
+def student_topk_log_probs(student_logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`gkd.objectives.topk.student_topk_log_probs`, natively where there is a kernel for it."""
+    if not native.supports_topk(student_logits):
+        return reference.student_topk_log_probs(student_logits, ids, temperature)
+    new = {"dtype": working_dtype(student_logits), "device": student_logits.device}
+    on_k = torch.empty(ids.shape, **new)  # [N, K]
+    tail, logsumexp = torch.empty(2, ids.shape[0], **new)  # [N]
+    outputs = {"on_k": on_k, "tail": tail, "logsumexp": logsumexp}
+    native.topk_log_probs(student_logits, ids.contiguous(), temperature, **outputs)
+    return on_k, tail, logsumexp
+
+
+@torch.no_grad()
+def write_topk_gradient(
+    student_logits: Tensor,
+    ids: Tensor,
+    gradient_on_k: Tensor,
+    off_k_factor: Tensor,
+    logsumexp: Tensor,
+    temperature: float,
+    out: Tensor,
+) -> None:
+    """`gkd.objectives.topk.write_topk_gradient`, natively where there is a kernel for it."""
+    factors = gradient_on_k, off_k_factor, logsumexp
+    if not native.supports_topk(student_logits, out):
+        reference.write_topk_gradient(student_logits, ids, *factors, temperature, out)
+        return
+    on_k, off_k, logsumexp = (tensor.to(working_dtype(student_logits)).contiguous() for tensor in factors)
+    inputs = {"on_k": on_k, "off_k": off_k, "logsumexp": logsumexp}
+    native.topk_gradient(student_logits, ids.contiguous(), temperature, **inputs, gradient=out)
+    mark_written(out)
+
+
+NATIVE = TopkFunctions(student_topk_log_probs, write_topk_gradient, score_rows)
+
+
+def _adjacent(rows: Tensor) -> Tensor:
+    """[N, V] with adjacent columns, which the kernels want, without a copy where they are."""
+    return rows if rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
 def _check_inputs(student: Tensor, ids: Tensor, log_probs: Tensor, valid_vocab: int | None) -> int:

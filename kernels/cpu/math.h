@@ -103,10 +103,11 @@ struct FloatMath {
   static GKD_INLINE float log(float x) { return float(__builtin_log(double(x))); }
 
   static GKD_INLINE F from_bfloat16(H x) { return bits<F>(__builtin_convertvector(x, U) << 16); }
-  // To nearest even. NaN must be the canonical one.
+  // To nearest even; the carry of some NaNs would run into the sign.
   static GKD_INLINE H to_bfloat16(F x) {
     U u = bits<U>(x);
-    return __builtin_convertvector((u + 0x7fffu + ((u >> 16) & 1u)) >> 16, H);
+    U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    return __builtin_convertvector(x == x ? rounded : U{} + 0x7fc0u, H);
   }
   static GKD_INLINE F from_float16(H x) {
     U u = __builtin_convertvector(x, U);

@@ -1,9 +1,11 @@
-// The row kernels for any processor.
+// The kernels for any processor.
 #define GKD_ISA baseline
 #define GKD_FLOATS 4
 #include "rows.inc"
+#include "topk.inc"
 
 namespace gkd::baseline {
-void run(const Job<float>& job, int64_t begin, int64_t end) { run_rows<FloatMath>(job, begin, end); }
-void run(const Job<double>& job, int64_t begin, int64_t end) { run_rows<DoubleMath>(job, begin, end); }
+const Kernels<float> float_kernels{run_rows<FloatMath>, run_topk_log_probs<FloatMath>, run_topk_gradient<FloatMath>};
+const Kernels<double> double_kernels{run_rows<DoubleMath>, run_topk_log_probs<DoubleMath>,
+                                     run_topk_gradient<DoubleMath>};
 }  // namespace gkd::baseline

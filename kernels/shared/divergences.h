@@ -9,7 +9,7 @@
 //   M::log(x)       of a scalar                     M::product(a, b)  rounded: never fused with what follows, so that
 //                                                   equal probabilities have a difference of 0
 //
-// A divergence has
+// A divergence is made from its parameter, in double because 1 - parameter may be small, and has
 //   value(pair)            its term of the row's sum
 //   first(pair), second(pair)  terms of the two sums over the row that its gradient needs (0 where it needs none)
 //   gradient(pair, first, second)  with respect to student_logits / temperature, given those two sums
@@ -81,13 +81,13 @@ struct LogMixture {
   using S = typename M::S;
   F to_teacher, to_student;
 
-  GKD_INLINE LogMixture(const Pair<M>& pair, S teacher_weight) {
+  GKD_INLINE LogMixture(const Pair<M>& pair, S teacher_weight, S student_weight) {
     if (teacher_weight <= S(0.5)) {
       Mixture<M> mixture(pair.log_ratio, teacher_weight);
       to_teacher = mixture.to_light;
       to_student = mixture.to_heavy;
     } else {
-      Mixture<M> mixture(-pair.log_ratio, S(1) - teacher_weight);
+      Mixture<M> mixture(-pair.log_ratio, student_weight);
       to_teacher = mixture.to_heavy;
       to_student = mixture.to_light;
     }
@@ -112,7 +112,7 @@ struct ForwardKl {
   using F = typename M::F;
   using S = typename M::S;
   static constexpr bool needs_sums = false;
-  GKD_INLINE explicit ForwardKl(S) {}
+  GKD_INLINE explicit ForwardKl(double) {}
   GKD_INLINE F value(const Pair<M>& pair) const { return kl_term<M>(pair.teacher, pair.student, pair.log_ratio); }
   GKD_INLINE F first(const Pair<M>&) const { return F{}; }
   GKD_INLINE F second(const Pair<M>&) const { return F{}; }
@@ -123,7 +123,7 @@ template <class M>
 struct ReverseKl : Centred<M, ReverseKl<M>> {
   using F = typename M::F;
   using S = typename M::S;
-  GKD_INLINE explicit ReverseKl(S) {}
+  GKD_INLINE explicit ReverseKl(double) {}
   GKD_INLINE F value(const Pair<M>& pair) const { return kl_term<M>(pair.student, pair.teacher, -pair.log_ratio); }
   // Only what is infinite is bounded: then the sum of the slopes is the divergence itself, wherever that is finite.
   GKD_INLINE F slope(const Pair<M>& pair) const {
@@ -137,10 +137,10 @@ template <class M>
 struct Jsd : Centred<M, Jsd<M>> {
   using F = typename M::F;
   using S = typename M::S;
-  S beta, light;
+  S student_weight, light;
   bool student_is_heavy;
-  GKD_INLINE explicit Jsd(S beta_) : beta(beta_), student_is_heavy(beta_ <= S(0.5)) {
-    light = student_is_heavy ? beta : S(1) - beta;
+  GKD_INLINE explicit Jsd(double beta) : student_weight(S(1 - beta)), student_is_heavy(beta <= 0.5) {
+    light = S(student_is_heavy ? beta : 1 - beta);
   }
   GKD_INLINE Mixture<M> mixture(const Pair<M>& pair) const {
     return Mixture<M>(student_is_heavy ? pair.log_ratio : -pair.log_ratio, light);
@@ -157,7 +157,7 @@ struct Jsd : Centred<M, Jsd<M>> {
   }
   GKD_INLINE F slope(const Pair<M>& pair) const {
     Mixture<M> m = mixture(pair);
-    return (beta - S(1)) * pair.student * (student_is_heavy ? m.to_heavy : m.to_light);
+    return -student_weight * pair.student * (student_is_heavy ? m.to_heavy : m.to_light);
   }
 };
 
@@ -165,14 +165,17 @@ template <class M>
 struct SkewForwardKl : Centred<M, SkewForwardKl<M>> {
   using F = typename M::F;
   using S = typename M::S;
-  S alpha;
-  GKD_INLINE explicit SkewForwardKl(S alpha_) : alpha(alpha_) {}
+  S teacher_weight, student_weight;
+  GKD_INLINE explicit SkewForwardKl(double alpha) : teacher_weight(S(alpha)), student_weight(S(1 - alpha)) {}
+  GKD_INLINE LogMixture<M> mixture(const Pair<M>& pair) const {
+    return LogMixture<M>(pair, teacher_weight, student_weight);
+  }
   GKD_INLINE F value(const Pair<M>& pair) const {
-    F mixed = alpha * pair.teacher + (S(1) - alpha) * pair.student;
-    return kl_term<M>(pair.teacher, mixed, -LogMixture<M>(pair, alpha).to_teacher);
+    F mixed = teacher_weight * pair.teacher + student_weight * pair.student;
+    return kl_term<M>(pair.teacher, mixed, -mixture(pair).to_teacher);
   }
   GKD_INLINE F slope(const Pair<M>& pair) const {  // (1 - alpha) Q (1 - P/M)
-    return (alpha - S(1)) * pair.student * M::expm1(-LogMixture<M>(pair, alpha).to_teacher);
+    return -student_weight * pair.student * M::expm1(-mixture(pair).to_teacher);
   }
 };
 
@@ -180,15 +183,18 @@ template <class M>
 struct SkewReverseKl : Centred<M, SkewReverseKl<M>> {
   using F = typename M::F;
   using S = typename M::S;
-  S alpha;
-  GKD_INLINE explicit SkewReverseKl(S alpha_) : alpha(alpha_) {}
+  S teacher_weight, student_weight;
+  GKD_INLINE explicit SkewReverseKl(double alpha) : teacher_weight(S(1 - alpha)), student_weight(S(alpha)) {}
+  GKD_INLINE LogMixture<M> mixture(const Pair<M>& pair) const {
+    return LogMixture<M>(pair, teacher_weight, student_weight);
+  }
   GKD_INLINE F value(const Pair<M>& pair) const {
-    F mixed = (S(1) - alpha) * pair.teacher + alpha * pair.student;
-    return kl_term<M>(pair.student, mixed, -LogMixture<M>(pair, S(1) - alpha).to_student);
+    F mixed = teacher_weight * pair.teacher + student_weight * pair.student;
+    return kl_term<M>(pair.student, mixed, -mixture(pair).to_student);
   }
   GKD_INLINE F slope(const Pair<M>& pair) const {  // Q (log Q/M + alpha (1 - Q/M))
-    F to_student = LogMixture<M>(pair, S(1) - alpha).to_student;
-    return pair.student * (-alpha * M::expm1(-to_student) - to_student);
+    F to_student = mixture(pair).to_student;
+    return pair.student * (-student_weight * M::expm1(-to_student) - to_student);
   }
 };
 
@@ -199,7 +205,7 @@ struct TotalVariation {
   using F = typename M::F;
   using S = typename M::S;
   static constexpr bool needs_sums = true;
-  GKD_INLINE explicit TotalVariation(S) {}
+  GKD_INLINE explicit TotalVariation(double) {}
   GKD_INLINE F value(const Pair<M>& pair) const { return S(0.5) * M::abs(pair.teacher - pair.student); }
   GKD_INLINE F first(const Pair<M>& pair) const { return share_above(pair) * pair.student; }
   GKD_INLINE F second(const Pair<M>& pair) const { return (S(1) - share_above(pair)) * pair.student; }
@@ -220,17 +226,18 @@ template <class M>
 struct Alpha : Centred<M, Alpha<M>> {
   using F = typename M::F;
   using S = typename M::S;
-  S alpha, weight;
+  S weight, value_scale, slope_scale;
   bool mirrored;
-  GKD_INLINE explicit Alpha(S alpha_) : alpha(alpha_), mirrored(alpha_ > S(0.5)) {
-    weight = mirrored ? S(1) - alpha : alpha;
+  GKD_INLINE explicit Alpha(double alpha)
+      : value_scale(S(1 / (alpha * (alpha - 1)))), slope_scale(S(-1 / alpha)), mirrored(alpha > 0.5) {
+    weight = S(mirrored ? 1 - alpha : alpha);
   }
   GKD_INLINE F value(const Pair<M>& pair) const {
     F l = log_ratio(pair), base = mirrored ? pair.teacher : pair.student;
     F other = mirrored ? pair.student : pair.teacher;
     F near = base * (M::kl_curve(-weight * l) - weight * M::kl_curve(-l));
     F far = base * M::expm1(tilt(l)) + weight * (base - other);
-    return (M::abs(l) < S(kNearLogRatio) ? near : far) * (S(1) / (alpha * (alpha - S(1))));
+    return (M::abs(l) < S(kNearLogRatio) ? near : far) * value_scale;
   }
   GKD_INLINE F slope(const Pair<M>& pair) const {  // (Q - P^alpha Q^(1 - alpha)) / alpha
     F l = log_ratio(pair), base = mirrored ? pair.teacher : pair.student;
@@ -239,7 +246,7 @@ struct Alpha : Centred<M, Alpha<M>> {
       F difference = M::abs(l) < S(kNearLogRatio) ? -base * M::expm1(l) : base - pair.student;
       tilted = tilted + difference;
     }
-    return tilted * (S(-1) / alpha);
+    return tilted * slope_scale;
   }
 
  private:
@@ -253,7 +260,7 @@ struct Alpha : Centred<M, Alpha<M>> {
 
 // Calls visit(divergence) with the divergence of that kind and parameter.
 template <class M, class Visitor>
-GKD_INLINE void dispatch(Kind kind, typename M::S parameter, Visitor&& visit) {
+GKD_INLINE void dispatch(Kind kind, double parameter, Visitor&& visit) {
   switch (kind) {
     case Kind::forward_kl: return visit(ForwardKl<M>(parameter));
     case Kind::reverse_kl: return visit(ReverseKl<M>(parameter));

@@ -86,6 +86,7 @@ struct Arguments {
     job.labels = vector_of<int64_t>(labels, n, ScalarType::Long);
     job.hard_weight = vector_of<S>(hard_weight, n, real);
     require(!job.labels == !job.hard_weight, "labels and hard_weight belong together");
+    require(!(given_sums && byproducts), "by-products need the pass that given sums save");
     job.given_stats = vector_of<S>(given_stats, n * kStats, real);
     job.given_sums = vector_of<S>(given_sums, n * kSums, real);
     job.stats = vector_of<S>(stats, n * kStats, real);

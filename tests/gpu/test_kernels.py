@@ -23,7 +23,7 @@ SIZES = (1, 7, 8, 9, 1003, 4096, 31999, 32003, 128256, 151643, 262144)
 
 @pytest.fixture(autouse=True)
 def kernels_are_there() -> None:
-    assert "cuda" in native.devices(), "gkd/_cuda.so is missing: GKD_BUILD_CUDA=1 python setup.py build_ext --inplace"
+    assert "cuda" in native.DEVICES, "gkd/_cuda.so is missing: GKD_BUILD_CUDA=1 python setup.py build_ext --inplace"
 
 
 def logits(n: int, vocabulary: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:

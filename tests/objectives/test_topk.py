@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,19 +19,19 @@ from torch import Tensor
 from gkd.errors import ConfigError, InputError
 from gkd.objectives import KINDS, Divergence, divergence_value, value_and_gradient
 from gkd.objectives import tiles as tiles_module
-from gkd.objectives.topk import (
-    MODES,
-    check_mode,
-    score_topk_rows,
-    student_topk_log_probs,
-    teacher_log_tail,
-    usable_ids,
-    write_topk_gradient,
-)
+from gkd.objectives.topk import MODES, REFERENCE, check_mode, score_topk_rows, teacher_log_tail, usable_ids
+from gkd.ops.topk_divergence import NATIVE
 
 INF = math.inf
 PAIRS = [*itertools.product(KINDS, ("tail", "renormalized")), ("forward_kl", "truncated")]
 EVERY = pytest.mark.parametrize(("kind", "mode"), PAIRS)
+functions = REFERENCE
+
+
+@pytest.fixture(params=["reference", "native"], autouse=True)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds for the reference and for the kernels."""
+    monkeypatch.setitem(globals(), "functions", {"reference": REFERENCE, "native": NATIVE}[request.param])
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -85,9 +86,10 @@ def plain(student: Tensor, ids: Tensor, log_probs: Tensor, spec: Divergence, mod
     return value.detach(), torch.autograd.grad(value.sum(), variable)[0]
 
 
-def score(student: Tensor, ids: Tensor, log_probs: Tensor, spec: Divergence, mode: str, **options: Tensor):
+def score(student: Tensor, ids: Tensor, log_probs: Tensor, spec: Divergence, mode: str, **options: Any):
     gradient = torch.empty(student.shape, dtype=torch.float64 if student.dtype == torch.float64 else torch.float32)
-    return score_topk_rows(student, ids, log_probs, spec, mode, gradient=gradient, **options), gradient
+    options |= {"gradient": gradient, "functions": functions}
+    return score_topk_rows(student, ids, log_probs, spec, mode, **options), gradient
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])  # 1 has a path of its own
@@ -169,7 +171,7 @@ def test_a_tail_never_exceeds_the_full_divergence_and_grows_with_k(
     spec = Divergence(kind, beta=parameter, alpha=parameter)
     student, teacher = randn(4, 9, seed=seed) * 2, randn(4, 9, seed=seed + 1) * 2
     full = value_and_gradient(student, teacher, spec)[0]
-    less, more = (score_topk_rows(student, *top(teacher, slots), spec) for slots in (k, k + 1))
+    less, more = (score_topk_rows(student, *top(teacher, slots), spec, functions=functions) for slots in (k, k + 1))
     assert (less <= more + 1e-12).all() and (more <= full + 1e-12).all()
 
 
@@ -180,7 +182,7 @@ def test_a_tiny_tail_of_the_students_keeps_its_accuracy() -> None:
     exact = torch.log_softmax(student.double(), -1)
     tail = exact[:, 4:].logsumexp(-1)
     assert tail.exp().max() < 1e-11
-    on_k, log_tail, logsumexp = student_topk_log_probs(student, ids, 1.0)
+    on_k, log_tail, logsumexp = functions.student_topk_log_probs(student, ids, 1.0)
     torch.testing.assert_close(log_tail.double().exp(), tail.exp(), rtol=5e-6, atol=0)
     torch.testing.assert_close(on_k.double(), exact.gather(-1, ids), rtol=0, atol=1e-6)
     torch.testing.assert_close(logsumexp.double(), student.double().logsumexp(-1), rtol=0, atol=1e-6)
@@ -378,7 +380,7 @@ def test_the_gradient_may_overwrite_the_students_logits(kind: str, mode: str, te
     copies = student.clone(), ids.clone(), log_probs.clone()
     want_value, want = score(student, ids, log_probs, spec, mode)
     torch.testing.assert_close((student, ids, log_probs), copies, rtol=0, atol=0)  # inputs are only read
-    value = score_topk_rows(student, ids, log_probs, spec, mode, gradient=student)
+    value = score_topk_rows(student, ids, log_probs, spec, mode, gradient=student, functions=functions)
     torch.testing.assert_close(value, want_value, rtol=0, atol=0)
     torch.testing.assert_close(student, want, rtol=0, atol=0)
 
@@ -386,7 +388,7 @@ def test_the_gradient_may_overwrite_the_students_logits(kind: str, mode: str, te
 def test_the_gradient_may_be_columns_of_a_larger_buffer() -> None:
     student, ids, log_probs = problem()
     wide = torch.full((6, 50), 7.0, dtype=torch.float64)
-    score_topk_rows(student, ids, log_probs, Divergence(), gradient=wide[:, 3:43])
+    score_topk_rows(student, ids, log_probs, Divergence(), gradient=wide[:, 3:43], functions=functions)
     torch.testing.assert_close(wide[:, 3:43], score(student, ids, log_probs, Divergence(), "tail")[1])
     assert (wide[:, :3] == 7).all() and (wide[:, 43:] == 7).all()
 
@@ -404,8 +406,58 @@ def test_a_factor_of_zero_leaves_the_logits_off_k_alone() -> None:
     out = torch.full((2, 4), math.nan)
     ids, on_k = torch.tensor([[2, -1], [1, 0]]), torch.tensor([[5.0, math.nan], [6.0, 7.0]])
     factor, logsumexp = torch.tensor([0.0, 2.0]), torch.tensor([math.nan, math.log(4.0)])
-    write_topk_gradient(torch.tensor([[math.nan] * 4, [0.0] * 4]), ids, on_k, factor, logsumexp, 1.0, out)
+    student = torch.tensor([[math.nan] * 4, [0.0] * 4])
+    functions.write_topk_gradient(student, ids, on_k, factor, logsumexp, 1.0, out)
     torch.testing.assert_close(out, torch.tensor([[0.0, 0.0, 5.0, 0.0], [7.0, 6.0, 0.5, 0.5]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("vocabulary", [1, 15, 16, 1023, 1025, 3000])  # around a vector's width, and a block's
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_both_passes_for_every_dtype_and_size(
+    vocabulary: int, dtype: torch.dtype, out_dtype: torch.dtype, temperature: float
+) -> None:
+    student = (randn(4, vocabulary, seed=1) * 3 + 20).to(dtype)
+    ids = torch.tensor([[0, -1, vocabulary - 1], [-1, vocabulary // 2, 0], [-1, -1, -1], [vocabulary - 1, -1, -1]])
+    ids = usable_ids(ids, vocabulary)
+    filled = ids >= 0
+    on_k, tail, logsumexp = functions.student_topk_log_probs(student, ids, temperature)
+    wide = dtype == torch.float64
+    exact = (student.double() / temperature).log_softmax(-1)
+    outside = torch.zeros(4, vocabulary + 1, dtype=torch.bool).scatter_(-1, ids.remainder(vocabulary + 1), True)
+    want_tail = exact.masked_fill(outside[:, :vocabulary], -INF).logsumexp(-1)
+    tolerance = {"rtol": 0, "atol": 1e-12 if wide else 5e-6}
+    assert on_k.dtype == tail.dtype == logsumexp.dtype == (torch.float64 if wide else torch.float32)
+    assert (on_k[~filled] == -INF).all()
+    torch.testing.assert_close(on_k.double()[filled], exact.gather(-1, ids.clamp(min=0))[filled], **tolerance)
+    some = filled.any(-1)
+    torch.testing.assert_close(tail.double()[some], want_tail[some], **tolerance)
+    torch.testing.assert_close(
+        logsumexp.double()[some], (student.double() / temperature).logsumexp(-1)[some], **tolerance
+    )
+    out, factor = (
+        torch.full(student.shape, math.nan, dtype=out_dtype),
+        torch.tensor([0.5, -2.0, 0.0, 1.0]).to(on_k.dtype),
+    )
+    gradient_on_k = randn(4, 3, seed=3).to(on_k.dtype)
+    functions.write_topk_gradient(student, ids, gradient_on_k, factor, logsumexp, temperature, out)
+    want = torch.nn.functional.pad(exact.exp() * factor.double()[:, None], (0, 1)).masked_fill(
+        factor[:, None] == 0, 0.0
+    )
+    want = want.scatter_(-1, ids.remainder(vocabulary + 1), gradient_on_k.double())[:, :vocabulary]
+    rounding = {torch.float16: 1e-3, torch.bfloat16: 8e-3}.get(out_dtype, 1e-5)
+    torch.testing.assert_close(out.double(), want, rtol=rounding, atol=1e-7)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_nan_stays_nan_in_every_dtype(out_dtype: torch.dtype) -> None:
+    """A NaN whose bits are all set, which rounding by addition would turn into a zero."""
+    nan = torch.tensor([-1, 0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    out, ids = torch.zeros(2, 20, dtype=out_dtype), torch.tensor([[3], [17]])
+    logsumexp = torch.zeros(2)
+    functions.write_topk_gradient(torch.zeros(2, 20), ids, nan[:, None], nan, logsumexp, 1.0, out)
+    assert out.isnan().all()
 
 
 @EVERY
@@ -419,8 +471,12 @@ def test_no_rows(kind: str, mode: str) -> None:
 def test_no_host_synchronisation(kind: str, mode: str) -> None:
     """Tensors without data raise where their data would have to be looked at."""
     student, ids, log_probs = (tensor.to("meta") for tensor in problem())
-    options = {"gradient_scale": torch.ones(6, device="meta"), "alive": torch.ones(6, device="meta") != 0}
-    value = score_topk_rows(student, ids, log_probs, Divergence(kind), mode, gradient=student, **options)
+    options: dict[str, Any] = {
+        "gradient_scale": torch.ones(6, device="meta"),
+        "alive": torch.ones(6, device="meta") != 0,
+    }
+    options |= {"gradient": student, "functions": functions}
+    value = score_topk_rows(student, ids, log_probs, Divergence(kind), mode, **options)
     assert value.shape == (6,)
 
 

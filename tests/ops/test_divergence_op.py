@@ -6,6 +6,7 @@ Legend: B batch, T positions, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from gkd.errors import ConfigError, InputError
 from gkd.objectives import KINDS, Divergence, divergence_value, reduce_rows
-from gkd.ops import divergence
+from gkd.ops import divergence, native, rows
 
 B, T, V = 2, 5, 33
+MODES = ("fused", "in_place", "recompute")
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -46,14 +48,14 @@ def test_loss_and_gradient_match_autograd(
     assert float((got_gradient - want_gradient).norm() / want_gradient.norm()) < 1e-12
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradcheck(kind: str, reduction: str) -> None:
+def test_gradcheck(kind: str, reduction: str, mode: str) -> None:
     student, teacher = randn(3, 7, seed=1).requires_grad_(), randn(3, 7, seed=2)
     weights = torch.tensor([0.5, 0.0, 2.0], dtype=torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda s: divergence(s, teacher, kind, beta=0.3, alpha=0.3, weights=weights, reduction=reduction), student
-    )
+    options = {"beta": 0.3, "alpha": 0.3, "weights": weights, "reduction": reduction, "gradient_mode": mode}
+    assert torch.autograd.gradcheck(lambda s: divergence(s * 1.0, teacher, kind, **options), student)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,16 +66,19 @@ def test_flags_reach_the_divergence(kind: str, pair: tuple[Tensor, Tensor, Tenso
     torch.testing.assert_close(divergence(pair[0], pair[1], kind, beta=0.2, temperature=2.0, **flags), want)
 
 
+@pytest.mark.parametrize("mode", ["fused", "recompute"])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_nan_in_an_ignored_row_leaks_nowhere(kind: str, reduction: str, pair: tuple[Tensor, Tensor, Tensor]) -> None:
+def test_nan_in_an_ignored_row_leaks_nowhere(
+    kind: str, reduction: str, mode: str, pair: tuple[Tensor, Tensor, Tensor]
+) -> None:
     student, teacher, weights = pair
-    want = divergence(student, teacher, kind, weights=weights, reduction=reduction)
+    want = divergence(student, teacher, kind, weights=weights, reduction=reduction, gradient_mode=mode)
     (want_gradient,) = torch.autograd.grad(want.sum(), student)
     broken, broken_teacher = student.detach().clone(), teacher.clone()
     broken[0, 2], broken_teacher[0, 2, 3] = math.nan, math.inf
     broken.requires_grad_()
-    got = divergence(broken, broken_teacher, kind, weights=weights, reduction=reduction)
+    got = divergence(broken, broken_teacher, kind, weights=weights, reduction=reduction, gradient_mode=mode)
     # What comes from above may be broken in that row as well.
     upstream = torch.where(weights != 0, 1.0, math.nan) if reduction == "none" else torch.ones(())
     (gradient,) = torch.autograd.grad(got, broken, upstream.double())
@@ -238,3 +243,209 @@ def test_bad_arguments(
 def test_integer_logits_are_refused() -> None:
     with pytest.raises(InputError, match=r"torch.int64 is not supported"):
         divergence(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3))
+
+
+def loss_and_gradient(
+    student: Tensor, teacher: Tensor, kind: str, upstream: Tensor | None = None, **options: object
+) -> tuple[Tensor, Tensor]:
+    """Of the output of a layer, which `in_place` may overwrite."""
+    variable = student.detach().clone().requires_grad_()
+    loss = divergence(variable.mul(1.0), teacher, kind, beta=0.3, alpha=0.3, **options)  # type: ignore[arg-type]
+    (gradient,) = torch.autograd.grad(loss, variable, torch.ones_like(loss) if upstream is None else upstream)
+    return loss.detach(), gradient
+
+
+@pytest.mark.parametrize("vocabulary", [1000, 3001])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_gradient_mode_finds_the_same(kind: str, dtype: torch.dtype, vocabulary: int) -> None:
+    """To the last bit where the same passes run: recompute finds again what the others keep of a row."""
+    student, teacher = randn(4, vocabulary, seed=1, dtype=dtype), randn(4, vocabulary, seed=2, dtype=dtype)
+    weights = torch.tensor([1.0, 0.0, 0.5, 0.25])
+    for reduction in ("sum", "mean"):
+        options = {"temperature": 0.7, "weights": weights, "reduction": reduction}
+        want = loss_and_gradient(student, teacher, kind, gradient_mode="fused", **options)
+        half_denormal = 6e-8 if dtype == torch.float16 else 0
+        in_place = loss_and_gradient(student, teacher, kind, gradient_mode="in_place", **options)
+        torch.testing.assert_close(in_place, want, rtol=0, atol=half_denormal)
+        late = loss_and_gradient(student, teacher, kind, gradient_mode="recompute", **options)
+        torch.testing.assert_close(late[0], want[0], rtol=0, atol=0)
+        if kind in ("forward_kl", "tvd") and vocabulary <= 1024:
+            torch.testing.assert_close(late[1], want[1], rtol=0, atol=half_denormal)
+        last_bits = torch.finfo(dtype).eps * (8 if dtype.itemsize > 2 else 0.2)  # few of a half are rounded otherwise
+        assert (late[1].double() - want[1].double()).norm() <= last_bits * want[1].double().norm()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_upstream_gradient_in_any_mode(kind: str, dtype: torch.dtype, mode: str) -> None:
+    student, teacher = randn(B, T, 501, seed=1, dtype=dtype), randn(B, T, 501, seed=2, dtype=dtype)
+    weights = torch.rand(B, T, generator=torch.Generator().manual_seed(3))
+    weights[1, 1] = 0
+    for reduction in ("none", "sum", "mean"):
+        options = {"weights": weights, "reduction": reduction}
+        upstream = randn(*((B, T) if reduction == "none" else ()), seed=4).float() * 3
+        got = loss_and_gradient(student, teacher, kind, upstream, gradient_mode=mode, **options)
+        want = loss_and_gradient(student.double(), teacher.double(), kind, upstream.double(), **options)
+        torch.testing.assert_close(got[0].double(), want[0], rtol=1e-5, atol=1e-7)
+        assert got[1].dtype == dtype
+        error, exact = got[1].double() - want[1], want[1].norm()
+        once = (want[1].to(dtype).double() - want[1]).norm()  # bfloat16 is rounded again unless it is computed late
+        allowed = 1.02 * once if mode == "recompute" else 4 * once if dtype != torch.float32 else 0.0
+        assert error.norm() <= allowed + 1e-5 * exact
+
+
+@pytest.mark.parametrize("valid", [None, V - 5])
+def test_in_place_overwrites_the_logits_with_their_gradient(valid: int | None) -> None:
+    leaf, teacher = randn(B, T, V, seed=1).requires_grad_(), randn(B, T, V, seed=2)
+    logits = leaf * 2
+    options = {"student_valid_vocab": valid, "teacher_valid_vocab": valid}
+    loss = divergence(logits, teacher, "jsd", gradient_mode="in_place", **options)  # type: ignore[arg-type]
+    fresh = (leaf.detach() * 2).requires_grad_()
+    (want,) = torch.autograd.grad(divergence(fresh, teacher, "jsd", **options), fresh)  # type: ignore[arg-type]
+    assert torch.equal(logits.detach(), want)
+    loss.backward()
+    torch.testing.assert_close(leaf.grad, want * 2, rtol=0, atol=0)
+
+
+def test_in_place_without_a_gradient_leaves_the_logits_alone() -> None:
+    logits, teacher = randn(3, V, seed=1), randn(3, V, seed=2)
+    copy = logits.clone()
+    divergence(logits, teacher, gradient_mode="in_place")
+    with torch.no_grad():
+        divergence(logits.requires_grad_(), teacher, gradient_mode="in_place")
+    torch.testing.assert_close(logits.detach(), copy, rtol=0, atol=0)
+
+
+def test_in_place_is_refused_where_it_would_do_harm() -> None:
+    leaf = randn(4, V, seed=1).requires_grad_()
+    for parameter in (leaf, leaf[1:], leaf.view(2, 2, V)):  # views are the leaf's memory
+        with pytest.raises(InputError, match="would overwrite a leaf"):
+            divergence(parameter, torch.zeros(parameter.shape), gradient_mode="in_place")
+    for scattered in ((leaf * 2)[:, 1:], (leaf * 2)[::2], (leaf * 2)[0].expand(4, V)):
+        with pytest.raises(InputError, match="needs contiguous"):
+            divergence(scattered, torch.zeros(scattered.shape), gradient_mode="in_place")
+
+
+def test_in_place_is_noticed_by_an_op_that_needs_the_logits() -> None:
+    leaf, teacher = randn(3, V, seed=1).float().requires_grad_(), randn(3, V, seed=2).float()
+    logits = leaf * 2
+    other = logits.square().sum()
+    loss = divergence(logits, teacher, gradient_mode="in_place") + other
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_known_log_sum_exps_save_a_pass_and_change_nothing(kind: str, dtype: torch.dtype, mode: str) -> None:
+    student, teacher = randn(B, T, V, seed=1, dtype=dtype), randn(B, T, V, seed=2, dtype=dtype)
+    weights = torch.ones(B, T)
+    weights[0, 1], student[0, 1] = 0, math.nan
+    options = {"temperature": 0.7, "student_valid_vocab": 30, "teacher_valid_vocab": 30, "weights": weights}
+    sums = {
+        f"{name}_logsumexp": torch.logsumexp(logits[..., :30].double() / 0.7, -1)
+        for name, logits in (("student", student), ("teacher", teacher))
+    }
+    want = loss_and_gradient(student, teacher, kind, gradient_mode=mode, **options)
+    got = loss_and_gradient(student, teacher, kind, gradient_mode=mode, **options, **sums)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(got[0], want[0], rtol=tolerance, atol=0)
+    last_bit = torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        got[1], want[1], rtol=max(2 * last_bit, 1e-5 if last_bit > 1e-10 else 1e-11), atol=1e-6 * (last_bit > 1e-10)
+    )
+
+
+def test_log_sum_exps_that_are_refused() -> None:
+    student, one = torch.zeros(2, 3), torch.zeros(2)
+    with pytest.raises(InputError, match="give both or neither"):
+        divergence(student, student, student_logsumexp=one)
+    with pytest.raises(InputError, match=r"teacher_logsumexp must have one entry a row, shape \[2\], not \[3\]"):
+        divergence(student, student, student_logsumexp=one, teacher_logsumexp=torch.zeros(3))
+    with pytest.raises(ConfigError, match="gradient_mode: unknown 'late'"):
+        divergence(student, student, gradient_mode="late")
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast_around_either_pass_changes_nothing(dtype: torch.dtype, mode: str, reduction: str) -> None:
+    student, teacher = randn(3, V, seed=1, dtype=dtype), randn(3, V, seed=2, dtype=dtype)
+    options = {"gradient_mode": mode, "reduction": reduction, "weights": torch.rand(3)}
+    want = loss_and_gradient(student, teacher, "jsd", **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = loss_and_gradient(student, teacher, "jsd", **options)
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("mode", "matrices"), [("fused", 1), ("in_place", 0), ("recompute", 0)])
+def test_what_waits_for_the_backward_pass(mode: str, matrices: int, dtype: torch.dtype) -> None:
+    leaf, teacher = randn(B, T, V, seed=1, dtype=dtype).requires_grad_(), randn(B, T, V, seed=2, dtype=dtype)
+    logits, saved = leaf * 2, []
+    inputs = {logits.data_ptr(), teacher.data_ptr()}
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        divergence(logits, teacher, "jsd", weights=torch.rand(B, T), gradient_mode=mode)
+    new = [tensor for tensor in saved if tensor.data_ptr() not in inputs]
+    assert sum(tensor.numel() == B * T * V for tensor in new) == matrices
+    assert sum(tensor.numel() for tensor in new if tensor.numel() != B * T * V) <= 9 * B * T
+
+
+def compiled(
+    backend: str | Callable[..., object], **options: object
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """A loss on top of a layer, compiled and not."""
+    torch._dynamo.reset()
+
+    def loss(student: Tensor, teacher: Tensor, weights: Tensor | None) -> Tensor:
+        return divergence(student * 2, teacher, "jsd", beta=0.3, temperature=0.7, weights=weights, **options) * 3  # type: ignore[arg-type]
+
+    return torch.compile(loss, fullgraph=True, backend=backend), loss
+
+
+def check_compiled(fast: Callable[..., Tensor], plain: Callable[..., Tensor], n: int, weighted: bool) -> None:
+    student, teacher = randn(n, V, seed=1).float().requires_grad_(), randn(n, V, seed=2).float()
+    torch._dynamo.mark_dynamic(student, 0)
+    torch._dynamo.mark_dynamic(teacher, 0)
+    weights = torch.rand(n, generator=torch.Generator().manual_seed(3)) if weighted else None
+    if weights is not None:
+        weights[1] = 0
+        torch._dynamo.mark_dynamic(weights, 0)
+    got, want = fast(student, teacher, weights), plain(student, teacher, weights)
+    torch.testing.assert_close(got, want)
+    upstream = randn(*want.shape, seed=4).float()
+    got_gradient, want_gradient = (torch.autograd.grad(loss, student, upstream)[0] for loss in (got, want))
+    torch.testing.assert_close(got_gradient, want_gradient)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_it_compiles_as_one_graph_for_any_number_of_rows(reduction: str, mode: str, weighted: bool) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend  # takes seconds
+
+    counter = CompileCounterWithBackend("aot_eager")
+    fast, plain = compiled(counter, reduction=reduction, gradient_mode=mode)
+    for n in (4, 9, 3):
+        check_compiled(fast, plain, n, weighted)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(("reduction", "mode"), [("mean", "fused"), ("none", "recompute")])
+def test_it_compiles_to_machine_code(reduction: str, mode: str) -> None:
+    fast, plain = compiled("inductor", reduction=reduction, gradient_mode=mode)
+    for n in (4, 9):
+        check_compiled(fast, plain, n, weighted=True)
+
+
+@pytest.mark.skipif(not native.supports(torch.zeros(1, 1)), reason="the native kernels are not built")
+@pytest.mark.parametrize("mode", ["fused", "recompute"])
+def test_logits_whose_columns_are_apart_meet_a_kernel_too(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher = randn(V, 6, seed=1).t().requires_grad_(), randn(V, 6, seed=2).t()
+    want = loss_and_gradient(student.contiguous(), teacher.contiguous(), "jsd", gradient_mode=mode)
+    monkeypatch.setattr(rows.reference, "score_rows", None)
+    loss = divergence(student, teacher, "jsd", beta=0.3, gradient_mode=mode)
+    torch.testing.assert_close((loss.detach(), torch.autograd.grad(loss, student)[0]), want, rtol=0, atol=0)

@@ -5,6 +5,7 @@ Legend: B batch, T positions, V vocabulary, K slots. The numbers of single rows:
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 from typing import NamedTuple
@@ -18,13 +19,20 @@ from torch import Tensor
 import gkd
 from gkd.errors import ConfigError, InputError
 from gkd.objectives import KINDS, Divergence, reduce_rows
-from gkd.objectives.topk import score_topk_rows
-from gkd.ops import divergence, topk_divergence
+from gkd.objectives.topk import REFERENCE, score_topk_rows
+from gkd.ops import divergence, native, topk_divergence
 
 B, T, V, K = 2, 5, 33, 6
 PAIRS = [*itertools.product(KINDS, ("tail", "renormalized")), ("forward_kl", "truncated")]
 EVERY = pytest.mark.parametrize(("kind", "mode"), PAIRS)
 REDUCTIONS = pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+
+
+@pytest.fixture(params=["reference", "native"], autouse=True)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op on devices without kernels, and with them."""
+    if request.param == "reference":
+        monkeypatch.setattr(importlib.import_module("gkd.ops.topk_divergence"), "NATIVE", REFERENCE)
 
 
 class Problem(NamedTuple):
@@ -352,3 +360,50 @@ def test_ids_beyond_the_vocabulary_are_refused_in_rows_that_count(problem: Probl
 
 def test_it_is_a_public_name() -> None:
     assert gkd.topk_divergence is topk_divergence
+
+
+def test_the_kernels_ignore_ids_beyond_the_vocabulary() -> None:
+    """Whoever calls them without cleaning the ids must not write to memory that is not theirs."""
+    student, ids = randn(2, 5, seed=1), torch.tensor([[1, 5], [-(2**62), 2**62]])
+    on_k, (tail, logsumexp) = student.new_empty(2, 2), student.new_empty(2, 2)
+    native.topk_log_probs(student, ids, 1.0, on_k=on_k, tail=tail, logsumexp=logsumexp)
+    assert on_k[0, 0] == student[0, 1] - logsumexp[0]
+    assert on_k[0, 1] == on_k[1, 0] == on_k[1, 1] == -math.inf
+    assert tail[1] == logsumexp[1] == 0  # not read
+    gradient, one = torch.empty_like(student), torch.ones(2, dtype=torch.float64)
+    native.topk_gradient(student, ids, 1.0, on_k=on_k, off_k=one, logsumexp=logsumexp, gradient=gradient)
+    want = (student - logsumexp.unsqueeze(-1)).exp()
+    want[0, 1] = on_k[0, 0]
+    torch.testing.assert_close(gradient, want)
+
+
+def test_the_kernels_refuse_what_they_would_write_beyond() -> None:
+    student, ids, log_probs = make(4)
+    outputs = {"on_k": torch.empty(4, K), "tail": torch.empty(4).double(), "logsumexp": torch.empty(4).double()}
+    with pytest.raises(RuntimeError, match="a vector of another dtype"):
+        native.topk_log_probs(student.detach(), ids, 1.0, **outputs)
+    outputs |= {"on_k": torch.empty(4, K - 1).double()}
+    with pytest.raises(RuntimeError, match="a vector of another size"):
+        native.topk_log_probs(student.detach(), ids, 1.0, **outputs)
+    factors = {"on_k": log_probs, "off_k": log_probs[:, 0].contiguous(), "logsumexp": log_probs[:, 0].contiguous()}
+    with pytest.raises(RuntimeError, match="a matrix of another shape"):
+        native.topk_gradient(student.detach(), ids, 1.0, **factors, gradient=torch.empty(4, V - 1))
+
+
+def test_the_kernels_keep_to_the_rules_for_ops() -> None:
+    student, ids, log_probs = (tensor.detach() for tensor in make(4))
+    rows = torch.zeros(3, 4, dtype=torch.float64).unbind()
+    torch.library.opcheck(torch.ops.gkd.topk_log_probs, (student, ids, 1.3, log_probs.clone(), *rows[:2]))
+    gradient = torch.empty_like(student)
+    torch.library.opcheck(torch.ops.gkd.topk_gradient, (student, ids, 1.3, log_probs, *rows[:2], gradient))
+
+
+def test_large_logits_at_a_temperature_cost_the_kernels_no_accuracy() -> None:
+    """What rounding logits of 300 over a temperature would lose is 1.5e-5."""
+    student, temperature = (randn(8, 500, seed=1) + 300).float(), 1.7
+    logsumexp = (student.double() / temperature).logsumexp(-1).float()
+    factors = {"on_k": torch.empty(8, 0), "off_k": torch.ones(8), "logsumexp": logsumexp}
+    gradient, ids = torch.empty_like(student), torch.empty(8, 0, dtype=torch.int64)
+    native.topk_gradient(student, ids, temperature, **factors, gradient=gradient)
+    want = (student.double() / temperature - logsumexp.double().unsqueeze(-1)).exp()
+    torch.testing.assert_close(gradient.double(), want, rtol=2e-6, atol=0)

@@ -1,0 +1,53 @@
+// The CUDA half of the op. The CPU library, which is loaded first, defines its schema.
+#include "../shared/op.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "rows.h"
+
+namespace gkd {
+namespace {
+
+using Run = void (*)(const Job<float>&, void* stream);
+
+Run run_of(Kind kind) {
+  switch (kind) {
+    case Kind::forward_kl: return cuda::run_forward_kl;
+    case Kind::reverse_kl: return cuda::run_reverse_kl;
+    case Kind::jsd: return cuda::run_jsd;
+    case Kind::skew_forward_kl: return cuda::run_skew_forward_kl;
+    case Kind::skew_reverse_kl: return cuda::run_skew_reverse_kl;
+    case Kind::tvd: return cuda::run_tvd;
+    case Kind::alpha: return cuda::run_alpha;
+    case Kind::count: break;
+  }
+  throw std::runtime_error("gkd::score_rows: an unknown kind");
+}
+
+void* current_stream(int32_t device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+
+void score_rows(Tensor student, Tensor teacher, int64_t kind, double parameter, double temperature, double scale,
+                OptionalTensor alive, OptionalTensor row_scale, OptionalTensor labels, OptionalTensor hard_weight,
+                OptionalTensor given_stats, OptionalTensor given_sums, OptionalTensor stats, OptionalTensor sums,
+                OptionalTensor value, OptionalTensor gradient, OptionalTensor byproducts) {
+  const Arguments arguments{student,   teacher, kind,        parameter,   temperature, scale, alive, row_scale,
+                            labels,    hard_weight, given_stats, given_sums, stats,    sums,  value, gradient,
+                            byproducts};
+  require(!arguments.is_double() && !(gradient && dtype_of(*gradient) == Dtype::float64),
+          "on CUDA logits and gradient must be float16, bfloat16 or float32, not float64");
+  const Job<float> job = arguments.job<float>();
+  const int32_t device = student.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  run_of(job.kind)(job, current_stream(device));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(gkd, CUDA, m) { m.impl("score_rows", TORCH_BOX(&score_rows)); }
+
+}  // namespace gkd

@@ -1,0 +1,62 @@
+// How many blocks share a row: pure arithmetic, so that it can be tested without a device.
+#pragma once
+
+#include "rows.cuh"
+
+namespace gkd::cuda {
+
+constexpr int kBlocksPerProcessor = 3;  // so that one loads while another computes and a third stores
+
+struct Device {
+  int index, processors, major, shared_per_processor, shared_per_block, reserved_per_block, l2_bytes;
+};
+
+struct Plan {
+  int ranks;  // blocks of a row's team; 0: not on chip
+  int slice;  // groups of a block
+  int shared_bytes;
+};
+
+inline int pair_bytes(const Job<float>& job) { return logit_bytes(job.student) + logit_bytes(job.teacher); }
+
+template <class Shape>
+Plan plan_of(const Job<float>& job, int ranks) {
+  const int slice = (groups_of(job.columns, Shape::kGroup) + ranks - 1) / ranks;
+  const bool hopeless = Shape::kOnChip && slice > (1 << 20);  // and its bytes might overflow
+  return {ranks, slice, hopeless ? 1 << 30 : Shape::shared_bytes(job, ranks, slice)};
+}
+
+// The fewest blocks a row that leave room for kBlocksPerProcessor on a processor; failing that, the number of which
+// the device holds most. resident(plan) is how many blocks it holds at once.
+template <class Shape, class Resident>
+Plan best_plan(const Device& device, const Job<float>& job, Resident&& resident) {
+  Plan best{0, 0, 0};
+  int most = 0;
+  for (int ranks = 1; ranks <= (device.major >= 9 ? kMaxCluster : 1); ranks *= 2) {
+    const Plan plan = plan_of<Shape>(job, ranks);
+    if (plan.shared_bytes > device.shared_per_block) continue;
+    const int blocks = resident(plan);
+    const int bytes = plan.shared_bytes + device.reserved_per_block;
+    const bool room = kBlocksPerProcessor * bytes <= device.shared_per_processor;
+    if (room && blocks * 5 >= 4 * kBlocksPerProcessor * device.processors) return plan;  // clusters leave gaps
+    if (blocks > most) best = plan, most = blocks;
+  }
+  return best;
+}
+
+// Blocks that go over the rows from memory: as many as half the cache holds rows for, but no processor idles.
+inline int64_t memory_blocks(const Device& device, const Job<float>& job) {
+  const int64_t cached = device.l2_bytes / 2 / (job.columns * pair_bytes(job));
+  const int64_t blocks = cached > device.processors ? cached : device.processors;
+  return blocks < job.rows ? blocks : job.rows;
+}
+
+// Visits the kernel for a job: visit(shape) with a Shape on chip.
+template <template <class> class D, int kThreads, class Visitor>
+auto with_shape(const Job<float>& job, Visitor&& visit) {
+  if (has_extras(job)) return visit(Shape<D, 4, kThreads, true, true>{});
+  if (has_float(job)) return visit(Shape<D, 4, kThreads, true, false>{});
+  return visit(Shape<D, 8, kThreads, true, false>{});
+}
+
+}  // namespace gkd::cuda

@@ -1,0 +1,59 @@
+// Every way through the kernels once, for ThreadSanitizer: whether barriers order all that threads share.
+#include <cstdio>
+#include <vector>
+
+#include "run_rows.h"
+
+namespace {
+
+using namespace gkd;
+
+constexpr int kRows = 2, kColumns = 1003;
+
+struct Case {
+  Kind kind;
+  Dtype dtype, gradient;
+  int ranks;
+  bool extras, given;
+};
+
+std::string run_case(const Case& c) {
+  const int size = c.dtype == Dtype::float32 ? 4 : 2;
+  std::vector<char> student(kRows * (kColumns + 8) * size), teacher = student;
+  for (size_t i = 0; i < student.size(); ++i) student[i] = char(i * 7 % 61), teacher[i] = char(i * 5 % 59);
+  std::vector<float> stats(kRows * kStats, 1.0f), sums(kRows * kSums, 0.5f), value(kRows), by(kRows * kByproducts);
+  std::vector<float> hard(kRows, 0.5f);
+  std::vector<int64_t> labels(kRows, 3);
+  Job<float> job{};
+  job.student = {student.data(), c.dtype, kColumns};
+  job.teacher = {teacher.data() + size, c.dtype, kColumns + 1};
+  job.gradient = {student.data(), c.gradient, c.gradient == c.dtype ? kColumns : 2 * kColumns};
+  job.rows = kRows, job.columns = kColumns, job.gradient_columns = kColumns;
+  job.kind = c.kind, job.parameter = 0.3, job.temperature = 2, job.scale = 1;
+  (c.given ? const_cast<float*&>(job.given_stats) : job.stats) = stats.data();
+  (c.given ? const_cast<float*&>(job.given_sums) : job.sums) = sums.data();
+  job.value = value.data();
+  if (c.extras) job.byproducts = by.data(), job.labels = labels.data(), job.hard_weight = hard.data();
+  const std::string error = emulation::run_rows(job, {c.ranks, 1, 0});
+  return error.empty() ? emulation::run_rows(job, {c.ranks, 2, 1}) : error;
+}
+
+}  // namespace
+
+int main() {
+  using enum Dtype;
+  for (const Kind kind : {Kind::forward_kl, Kind::jsd}) {
+    for (const int ranks : {0, 1, 2, 4}) {
+      for (const bool extras : {false, true}) {
+        for (const bool given : {false, true}) {
+          const std::pair<Dtype, Dtype> dtypes[] = {{bfloat16, bfloat16}, {float32, float32}, {float32, bfloat16}};
+          for (const auto& [dtype, gradient] : dtypes) {
+            const std::string error = run_case({kind, dtype, gradient, ranks, extras, given});
+            if (!error.empty()) return std::printf("%s\n", error.c_str()), 1;
+          }
+        }
+      }
+    }
+  }
+  return 0;
+}

@@ -1,0 +1,48 @@
+#include "run_rows.h"
+
+#include <algorithm>
+
+namespace gkd::emulation {
+
+std::string run_rows(const Job<float>& job, const Choice& choice) {
+  switch (job.kind) {
+    case Kind::forward_kl: return run_rows<ForwardKl>(job, choice);
+    case Kind::jsd: return run_rows<Jsd>(job, choice);
+#if !defined(__SANITIZE_THREAD__)  // these differ in nothing that threads share
+    case Kind::reverse_kl: return run_rows<ReverseKl>(job, choice);
+    case Kind::skew_forward_kl: return run_rows<SkewForwardKl>(job, choice);
+    case Kind::skew_reverse_kl: return run_rows<SkewReverseKl>(job, choice);
+    case Kind::tvd: return run_rows<TotalVariation>(job, choice);
+    case Kind::alpha: return run_rows<Alpha>(job, choice);
+    case Kind::count: break;
+#else
+    default: break;
+#endif
+  }
+  return "an unknown kind";
+}
+
+}  // namespace gkd::emulation
+
+// For ctypes.
+extern "C" int gkd_job_bytes() { return int(sizeof(gkd::Job<float>)); }
+extern "C" const char* gkd_run_rows(const gkd::Job<float>* job, int ranks, int blocks, uint32_t seed) {
+  static std::string error;
+  error = gkd::emulation::run_rows(*job, {ranks, blocks, seed});
+  return error.c_str();
+}
+
+// The plan for a device like that, with 256 threads a block of which a processor holds `blocks_per_processor` as far as
+// registers go, and in a cluster in groups of `processors_per_gpc` processors. Plan is 3 ints.
+extern "C" void gkd_plan(const gkd::Job<float>* job, const gkd::cuda::Device* device, int blocks_per_processor,
+                         int processors_per_gpc, gkd::cuda::Plan* plan) {
+  using namespace gkd;
+  const auto resident = [&](const cuda::Plan& plan) {
+    const int room = device->shared_per_processor / (plan.shared_bytes + device->reserved_per_block);
+    const int blocks = std::min(room, blocks_per_processor);
+    const int in_gpc = blocks * processors_per_gpc / plan.ranks * plan.ranks;
+    return in_gpc * (device->processors / processors_per_gpc);
+  };
+  *plan = cuda::with_shape<ForwardKl, 256>(
+      *job, [&](auto shape) { return cuda::best_plan<decltype(shape)>(*device, *job, resident); });
+}
