@@ -136,7 +136,7 @@ class ObjectiveConfig(Section):
         "token_mean", description="mean over the global batch's scored tokens, or of each sequence's mean"
     )
     chunk_mib: int | None = Field(
-        None, ge=1, description="float32 logits of one side in memory at once; null: 128 on a CPU, 1024 on a GPU"
+        None, ge=1, description="float32 logits of one side in memory at once; null: 256 on a CPU, 1024 on a GPU"
     )
 
 

@@ -17,7 +17,7 @@ from gkd.objectives.byproducts import BYPRODUCTS, concatenate
 from gkd.objectives.divergence import Divergence, working_dtype
 from gkd.objectives.hard_label import HardLabels
 from gkd.objectives.reduction import check_reduction, check_weights, reduce_rows, row_factors, weigh
-from gkd.ops.common import times
+from gkd.ops.common import times, working_memory
 from gkd.ops.heads import Head, common_columns
 from gkd.ops.matmul import HeadProduct
 from gkd.ops.rows import score_rows
@@ -25,7 +25,7 @@ from gkd.ops.rows import score_rows
 
 def default_chunk_bytes(device: torch.device) -> int:
     """Logits of one side of a chunk. Rather few and large chunks: each reads both heads and updates a gradient."""
-    return 1 << 30 if device.type == "cuda" else 128 << 20
+    return 1 << 30 if device.type == "cuda" else 256 << 20
 
 
 class LinearOptions(TypedDict, total=False):
@@ -119,7 +119,7 @@ def linear_divergence(
                         temperature 1 (`gkd.objectives.hard_label`). A negative label (-100) means h = 0.
     compute_dtype       round hidden states and heads to this dtype before the products, as autocast would; gradients
                         still come back unrounded in their inputs' dtypes. Default: the inputs as they are.
-    chunk_bytes         memory for one side's logits, of which two live at a time; default 128 MiB, on CUDA 1 GiB.
+    chunk_bytes         memory for one side's logits, of which two live at a time; default 256 MiB, on CUDA 1 GiB.
     byproducts          also return {name: [N]} of `gkd.objectives.BYPRODUCTS`, detached; 0 in ignored rows.
 
     Returns the loss, float32 (float64 for float64 inputs), or (loss, byproducts). Differentiable once, in the student's
@@ -269,7 +269,7 @@ class _Buffers:
     def __init__(self, job: _Job, gradient_dtype: torch.dtype | None) -> None:
         largest = max((rows.stop - rows.start for rows in job.chunks()), default=0)
         device = job.student.hidden.device
-        self._logits = [torch.empty(largest, job.columns, dtype=job.dtype, device=device) for _ in range(2)]
+        self._logits = [working_memory((largest, job.columns), job.dtype, device) for _ in range(2)]
         self._gradient: Tensor | None = None
         if gradient_dtype is None:
             return
@@ -289,7 +289,7 @@ class _Gradients:
     def __init__(self, job: _Job, product: HeadProduct, needs: tuple[bool, bool, bool]) -> None:
         self._head, self._product, self._columns, self._first = job.student, product, job.columns, True
         self._hidden, self._weight, self._bias = (
-            torch.empty(tensor.shape, dtype=job.dtype, device=tensor.device) if needed and tensor is not None else None
+            working_memory(tensor.shape, job.dtype, tensor.device) if needed and tensor is not None else None
             for needed, tensor in zip(needs, (job.student.hidden, job.student.weight, job.student.bias), strict=True)
         )
         if self._weight is not None:  # the first chunk, if there is one, overwrites the columns that are compared
@@ -321,13 +321,16 @@ class _Gradients:
         """For hidden, head and bias, bfloat16 for bfloat16 inputs. float16 waits for its loss scale in float32."""
         inputs = (self._head.hidden, self._head.weight, self._head.bias)
         return [
-            None if total is None or tensor is None else total.to(_kept_dtype(total, tensor))
+            None if total is None or tensor is None else _kept(total, tensor)
             for total, tensor in zip((self._hidden, self._weight, self._bias), inputs, strict=True)
         ]
 
 
-def _kept_dtype(total: Tensor, like: Tensor) -> torch.dtype:
-    return torch.bfloat16 if like.dtype == torch.bfloat16 else total.dtype
+def _kept(total: Tensor, like: Tensor) -> Tensor:
+    """A gradient as it waits for the backward pass: bfloat16 where its input is."""
+    if like.dtype != torch.bfloat16:
+        return total
+    return working_memory(total.shape, torch.bfloat16, total.device).copy_(total)
 
 
 def _hard_labels(
