@@ -1,5 +1,5 @@
 # Two commands do all the set-up:  make quickstart   and   make test
-.PHONY: help venv quickstart test lint format gpu-check cuda clean
+.PHONY: help venv quickstart test lint format tables gpu-check cuda clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
@@ -16,6 +16,7 @@ help:
 	@echo "make quickstart   distil SmolLM2-135M into 20 of its 30 layers (.venv, weights and all; minutes on 2 cores)"
 	@echo "make test         every test that this machine can run"
 	@echo "make lint         ruff, pyright, import contracts      make format   ruff format"
+	@echo "make tables       the tables and plots of README and docs, from benchmarks/results"
 	@echo "make gpu-check    build, test, sanitize and time the CUDA kernels on a GPU (torch, numpy, pytest, nvcc; WHEELS=dir)"
 	@echo "make cuda         cross-compile the CUDA kernels, GPU or not"
 	@echo "make venv         make .venv ready and nothing else    ACCELERATOR=cpu|cuda (found: $(ACCELERATOR))"
@@ -54,6 +55,11 @@ quickstart: $(KERNELS)
 
 test: $(KERNELS)
 	$(BIN)/python -m pytest -q $(ARGS)
+
+# The figures of README and docs from benchmarks/results; a test fails where they are not up to date.
+tables: $(READY)
+	$(BIN)/python benchmarks/tables.py --write README.md
+	$(BIN)/python benchmarks/tables.py --write docs/benchmarks.md --plots docs/plots
 
 # On a machine with a GPU, torch, numpy, pytest and nvcc; no virtual environment and no network are needed.
 GPU_PYTHON ?= python3

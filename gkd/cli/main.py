@@ -11,7 +11,10 @@ import gkd
 from gkd.cli.config import config_command
 from gkd.cli.eval import eval_command
 from gkd.cli.generate import generate_command
+from gkd.cli.plan import plan_command
+from gkd.cli.report import report_command
 from gkd.cli.train import train_command
+from gkd.cli.watch import watch_command
 from gkd.config import Launch
 from gkd.environment import prepare_process
 from gkd.errors import GkdError
@@ -26,6 +29,9 @@ app = typer.Typer(
 app.command("train")(train_command)
 app.command("eval")(eval_command)
 app.command("generate")(generate_command)
+app.command("watch")(watch_command)
+app.command("report")(report_command)
+app.command("plan")(plan_command)
 app.command("config")(config_command)
 
 

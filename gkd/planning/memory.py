@@ -1,0 +1,196 @@
+"""Bytes of each device in each phase, and of its host, against what there is.
+
+The student's state follows DeepSpeed 0.19: under autocast the float32 weights are the masters; ZeRO 1 and 2 keep a
+second copy of a rank's partition, ZeRO 3 and 0 do not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gkd.planning.devices import USABLE_MEMORY_SHARE
+from gkd.planning.models import DTYPE_BYTES
+from gkd.planning.setup import Setup
+
+PHASES = ("sample", "score", "train", "sync")
+# DeepSpeed's defaults, in elements: reduce_bucket_size, stage3_max_live_parameters
+REDUCE_BUCKET_ELEMENTS = 5e8
+LIVE_PARAMETERS = 1e9
+
+Bytes = dict[str, float]
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by item. `resident` is there in every phase, `phases` on top of it, `host` in the memory of the node."""
+
+    resident: Bytes
+    phases: dict[str, Bytes]
+    host: Bytes
+    limit_bytes: float
+    host_limit_bytes: float
+    sampler_room_bytes: float  # left for keys and values in what the sampler has
+    sequences_at_once: float  # of the longest kind, that fit there
+    served_bytes: float  # of each device of a served teacher
+
+    def peak_of(self, phase: str) -> float:
+        return sum(self.resident.values()) + sum(self.phases[phase].values())
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=self.peak_of)
+
+    @property
+    def peak_bytes(self) -> float:
+        return self.peak_of(self.peak_phase)
+
+    @property
+    def host_bytes(self) -> float:
+        return sum(self.host.values())
+
+    @property
+    def faults(self) -> list[str]:
+        """Why it does not fit; empty if it does."""
+        faults: list[str] = []
+        if self.peak_bytes > self.limit_bytes:
+            faults.append(f"{self.peak_phase} needs {gb(self.peak_bytes)} of {gb(self.limit_bytes)} on each device")
+        if self.host_bytes > self.host_limit_bytes:
+            faults.append(f"offloading needs {gb(self.host_bytes)} of {gb(self.host_limit_bytes)} on each host")
+        if self.sequences_at_once < 1:
+            faults.append("the sampler's memory does not hold the student and one longest sequence")
+        if self.served_bytes > self.limit_bytes:
+            faults.append(f"the served teacher needs {gb(self.served_bytes)} of {gb(self.limit_bytes)} a device")
+        return faults
+
+    @property
+    def fits(self) -> bool:
+        return not self.faults
+
+
+def gb(value: float) -> str:
+    """`12.3 GB`, decimal."""
+    return f"{value / 1e9:.1f} GB"
+
+
+def memory_plan(setup: Setup) -> MemoryPlan:
+    """See MemoryPlan. Sequences are taken at their longest: memory has to hold the worst micro-batch."""
+    state, host = student_state(setup)
+    sampler, room = _sampler(setup)
+    one_sequence = setup.longest_tokens * setup.student.kv_bytes(setup.student_dtype) / setup.sampler_devices
+    node_ranks = min(setup.devices, setup.device.devices_a_node)
+    return MemoryPlan(
+        resident={**state, **_teacher(setup), **sampler},
+        phases={"sample": {}, "score": _scoring(setup), "train": _training(setup), "sync": _sync(setup)},
+        host={name: value * node_ranks for name, value in host.items()},
+        limit_bytes=setup.device.memory_bytes * USABLE_MEMORY_SHARE,
+        host_limit_bytes=setup.device.host_memory_bytes * USABLE_MEMORY_SHARE,
+        sampler_room_bytes=room,
+        sequences_at_once=room / one_sequence,
+        served_bytes=_served(setup),
+    )
+
+
+def student_state(setup: Setup) -> tuple[Bytes, Bytes]:
+    """(device, host): weights, gradients, Adam's two moments and ZeRO's buffers of one rank."""
+    count, stage = setup.student.parameters, setup.zero_stage
+    weight = 2 if setup.half_weights else 4
+    shard = count / setup.devices if stage else count
+    weights = weight * (shard if stage == 3 else count)
+    gradients = 4 * shard if stage >= 2 else weight * count
+    masters = 0.0 if stage in (0, 3) and not (setup.half_weights or setup.offload_optimizer) else 4 * shard
+    optimizer = {"student master copy": masters, "Adam moments": 8 * shard}
+    device: Bytes = {"student weights": weights, "student gradients": gradients}
+    host: Bytes = {}
+    if setup.offload_optimizer:
+        host |= optimizer | {"student gradients": 4 * shard}
+        device["student gradients"] = 0.0 if stage >= 2 else gradients
+    else:
+        device |= optimizer
+    if setup.offload_parameters:
+        host["student weights"] = device["student weights"]
+        device["student weights"] = 0.0
+    if stage >= 2:
+        device["ZeRO reduce bucket"] = 4 * min(count, REDUCE_BUCKET_ELEMENTS)
+    if stage == 3:
+        device["ZeRO gathered weights"] = weight * min(count, LIVE_PARAMETERS)
+    return {k: v for k, v in device.items() if v}, {k: v for k, v in host.items() if v}
+
+
+def _teacher(setup: Setup) -> Bytes:
+    """Of a training device. The loss needs the teacher's head wherever the teacher is."""
+    width = DTYPE_BYTES[setup.teacher_dtype]
+    head = setup.teacher.embedding_parameters * width
+    if setup.teacher_placement == "local":
+        return {"teacher weights": setup.teacher_bytes}
+    if setup.teacher_placement == "served":
+        return {"teacher head": head}
+    layer = width * setup.teacher.matrix_parameters(setup.teacher.experts) / setup.teacher.layers
+    return {
+        "teacher weights": setup.teacher_bytes / setup.devices,
+        "teacher head": head,
+        "teacher gathered layers": 2 * layer,  # one is used while the next arrives
+    }
+
+
+def _served(setup: Setup) -> float:
+    """Of a device of the served teacher: its share of the weights, and a micro-batch's activations."""
+    if setup.teacher_placement != "served":
+        return 0.0
+    activations = setup.teacher.inference_bytes(setup.teacher_dtype) * _scoring_tokens(setup)
+    return setup.teacher_bytes / setup.teacher_devices + activations
+
+
+def _sampler(setup: Setup) -> tuple[Bytes, float]:
+    """(resident bytes, room for keys and values in them)."""
+    weights = setup.student.parameters * DTYPE_BYTES[setup.student_dtype] / setup.sampler_devices
+    if setup.vllm and not setup.device.is_cpu:
+        reserved = setup.sampler_memory_share * setup.device.memory_bytes
+        return {"sampler, reserved": reserved}, reserved - weights
+    room = setup.kv_cache_bytes
+    if not setup.vllm:
+        at_once = min(setup.sampler_sequences, max(1.0, setup.sampled_sequences))
+        room = at_once * setup.longest_tokens * setup.student.kv_bytes(setup.student_dtype)
+    return {"sampler weights": weights, "sampler keys and values": room}, room
+
+
+def _scoring_tokens(setup: Setup) -> float:
+    return setup.scoring_micro_batch_size * setup.longest_tokens
+
+
+def _teacher_states(setup: Setup) -> float:
+    """The hidden states that the loss will use, of all of a rank's completions at their longest."""
+    tokens = max(1.0, setup.local_sequences) * setup.max_new_tokens
+    return tokens * setup.teacher.hidden * DTYPE_BYTES[setup.teacher_dtype]
+
+
+def _scoring(setup: Setup) -> Bytes:
+    states = {"teacher hidden states": _teacher_states(setup)}
+    if setup.teacher_placement == "served":
+        return states
+    activations = setup.teacher.inference_bytes(setup.teacher_dtype) * _scoring_tokens(setup)
+    return {"teacher activations": activations, **states}
+
+
+def _training(setup: Setup) -> Bytes:
+    student, tokens = setup.student, setup.micro_batch_size * setup.longest_tokens
+    scored = setup.micro_batch_size * setup.max_new_tokens
+    logits = min(setup.chunk_bytes, 4.0 * scored * student.vocabulary)
+    casts = 2.0 * student.matrix_parameters(student.experts) if setup.autocast else 0.0
+    head_cast = 2.0 * student.embedding_parameters if setup.student_dtype != "float32" else 0.0
+    items = {
+        "activations": tokens * student.activation_bytes(setup.student_dtype, setup.checkpointing),
+        "autocast copies of weights": casts,  # held by the graph at every ZeRO stage
+        "loss, logits of two sides": 2 * logits,
+        "loss, head and its gradient": 4.0 * student.embedding_parameters + head_cast,
+        "loss, gradient of hidden states": 4.0 * scored * student.hidden,
+        "teacher hidden states": _teacher_states(setup),
+    }
+    return {name: value for name, value in items.items() if value}
+
+
+def _sync(setup: Setup) -> Bytes:
+    """One parameter travels at a time: gathered whole if sharded, and cast."""
+    largest = setup.student.largest_tensor_parameters
+    gathered = 4.0 * largest if setup.zero_stage == 3 else 0.0
+    items = {"gathered parameter": gathered, "cast parameter": float(largest * DTYPE_BYTES[setup.student_dtype])}
+    return {name: value for name, value in items.items() if value}

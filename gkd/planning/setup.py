@@ -1,0 +1,167 @@
+"""Everything that memory and time depend on, as plain numbers taken from a run's config and the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gkd.config import Config
+from gkd.errors import ConfigError
+from gkd.planning.devices import Device
+from gkd.planning.models import DTYPE_BYTES, Architecture
+from gkd.train.deepspeed_config import deepspeed_config
+
+Placement = Literal["local", "sharded", "served"]
+NOT_BUILT: dict[str, str] = {  # what the engine cannot do yet, by what of a Setup asks for it
+    "sharded": "a teacher whose weights are sharded over the training devices and gathered layer by layer",
+    "served": "a teacher served by devices of its own, which sends hidden states",
+    "tensor_parallel": "a sampler whose weights are split over several devices",
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run on `devices` equal training devices, one rank each; a served teacher has further devices of its own."""
+
+    student: Architecture
+    teacher: Architecture
+    device: Device
+    devices: int
+    batch_size: int  # sequences a step, over all ranks
+    micro_batch_size: int
+    scoring_micro_batch_size: int
+    zero_stage: int
+    offload_optimizer: bool
+    offload_parameters: bool
+    half_weights: bool  # weights kept in half precision with a float32 copy, rather than autocast over float32
+    checkpointing: bool
+    student_dtype: str
+    teacher_dtype: str
+    max_prompt_tokens: int
+    max_new_tokens: int
+    prompt_tokens: float  # mean
+    completion_tokens: float  # mean
+    student_share: float  # of the completions that the student samples (lambda)
+    vllm: bool
+    sampler_sequences: int  # at most, at once
+    sampler_memory_share: float  # of a GPU, reserved by vLLM
+    kv_cache_bytes: float  # of vLLM on a CPU
+    decode_overhead_s: float  # the sampler's own time a step
+    chunk_bytes: float
+    teacher_placement: Placement = "local"
+    teacher_devices: int = 0  # of a served teacher
+    sampler_devices: int = 1  # that one sampler is split over
+
+    @property
+    def longest_tokens(self) -> int:
+        return self.max_prompt_tokens + self.max_new_tokens
+
+    @property
+    def mean_tokens(self) -> float:
+        """Prompt and completion of a mean sequence."""
+        return self.prompt_tokens + self.completion_tokens
+
+    @property
+    def local_sequences(self) -> float:
+        """Sequences of a step on one rank."""
+        return self.batch_size / self.devices
+
+    @property
+    def sampled_sequences(self) -> float:
+        """Sequences of a step that one rank's sampler completes, on average; at least one if it has any."""
+        return max(1.0, self.local_sequences * self.student_share) if self.student_share else 0.0
+
+    @property
+    def scored_tokens(self) -> float:
+        """Of a step, over all ranks: only completions are scored."""
+        return self.batch_size * self.completion_tokens
+
+    @property
+    def accumulation(self) -> float:
+        """Micro-batches a step on one rank."""
+        return self.local_sequences / self.micro_batch_size
+
+    @property
+    def all_devices(self) -> int:
+        return self.devices + (self.teacher_devices if self.teacher_placement == "served" else 0)
+
+    @property
+    def autocast(self) -> bool:
+        return self.student_dtype != "float32" and not self.half_weights
+
+    @property
+    def teacher_bytes(self) -> float:
+        """The whole teacher's weights."""
+        return float(self.teacher.parameters * DTYPE_BYTES[self.teacher_dtype])
+
+    @property
+    def not_built(self) -> list[str]:
+        """Keys of NOT_BUILT that this setup needs."""
+        needs = [self.teacher_placement] if self.teacher_placement != "local" else []
+        return needs + (["tensor_parallel"] if self.sampler_devices > 1 else [])
+
+
+def make_setup(
+    config: Config,
+    student: Architecture,
+    teacher: Architecture,
+    device: Device,
+    devices: int,
+    *,
+    prompt_tokens: float | None = None,
+    completion_tokens: float | None = None,
+    teacher_placement: Placement = "local",
+    teacher_devices: int = 0,
+) -> Setup:
+    """Raises ConfigError for a batch that does not divide, or lengths beyond the config's limits."""
+    if devices < 1:
+        raise ConfigError(f"--gpus: {devices} must be at least 1")
+    config.check_world_size(devices)
+    settings = deepspeed_config(config, devices)
+    zero = settings["zero_optimization"]
+    offload = [_offloads(zero, name) for name in ("offload_optimizer", "offload_param")]
+    if any(offload) and zero["stage"] == 0:
+        raise ConfigError("deepspeed.config: zero_optimization offloads, which needs a stage of at least 1")
+    chunk_mib = config.objective.chunk_mib
+    return Setup(
+        student=student,
+        teacher=teacher,
+        device=device,
+        devices=devices,
+        batch_size=config.optim.batch_size,
+        micro_batch_size=config.optim.micro_batch_size,
+        scoring_micro_batch_size=config.teacher.micro_batch_size,
+        zero_stage=zero["stage"],
+        offload_optimizer=offload[0],
+        offload_parameters=offload[1],
+        half_weights=any(settings.get(name, {}).get("enabled") for name in ("bf16", "fp16")),
+        checkpointing=config.student.gradient_checkpointing,
+        student_dtype=config.student.dtype,
+        teacher_dtype=config.teacher.dtype,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_new_tokens=config.rollout.max_new_tokens,
+        prompt_tokens=_mean("--prompt-tokens", prompt_tokens, config.data.max_prompt_tokens, 0.5),
+        completion_tokens=_mean("--completion-tokens", completion_tokens, config.rollout.max_new_tokens, 1.0),
+        student_share=config.mixture.student,
+        vllm=config.rollout.engine == "vllm",
+        sampler_sequences=config.rollout.max_num_seqs,
+        sampler_memory_share=config.rollout.gpu_memory_utilization,
+        kv_cache_bytes=config.rollout.kv_cache_gib * 2**30,
+        decode_overhead_s=device.decode_eager_s if config.rollout.enforce_eager else device.decode_graph_s,
+        # the defaults of gkd.ops.linear_divergence, which needs torch to be imported
+        chunk_bytes=float((chunk_mib or (128 if device.is_cpu else 1024)) << 20),
+        teacher_placement=teacher_placement,
+        teacher_devices=teacher_devices,
+    )
+
+
+def _offloads(zero: dict[str, dict[str, str]], name: str) -> bool:
+    return zero.get(name, {}).get("device", "none") != "none"
+
+
+def _mean(option: str, given: float | None, limit: int, share: float) -> float:
+    if given is None:
+        return share * limit
+    if not 0 < given <= limit:
+        raise ConfigError(f"{option}: {given:g} must be above 0 and at most {limit}, the config's limit")
+    return given

@@ -1,0 +1,255 @@
+"""Seconds of a step by phase, as a roofline: work by what a device or a link can do, times an efficiency.
+
+Within a phase compute, memory and links add up: nothing is assumed to overlap. Lengths are means, unlike in memory.py.
+The phases have the names of `gkd.monitor.PHASES`, so that a prediction can be held against a run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gkd.monitor.timing import PHASES
+from gkd.planning.devices import HOST_BANDWIDTH_BYTES_PER_S, RING_LATENCY_S
+from gkd.planning.memory import memory_plan
+from gkd.planning.models import DTYPE_BYTES
+from gkd.planning.setup import Setup
+
+PADDING = 1.2  # ASSUMPTION: tokens of a padded micro-batch by its real tokens
+FLOAT32_SLOWDOWN = {"cpu": 4.0, "gpu": 16.0}  # ASSUMPTION: bf16 peak by float32 peak (A100: 312 / 19.5)
+# Bytes of a pair (token, vocabulary entry) in the fused loss: two float32 logits written and read twice, a bf16
+# gradient written and read twice.
+LOSS_PAIR_BYTES = 4 * 2 * 3 + 2 * 3
+# Bytes a parameter and micro-batch: float32 weights read, a bf16 copy written and read twice, a float32 gradient
+# written, then added to what is there.
+MICRO_BATCH_BYTES = 4 + 2 * 3 + 4 * 4
+# Bytes a parameter of AdamW and clipping: norm and scaling (12), then weight, gradient and two moments (28).
+OPTIMIZER_BYTES = 12 + 28
+PROBE_PROMPT_TOKENS, PROBE_NEW_TOKENS = 160, 16  # of gkd.rollout.sync, which would import more
+
+Seconds = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Link:
+    """What one training device sends or receives over one kind of link in a step."""
+
+    name: str
+    link: str  # "node", "network", "device" or "host"
+    bytes_a_step: float
+    seconds: float
+    built: bool = True
+
+
+@dataclass(frozen=True)
+class TimePlan:
+    """Seconds by phase and, within it, by cause."""
+
+    phases: Mapping[str, Seconds]
+    links: tuple[Link, ...]
+    tokens_a_step: float
+
+    def phase_s(self, phase: str) -> float:
+        return sum(self.phases[phase].values())
+
+    @property
+    def step_s(self) -> float:
+        return sum(self.phase_s(phase) for phase in self.phases)
+
+    @property
+    def bottleneck(self) -> tuple[str, str]:
+        """(phase, cause) of the most seconds."""
+        causes = {(phase, cause): s for phase, parts in self.phases.items() for cause, s in parts.items()}
+        return max(causes, key=lambda key: causes[key])
+
+    @property
+    def tokens_a_day(self) -> float:
+        """Scored tokens."""
+        return self.tokens_a_step / self.step_s * 86400
+
+    def cost_of_a_million_tokens(self, price_a_device_hour: float, devices: int) -> float:
+        return price_a_device_hour * devices * self.step_s / 3600 / self.tokens_a_step * 1e6
+
+
+def time_plan(setup: Setup) -> TimePlan:
+    """See TimePlan."""
+    links = (*_training_links(setup), *_teacher_links(setup), _sync_link(setup))
+    phases = {
+        "sample": sampling_s(setup),
+        "score": scoring_s(setup),
+        "forward_backward": training_s(setup),
+        "optimizer": optimizer_s(setup),
+        "sync": syncing_s(setup),
+    }
+    for link in links:
+        phases[_PHASE_OF_LINK[link.name]][link.name] = link.seconds
+    assert tuple(phases) == PHASES
+    return TimePlan(phases, links, setup.scored_tokens)
+
+
+# ---- phases
+
+
+def sampling_s(setup: Setup) -> Seconds:
+    """Prefill, then waves of as many sequences as fit; a wave lasts as long as its longest completion."""
+    if not setup.sampled_sequences:
+        return {"weights and cache": 0.0}
+    student, device, eff = setup.student, setup.device, setup.device.efficiency.sample
+    room = max(1.0, memory_plan(setup).sequences_at_once)
+    # a sampler that is split over k devices has k ranks' sequences
+    sequences = setup.sampled_sequences * setup.sampler_devices
+    waves = math.ceil(sequences / min(setup.sampler_sequences, room))
+    at_once = sequences / waves
+    steps = waves * setup.max_new_tokens
+    running = at_once * setup.completion_tokens / setup.max_new_tokens  # mean over a wave
+    context = setup.prompt_tokens + setup.completion_tokens / 2
+    read = student.weights_read_bytes(running, setup.student_dtype)
+    read += running * context * student.kv_bytes(setup.student_dtype)
+    decode = steps * running * (student.forward_flops(context) + student.head_flops)
+    prefill = sequences * setup.prompt_tokens * student.forward_flops(setup.prompt_tokens / 2)
+    together = setup.sampler_devices * eff
+    return {
+        "weights and cache": steps * read / device.bandwidth_bytes_per_s / together,
+        "compute": (decode + prefill) / _flops_per_s(setup, setup.student_dtype) / together,
+        "engine's own": steps * setup.decode_overhead_s,
+    }
+
+
+def scoring_s(setup: Setup) -> Seconds:
+    teacher, eff = setup.teacher, setup.device.efficiency.score
+    sequences = setup.local_sequences
+    if setup.teacher_placement == "served":
+        sequences = setup.batch_size / setup.teacher_devices  # its devices work as one
+    tokens = sequences * setup.mean_tokens * PADDING
+    micro_batches = math.ceil(setup.local_sequences / setup.scoring_micro_batch_size)
+    flops = tokens * teacher.forward_flops(setup.mean_tokens / 2)
+    read = teacher.weights_read_bytes(tokens / micro_batches, setup.teacher_dtype)
+    if setup.teacher_placement == "served":
+        read /= setup.teacher_devices
+    return {
+        "compute": flops / _flops_per_s(setup, setup.teacher_dtype) / eff,
+        "weights": micro_batches * read / setup.device.bandwidth_bytes_per_s / eff,
+    }
+
+
+def training_s(setup: Setup) -> Seconds:
+    """Forward, loss and backward: the backward costs two forwards, checkpointing one more."""
+    student, device, eff = setup.student, setup.device, setup.device.efficiency.train
+    tokens = setup.local_sequences * setup.mean_tokens * PADDING
+    scored = setup.local_sequences * setup.completion_tokens
+    backbone = tokens * student.forward_flops(setup.mean_tokens / 2) * (4 if setup.checkpointing else 3)
+    pairs = scored * student.vocabulary
+    # the student's logits, two products in the backward, and the teacher's logits
+    loss = 2.0 * pairs * (3 * student.hidden + setup.teacher.hidden)
+    traffic = setup.accumulation * MICRO_BATCH_BYTES * student.parameters
+    rate = _flops_per_s(setup, setup.student_dtype)
+    return {
+        "layers, compute": backbone / rate / eff,
+        "loss, compute": loss / rate / eff,
+        "loss, logits": pairs * LOSS_PAIR_BYTES / device.bandwidth_bytes_per_s / eff,
+        "weights and gradients": traffic / device.bandwidth_bytes_per_s / eff,
+    }
+
+
+def optimizer_s(setup: Setup) -> Seconds:
+    count = setup.student.parameters / (setup.devices if setup.zero_stage else 1)
+    eff, device = setup.device.efficiency.optimizer, setup.device
+    if not setup.offload_optimizer:
+        return {"memory": count * OPTIMIZER_BYTES / device.bandwidth_bytes_per_s / eff}
+    return {
+        "host memory": count * OPTIMIZER_BYTES / min(HOST_BANDWIDTH_BYTES_PER_S, device.bandwidth_bytes_per_s) / eff,
+        "host link": count * 8 / device.host_link_bytes_per_s / device.efficiency.link,  # gradients down, weights up
+    }
+
+
+def syncing_s(setup: Setup) -> Seconds:
+    """Weights read in float32 and written in the sampler's dtype, then the probe: sampled, and scored."""
+    student, device, eff = setup.student, setup.device, setup.device.efficiency
+    copied = student.parameters * (4 + DTYPE_BYTES[setup.student_dtype])
+    rate = _flops_per_s(setup, setup.student_dtype)
+    read = student.weights_read_bytes(1, setup.student_dtype)
+    decode = PROBE_NEW_TOKENS * read / device.bandwidth_bytes_per_s / eff.sample
+    tokens = 2 * PROBE_PROMPT_TOKENS + PROBE_NEW_TOKENS
+    compute = tokens * student.forward_flops(PROBE_PROMPT_TOKENS / 2) / rate
+    return {
+        "weights": copied / device.bandwidth_bytes_per_s / eff.sync,
+        "probe": decode + compute / eff.train + PROBE_NEW_TOKENS * setup.decode_overhead_s,
+    }
+
+
+def _flops_per_s(setup: Setup, dtype: str) -> float:
+    slower = FLOAT32_SLOWDOWN["cpu" if setup.device.is_cpu else "gpu"] if dtype == "float32" else 1.0
+    return setup.device.bf16_flops_per_s / slower
+
+
+# ---- links
+
+_PHASE_OF_LINK = {
+    "gradients": "forward_backward",
+    "weights of the step": "forward_backward",
+    "updated weights": "optimizer",
+    "teacher's weights": "score",
+    "teacher's hidden states": "score",
+    "weights to the sampler": "sync",
+}
+
+
+def _training_links(setup: Setup) -> list[Link]:
+    """What ZeRO moves; a rank's bytes. Under autocast matrices travel in half precision, the rest in float32."""
+    student, stage = setup.student, setup.zero_stage
+    matrices = student.matrix_parameters(student.experts)
+    whole = 4.0 * student.parameters
+    halved = 2.0 * matrices + 4.0 * (student.parameters - matrices) if setup.autocast else whole
+    if setup.half_weights:
+        whole = halved = 2.0 * student.parameters
+    every = max(1.0, setup.accumulation)
+    if stage == 0:  # a ring's all-reduce passes everything twice
+        return [_collective(setup, "gradients", 2 * whole, 1)]
+    if stage < 3:
+        times = every if stage == 2 else 1.0
+        return [_collective(setup, "gradients", times * halved, times), _collective(setup, "updated weights", whole, 1)]
+    return [
+        _collective(setup, "weights of the step", 2 * every * halved, 2 * every * student.layers),
+        _collective(setup, "gradients", every * halved, every * student.layers),
+    ]
+
+
+def _teacher_links(setup: Setup) -> list[Link]:
+    width = DTYPE_BYTES[setup.teacher_dtype]
+    states = setup.local_sequences * setup.completion_tokens * setup.teacher.hidden * width
+    if setup.teacher_placement == "local":
+        return [Link("teacher's hidden states", "device", states, 0.0)]
+    if setup.teacher_placement == "served":
+        rate = setup.device.network_bytes_per_s * setup.device.efficiency.link
+        return [Link("teacher's hidden states", "network", states, states / rate, built=False)]
+    micro_batches = math.ceil(setup.local_sequences / setup.scoring_micro_batch_size)
+    gathered = _collective(
+        setup, "teacher's weights", micro_batches * setup.teacher_bytes, micro_batches * setup.teacher.layers, False
+    )
+    return [Link("teacher's hidden states", "device", states, 0.0), gathered]
+
+
+def _sync_link(setup: Setup) -> Link:
+    """Each rank's sampler takes the weights from its own rank; sharded ones are gathered one by one."""
+    name, student = "weights to the sampler", setup.student
+    if setup.zero_stage < 3 or setup.devices == 1:
+        return Link(name, "device", float(student.parameters * DTYPE_BYTES[setup.student_dtype]), 0.0)
+    return _collective(setup, name, 4.0 * student.parameters, student.tensors)
+
+
+def _collective(setup: Setup, name: str, size_bytes: float, count: float, built: bool = True) -> Link:
+    """An all-gather or reduce-scatter of `size_bytes` in all, in `count` pieces, over all training devices.
+
+    Rings pass each device's links once: inside a node its own, between nodes all of a node's together.
+    """
+    ranks, device = setup.devices, setup.device
+    if ranks == 1:
+        return Link(name, "device", 0.0, 0.0, built)
+    within = ranks <= device.devices_a_node
+    rate = device.node_link_bytes_per_s
+    if not within:
+        rate = min(rate, device.network_bytes_per_s * device.devices_a_node)
+    sent = size_bytes * (ranks - 1) / ranks
+    waiting = count * RING_LATENCY_S * math.ceil(ranks / device.devices_a_node)
+    return Link(name, "node" if within else "network", sent, sent / rate / device.efficiency.link + waiting, built)

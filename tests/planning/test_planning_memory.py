@@ -1,0 +1,158 @@
+"""Bytes by hand for one case, and the directions in which they must go."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from planned import setup_of
+
+from gkd.config import load_config
+from gkd.errors import ConfigError
+from gkd.planning.memory import memory_plan, student_state
+from gkd.planning.models import architectures
+from gkd.planning.setup import make_setup
+from gkd.planning.suggest import suggest
+
+SMALL, LARGE, HUGE = "qwen3_8b_to_1.7b", "qwen3_32b_to_1.7b", "qwen3_235b_to_8b"
+PARAMETERS = 1_720_574_976  # of Qwen3-1.7B: 151936 x 2048 + 28 x (12582912 + 37748736 + 4096 + 256) + 2048
+
+
+def test_zero_by_hand() -> None:
+    """8 ranks; bytes a parameter as DeepSpeed 0.19 keeps them under autocast."""
+    setup = setup_of(SMALL, 8)
+    assert setup.student.parameters == PARAMETERS
+    expected = {0: 4 + 4 + 8, 1: 4 + 4 + (4 + 8) / 8, 2: 4 + (4 + 4 + 8) / 8, 3: (4 + 4 + 8) / 8}
+    buffers = {0: 0.0, 1: 0.0, 2: 4 * 5e8, 3: 4 * 5e8 + 4 * 1e9}  # reduce bucket; gathered weights
+    for stage, bytes_a_parameter in expected.items():
+        device, host = student_state(replace(setup, zero_stage=stage))
+        assert sum(device.values()) == pytest.approx(bytes_a_parameter * PARAMETERS + buffers[stage])
+        assert not host
+
+
+def test_an_offloaded_optimizer_by_hand() -> None:
+    setup = replace(setup_of(SMALL, 8), offload_optimizer=True)
+    for stage, on_device in {1: 4 + 4, 2: 4, 3: 4 / 8}.items():
+        device, host = student_state(replace(setup, zero_stage=stage))
+        weights_and_gradients = sum(size for name, size in device.items() if name.startswith("student"))
+        assert weights_and_gradients == pytest.approx(on_device * PARAMETERS)
+        assert sum(host.values()) == pytest.approx((4 + 8 + 4) / 8 * PARAMETERS)
+
+
+def test_half_precision_weights_by_hand() -> None:
+    """bf16 in the DeepSpeed JSON: 2 + 2 for weights and gradients, 4 + 8 for the float32 copy and Adam."""
+    device, _ = student_state(replace(setup_of(SMALL, 1), half_weights=True, zero_stage=0))
+    assert sum(device.values()) == pytest.approx(16 * PARAMETERS)
+    device, _ = student_state(replace(setup_of(SMALL, 4), half_weights=True, zero_stage=1))
+    assert sum(device.values()) == pytest.approx((2 + 2 + 12 / 4) * PARAMETERS)
+
+
+@pytest.mark.parametrize("devices", [8, 64])
+def test_more_sharding_never_needs_more_memory(devices: int) -> None:
+    """For a student whose shards are larger than DeepSpeed's buckets."""
+    peaks = [
+        memory_plan(replace(setup_of(HUGE, 128), devices=devices, zero_stage=stage)).peak_bytes for stage in range(4)
+    ]
+    assert peaks == sorted(peaks, reverse=True)
+    assert len(set(peaks)) == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"offload_optimizer": True},
+        {"offload_optimizer": True, "offload_parameters": True},
+        {"checkpointing": True},
+        {"micro_batch_size": 2},
+        {"sampler_memory_share": 0.2},
+        {"teacher_placement": "sharded"},
+        {"teacher_placement": "served", "teacher_devices": 1},
+        {"devices": 64},
+        {"chunk_bytes": 1e8},
+    ],
+)
+def test_what_saves_memory(change: dict[str, object]) -> None:
+    before = replace(setup_of(SMALL, 8), checkpointing=False, zero_stage=3)
+    assert memory_plan(replace(before, **change)).peak_bytes < memory_plan(before).peak_bytes
+
+
+def test_offloading_counts_against_the_host() -> None:
+    setup = replace(setup_of(HUGE, 8), offload_optimizer=True, zero_stage=1, batch_size=64)
+    plan = memory_plan(setup)
+    assert plan.host_bytes == pytest.approx(16 * setup.student.parameters)  # 8 ranks on one host, an eighth each
+    tiny_host = replace(setup, device=replace(setup.device, host_memory_bytes=1e9))
+    assert any("host" in fault for fault in memory_plan(tiny_host).faults)
+
+
+def test_the_deepspeed_json_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(
+        json.dumps({"bf16": {"enabled": True}, "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}})
+    )
+    setup = setup_of(SMALL, 8, f"deepspeed.config={path}")
+    assert (setup.zero_stage, setup.offload_parameters, setup.offload_optimizer) == (3, True, False)
+    assert setup.half_weights and not setup.autocast
+    path.write_text(json.dumps({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}))
+    with pytest.raises(ConfigError, match=r"^deepspeed\.config: .*stage of at least 1"):
+        setup_of(SMALL, 8, f"deepspeed.config={path}")
+
+
+def test_an_impossible_plan_suggests_one_that_fits() -> None:
+    """What is suggested, given as overrides, makes the same setup: it can be typed as it stands."""
+    overrides = ["deepspeed.zero_stage=0", "optim.micro_batch_size=32", "student.gradient_checkpointing=false"]
+    asked = setup_of(SMALL, 8, *overrides)
+    assert not memory_plan(asked).fits
+    suggestion = suggest(asked)
+    assert suggestion is not None and not suggestion.not_built
+    assert memory_plan(suggestion.setup).fits
+    assert len(suggestion.changes) == len(suggestion.why) >= 1
+    assert setup_of(SMALL, 8, *overrides, *suggestion.changes) == suggestion.setup
+
+
+def test_a_suggestion_is_the_smallest_change() -> None:
+    """Undoing any of it no longer fits."""
+    asked = setup_of(
+        SMALL, 8, "deepspeed.zero_stage=0", "optim.micro_batch_size=32", "rollout.gpu_memory_utilization=0.4"
+    )
+    suggestion = suggest(asked)
+    assert suggestion is not None
+    changed = {name for name in vars(asked) if getattr(asked, name) != getattr(suggestion.setup, name)}
+    assert len(changed) >= 1
+    for name in changed:
+        assert not memory_plan(replace(suggestion.setup, **{name: getattr(asked, name)})).fits, name
+
+
+@pytest.mark.parametrize(("name", "devices"), [(LARGE, 8), (HUGE, 128)])
+def test_a_teacher_that_is_too_large_needs_what_is_not_built(name: str, devices: int) -> None:
+    suggestion = suggest(setup_of(name, devices))
+    assert suggestion is not None and suggestion.not_built
+    assert memory_plan(suggestion.setup).fits
+    assert suggestion.setup.teacher_placement != "local"
+
+
+def test_a_served_teacher_on_too_few_devices_gets_more() -> None:
+    asked = replace(setup_of(HUGE, 128), teacher_placement="served", teacher_devices=2)
+    assert any("served teacher" in fault for fault in memory_plan(asked).faults)
+    suggestion = suggest(asked)
+    assert suggestion is not None and memory_plan(suggestion.setup).fits
+    assert suggestion.changes == (f"--teacher-gpus {suggestion.setup.teacher_devices}",)
+
+
+def test_nothing_fits_on_too_little() -> None:
+    setup = setup_of(HUGE, 1, "optim.micro_batch_size=1")
+    tiny = replace(setup, device=replace(setup.device, memory_bytes=1e9))
+    assert suggest(tiny) is None
+
+
+def test_a_student_from_layers_and_a_wheel_are_known_without_being_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GKD_CACHE", str(tmp_path))  # the wheel was never converted
+    config = load_config(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+    student, teacher = architectures(config)
+    assert teacher.parameters == 134_515_008
+    assert student.layers == 20
+    setup = make_setup(config, student, teacher, setup_of(SMALL, 8).device, 1)
+    assert memory_plan(setup).fits
