@@ -19,10 +19,10 @@ def working_memory(shape: Sequence[int], dtype: torch.dtype, device: torch.devic
     """torch.empty for large temporaries: on a CPU in huge pages where Linux has them.
 
     The first touch of a 4 KiB page costs about as much as computing what goes into it, and large temporaries are new
-    memory each time. Not for code that torch.compile has to follow.
+    memory each time.
     """
     memory = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and sys.platform == "linux":
+    if device.type == "cpu" and sys.platform == "linux" and not torch.compiler.is_compiling():
         start = -(-memory.data_ptr() // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
         whole = (memory.data_ptr() + memory.nbytes - start) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
         if whole > 0:  # advice: what comes of it changes nothing but the speed

@@ -14,7 +14,7 @@ from torch import Tensor
 from gkd.errors import ConfigError, InputError
 from gkd.objectives.divergence import Divergence, working_dtype
 from gkd.objectives.reduction import check_reduction, check_weights, reduce_rows, row_factors, weigh
-from gkd.ops.common import times, valid_columns
+from gkd.ops.common import times, valid_columns, working_memory
 from gkd.ops.rows import RowMemory, score_rows
 
 GRADIENT_MODES = ("auto", "fused", "in_place", "recompute")
@@ -177,7 +177,7 @@ def _rows(logits: Tensor) -> Tensor:
 
 def _empty_rows(flat: Tensor, dtype: torch.dtype) -> Tensor:
     """A gradient for logits [N, V], with adjacent columns even where theirs are not."""
-    return torch.empty(flat.shape, dtype=dtype, device=flat.device)
+    return working_memory(flat.shape, dtype, flat.device)
 
 
 def _kept_dtype(student: Tensor) -> torch.dtype:

@@ -143,13 +143,30 @@ def linear_divergence(
         weights = weights.detach().to(student_hidden.device)
     hard_labels = _hard_labels(labels, hard_label_weight, weights, student_hidden, columns)
     teacher = teacher.detached()
-    job = _Job(spec, student, teacher, columns, weights, reduction, hard_labels, compute_dtype, chunk_bytes, byproducts)
     if not torch.is_grad_enabled():
         student_hidden, student_head = student_hidden.detach(), student_head.detach()
         student_bias = None if student_bias is None else student_bias.detach()
+    live = _live_rows(weights)
+    if live is not None and weights is not None:
+        student_hidden, weights = student_hidden.index_select(0, live), weights[live]
+        student = replace(student, hidden=student_hidden)
+        teacher = replace(teacher, hidden=teacher.hidden[live])
+        hard_labels = None if hard_labels is None else HardLabels(hard_labels.labels[live], hard_labels.weight[live])
+    job = _Job(spec, student, teacher, columns, weights, reduction, hard_labels, compute_dtype, chunk_bytes, byproducts)
     outputs: Any = _LinearDivergence.apply(student_hidden, student_head, student_bias, job)
+    if live is not None:
+        outputs = [out if out.dim() == 0 else out.new_zeros(rows).index_copy(0, live, out) for out in outputs]
     loss, *measured = outputs
     return (loss, dict(zip(BYPRODUCTS, measured, strict=True))) if byproducts else loss
+
+
+def _live_rows(weights: Tensor | None) -> Tensor | None:
+    """The numbers of the rows that are not ignored, or None for all: where looking does not make a host wait, the
+    products are spared the others."""
+    if weights is None or weights.device.type != "cpu":
+        return None
+    live = weights.nonzero().squeeze(1)
+    return None if len(live) == len(weights) else live
 
 
 @dataclass(frozen=True)
