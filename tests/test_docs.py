@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +81,11 @@ def test_the_readme_shows_the_recorded_quickstart() -> None:
     minutes, seconds = divmod(round(summary["wall_s"]), 60)
     assert f"{summary['steps']} steps in {minutes}m{seconds:02d}s" in readme
     assert summary["heldout_forward_kl_after"] <= 0.3 * summary["heldout_forward_kl_before"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+def test_tables_are_those_of_the_recorded_results(page: str) -> None:
+    root = DOCS.parent
+    command = [sys.executable, "benchmarks/tables.py", "--check", page]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
