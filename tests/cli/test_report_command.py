@@ -82,9 +82,15 @@ def test_watch_once(run_folder: Path) -> None:
 def test_ctrl_c_ends_a_watch_well(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "half", 2, total_steps=9)
     command = [sys.executable, "-m", "gkd", "watch", str(folder), "--interval", "0.1"]
-    with subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    # A shell starts background jobs with SIGINT ignored, and the child would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("step 2/9")
         process.send_signal(signal.SIGINT)
