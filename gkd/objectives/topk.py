@@ -18,8 +18,7 @@ empty slots scores 0, with a gradient of 0, and is not looked at.
 
 Numerics. The student's tail is the sum of its own terms. The teacher's is 1 - (largest P), by expm1, less the others,
 so it is as good as the log-probabilities are: float32 leaves it uncertain by about 1e-7, by less where one token has
-almost everything. One that comes out at 0 or below is 0: then the reverse KL is +inf, with a finite gradient, unless
-the student's tail is 0 as well. Where K holds all of V there is no tail.
+almost everything. One that comes out at 0 or below is the dtype's epsilon. Where K holds all of V there is no tail.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gkd.errors import InputError
+from gkd.objectives.reduction import row_factors, weigh
 
 _HUGE_PAGE_BYTES = 2 << 20
 _MADV_HUGEPAGE = 14  # Linux: asm-generic/mman-common.h
@@ -50,6 +51,25 @@ def mark_written(tensor: Tensor) -> None:
     """
     if not (torch.compiler.is_compiling() or tensor.is_inference()):
         torch.autograd.graph.increment_version(tensor)
+
+
+def adjacent_columns(rows: Tensor) -> Tensor:
+    """[N, V] with adjacent columns, which the kernels want, without a copy where they are."""
+    return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
+
+
+def kept_dtype(student: Tensor) -> torch.dtype:
+    """What a gradient waits in for the backward pass: float16 would lose small entries that the upstream gradient, a
+    loss scale, is there to save."""
+    return torch.float32 if student.dtype == torch.float16 else student.dtype
+
+
+def late_factors(like: Tensor, weights: Tensor | None, reduction: str, upstream: Tensor) -> Tensor:
+    """What the rows' gradients are multiplied by, [N] in `like`'s dtype, once the upstream gradient is known; exactly 0
+    where weights [N] are."""
+    factors = row_factors(like, weights, reduction)
+    factors = upstream.reshape(-1).to(like.dtype) * (torch.ones_like(like) if factors is None else factors)
+    return weigh(factors, None if weights is None else weights != 0)
 
 
 def valid_columns(name: str, valid: int | None, vocabulary: int) -> int:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gkd.errors import ConfigError, InputError
 from gkd.objectives.divergence import Divergence, working_dtype
-from gkd.objectives.reduction import check_reduction, check_weights, reduce_rows, row_factors, weigh
-from gkd.ops.common import times, valid_columns, working_memory
+from gkd.objectives.reduction import check_reduction, check_weights, reduce_rows, row_factors
+from gkd.ops.common import adjacent_columns, kept_dtype, late_factors, times, valid_columns, working_memory
 from gkd.ops.rows import RowMemory, score_rows
 
 GRADIENT_MODES = ("auto", "fused", "in_place", "recompute")
@@ -111,7 +111,7 @@ class _Divergence(torch.autograd.Function):
         gradient, factors = None, None
         memory = RowMemory.of(student, teacher, stats) if stats is not None or (needs_gradient and late) else None
         if needs_gradient and not late:
-            gradient = flat if options.gradient_mode == "in_place" else _empty_rows(flat, _kept_dtype(flat))
+            gradient = flat if options.gradient_mode == "in_place" else _empty_rows(flat, kept_dtype(flat))
             like = student.new_empty(student.shape[0], dtype=working_dtype(student, teacher))  # [N]
             factors = row_factors(like, flat_weights, reduction)
         scores = score_rows(
@@ -153,8 +153,6 @@ def _late_gradient(
     student = _rows(flat[:, : options.student_valid_vocab])
     flat_weights = None if weights is None else weights.reshape(-1)
     like = student.new_empty(student.shape[0], dtype=working_dtype(student, teacher))
-    factors = row_factors(like, flat_weights, options.reduction)
-    factors = upstream.reshape(-1).to(like.dtype) * (torch.ones_like(like) if factors is None else factors)
     alive = None if flat_weights is None else flat_weights != 0
     gradient = _empty_rows(flat, flat.dtype)
     score_rows(
@@ -162,7 +160,7 @@ def _late_gradient(
         teacher,
         options.spec,
         gradient=gradient,
-        gradient_scale=weigh(factors, alive),
+        gradient_scale=late_factors(like, flat_weights, options.reduction, upstream),
         alive=alive,
         memory=None if stats is None or sums is None else RowMemory(stats, sums, has_stats=True, has_sums=True),
     )
@@ -171,18 +169,12 @@ def _late_gradient(
 
 def _rows(logits: Tensor) -> Tensor:
     """[N, V] with adjacent columns, without a copy where that is possible."""
-    flat = logits.reshape(-1, logits.shape[-1])
-    return flat if flat.shape[1] == 1 or flat.stride(1) == 1 else flat.contiguous()
+    return adjacent_columns(logits.reshape(-1, logits.shape[-1]))
 
 
 def _empty_rows(flat: Tensor, dtype: torch.dtype) -> Tensor:
     """A gradient for logits [N, V], with adjacent columns even where theirs are not."""
     return working_memory(flat.shape, dtype, flat.device)
-
-
-def _kept_dtype(student: Tensor) -> torch.dtype:
-    """float16 would lose small entries that the upstream gradient, a loss scale, is there to save."""
-    return torch.float32 if student.dtype == torch.float16 else student.dtype
 
 
 def _known_stats(

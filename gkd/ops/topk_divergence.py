@@ -16,7 +16,7 @@ from gkd.objectives.divergence import Divergence, working_dtype
 from gkd.objectives.reduction import check_reduction, check_weights, reduce_rows, row_factors
 from gkd.objectives.topk import TopkFunctions, check_mode, score_topk_rows
 from gkd.ops import native
-from gkd.ops.common import mark_written, times, valid_columns
+from gkd.ops.common import adjacent_columns, kept_dtype, mark_written, times, valid_columns
 from gkd.ops.rows import score_rows
 
 
@@ -91,15 +91,13 @@ class _TopkDivergence(torch.autograd.Function):
         reduction: str,
     ) -> Tensor:
         rows, slots = student_logits.shape[:-1], teacher_ids.shape[-1]
-        student = _adjacent(student_logits[..., :columns].reshape(rows.numel(), columns))  # [N, V]
+        student = adjacent_columns(student_logits[..., :columns].reshape(rows.numel(), columns))  # [N, V]
         ids, log_probs = (tensor.reshape(rows.numel(), slots) for tensor in (teacher_ids, teacher_log_probs))  # [N, K]
         flat_weights = None if weights is None else weights.reshape(-1)
         alive = None if flat_weights is None else flat_weights != 0
         gradient, valid = None, None
         if ctx.needs_input_grad[0]:
-            # float16 would lose small entries that the upstream gradient, a loss scale, is there to save.
-            dtype = torch.float32 if student.dtype == torch.float16 else student.dtype
-            gradient = torch.empty(student_logits.shape, dtype=dtype, device=student.device)
+            gradient = torch.empty(student_logits.shape, dtype=kept_dtype(student), device=student.device)
             gradient[..., columns:].zero_()
             valid = gradient.view(rows.numel(), gradient.shape[-1])[:, :columns]  # [N, V]
         factors = row_factors(student.new_empty(rows.numel(), dtype=working_dtype(student)), flat_weights, reduction)
@@ -156,11 +154,6 @@ def write_topk_gradient(
 
 
 NATIVE = TopkFunctions(student_topk_log_probs, write_topk_gradient, score_rows)
-
-
-def _adjacent(rows: Tensor) -> Tensor:
-    """[N, V] with adjacent columns, which the kernels want, without a copy where they are."""
-    return rows if rows.shape[1] == 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
 def _check_inputs(student: Tensor, ids: Tensor, log_probs: Tensor, valid_vocab: int | None) -> int:

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from gkd.errors import InputError
 from gkd.objectives.divergence import Divergence, working_dtype
-from gkd.objectives.reduction import check_reduction, check_weights, reduce_rows, row_factors, weigh
+from gkd.objectives.reduction import check_reduction, check_weights, reduce_rows
 from gkd.ops import native
+from gkd.ops.common import adjacent_columns, late_factors
 
 # What the gradient of a reverse KL takes for log Q/P where P is 0: `kFar` of the kernels, e^-45 = 3e-20.
 _FAR = 45.0
@@ -111,11 +112,10 @@ class _VocabParallel(torch.autograd.Function):
         student_shard, teacher_shard, weights, stats, sums = ctx.saved_tensors
         flat_weights = None if weights is None else weights.reshape(-1)
         alive = None if flat_weights is None else flat_weights != 0
-        factors = row_factors(stats[:, 0], flat_weights, ctx.reduction)  # [N]
-        factors = upstream.reshape(-1).to(stats.dtype) * (torch.ones_like(stats[:, 0]) if factors is None else factors)
+        factors = late_factors(stats[:, 0], flat_weights, ctx.reduction, upstream)  # [N]
         student, teacher = _rows(student_shard, ctx.columns), _rows(teacher_shard, ctx.columns)
         gradient = torch.empty(len(stats), student_shard.shape[-1], dtype=student_shard.dtype, device=student.device)
-        options = {"row_scale": weigh(factors, alive), "alive": alive}
+        options = {"row_scale": factors, "alive": alive}
         shard_gradient(student, teacher, ctx.spec, stats, sums, gradient, **options)
         return gradient.view(student_shard.shape), *[None] * 6
 
@@ -231,8 +231,7 @@ def _world_size(group: dist.ProcessGroup | None) -> int:
 
 def _rows(shard: Tensor, columns: int) -> Tensor:
     """[N, columns] with adjacent columns, without a copy where that is possible."""
-    flat = shard.reshape(shard.shape[:-1].numel(), shard.shape[-1])[:, :columns]
-    return flat if columns <= 1 or flat.stride(1) == 1 else flat.contiguous()
+    return adjacent_columns(shard.reshape(shard.shape[:-1].numel(), shard.shape[-1])[:, :columns])
 
 
 def _check_shards(student: Tensor, teacher: Tensor, valid_vocab: int | None) -> int:
