@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from gkd.errors import ModelError, SamplerError
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
 def _prepare_environment(kv_cache_gib: float) -> None:
     """Settings that vLLM reads while it is imported.
 
-    In-process because weights are handed over as tensors; no Dynamo on CPU, where it only compiles one small
-    helper and costs seconds at the first request.
+    In-process because weights are handed over as tensors.
     """
     import torch
 
@@ -28,9 +28,18 @@ def _prepare_environment(kv_cache_gib: float) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if not torch.cuda.is_available():
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(kv_cache_gib))))
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     logging.getLogger("vllm").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+
+
+def _without_dynamo_on_cpu() -> AbstractContextManager[None]:
+    """Where Dynamo only compiles one small helper and costs seconds at the first request.
+
+    A context and no environment variable: the process's other users of `torch.compile` keep it.
+    """
+    import torch
+
+    return nullcontext() if torch.cuda.is_available() else torch.compiler.set_stance("force_eager")
 
 
 class VllmSampler:
@@ -94,7 +103,8 @@ class VllmSampler:
             )
             for request in requests
         ]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        with _without_dynamo_on_cpu():
+            outputs = self._llm.generate(prompts, params, use_tqdm=False)
         if len(outputs) != len(requests):
             raise SamplerError(f"vLLM returned {len(outputs)} completions for {len(requests)} requests")
         return [_completion(output.outputs[0]) for output in outputs]
