@@ -40,4 +40,4 @@ def train_command(
         from gkd.monitor import make_console
 
         summary.render(make_console())
-    distiller.shut_down()
+    distiller.end_process()

@@ -56,12 +56,11 @@ class Distiller:
         finally:
             folder.close()
 
-    def shut_down(self) -> None:
-        """Leaves the process group, after a last barrier; for the end of a process."""
+    def end_process(self) -> None:
+        """Leaves the process group, after a last barrier. One rank of several does not return from this."""
         from gkd.train import distributed
 
-        distributed.barrier()
-        distributed.shut_down()
+        distributed.end_process()
 
     def check(self) -> None:
         """Reads what can be read without torch: the data files. Raises DataError with file:line."""

@@ -80,7 +80,7 @@ def main() -> None:
         results[f"{key}/scored"] = torch.tensor(stats["tokens/scored"])
     if launch.is_main:
         save_file(results, out)
-    distributed.shut_down()
+    distributed.end_process()
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def main() -> None:
         print(f"{launch.rank}: {error}", flush=True)
     unchanged = all(torch.equal(old[name], tensor) for name, tensor in engine.stream_parameters())
     print(f"{launch.rank}: unchanged {unchanged}", flush=True)
-    distributed.shut_down()
+    distributed.end_process()
 
 
 if __name__ == "__main__":
