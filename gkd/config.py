@@ -149,7 +149,10 @@ class OptimConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
     max_grad_norm: float = Field(1.0, ge=0.0, description="clip; 0 = off")
     batch_size: int = Field(16, ge=1, description="sequences a step, over all ranks")
-    micro_batch_size: int = Field(8, ge=1, description="sequences a forward, on one rank")
+    micro_batch_size: int = Field(8, ge=1, description="sequences a forward on one rank, padded to the longest")
+    micro_batch_tokens: int | None = Field(
+        None, ge=1, description="tokens a forward on one rank, packed without padding, instead of micro_batch_size"
+    )
 
 
 class DeepSpeedConfig(Section):
@@ -207,11 +210,13 @@ class Config(Section):
 
     def check_world_size(self, world_size: int) -> None:
         """Raises ConfigError unless the global batch divides into whole micro-batches on `world_size` ranks."""
-        optim, unit = self.optim, self.optim.micro_batch_size * world_size
+        optim = self.optim
+        packed = optim.micro_batch_tokens is not None
+        unit = world_size if packed else optim.micro_batch_size * world_size
         if optim.batch_size % unit:
             raise ConfigError(
-                f"optim.batch_size: {optim.batch_size} is not a multiple of optim.micro_batch_size x ranks = "
-                f"{optim.micro_batch_size} x {world_size}; the nearest is {_nearest(optim.batch_size, unit)}"
+                f"optim.batch_size: {optim.batch_size} is not a multiple of {meaning}; "
+                f"the nearest is {_nearest(optim.batch_size, unit)}"
             )
 
     @property
@@ -228,6 +233,12 @@ def _nearest(value: int, unit: int) -> int:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 floats (3e-4 is a number) and no repeated keys."""
 
+        longest = self.data.max_prompt_tokens + rollout.max_new_tokens
+        if optim.micro_batch_tokens is not None and optim.micro_batch_tokens < longest:
+            raise ValueError(
+                f"optim.micro_batch_tokens: {optim.micro_batch_tokens} does not hold one sequence of "
+                f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}; at least {longest}"
+            )
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
@@ -243,6 +254,11 @@ def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[An
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
+            meaning = (
+                f"ranks = {world_size}"
+                if packed
+                else (f"optim.micro_batch_size x ranks = {optim.micro_batch_size} x {world_size}")
+            )
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
 

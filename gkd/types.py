@@ -111,7 +111,8 @@ class TeacherScores:
 class TokenBatch:
     """One micro-batch, ready for the student. Only completion tokens are scored.
 
-    Padded on the right, so that the causal mask alone keeps padding out of every state that is used.
+    Either one sequence a row, padded on the right, so that the causal mask alone keeps padding out of every state
+    that is used; or packed: one row (B = 1) with the sequences end to end.
     """
 
     input_ids: torch.Tensor  # [B, T] int64
@@ -120,7 +121,8 @@ class TokenBatch:
     weights: torch.Tensor  # [N] float32: before division by the global batch's total weight
     hard_label: torch.Tensor  # [N] bool: the token comes from a data set's completion
     teacher_hidden: torch.Tensor | None  # [N, H_teacher]
-    sample_ids: tuple[str, ...]  # B names, for messages
+    sample_ids: tuple[str, ...]  # one name a sequence, for messages
+    sequence_lengths: tuple[int, ...] | None = None  # packed: tokens of each sequence in the row; None: padded rows
 
     @property
     def scored_tokens(self) -> int:

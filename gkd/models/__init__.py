@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         read_config,
         read_generation_config,
     )
+    from gkd.models.packed import packed_inputs, use_packed_attention
     from gkd.models.resolve import local_folder, model_fingerprint, resolve_model
     from gkd.models.subset import choose_layers, make_student_from_layers
     from gkd.models.tokenizer_pair import check_tokenizer_pair
@@ -30,6 +31,7 @@ _HOMES = {
     "load": (
         "end_token_ids", "load_causal_lm", "load_tokenizer", "pad_token_id", "read_config", "read_generation_config",
     ),
+    "packed": ("packed_inputs", "use_packed_attention"),
     "resolve": ("local_folder", "model_fingerprint", "resolve_model"),
     "subset": ("choose_layers", "make_student_from_layers"),
     "tokenizer_pair": ("check_tokenizer_pair",),
@@ -52,12 +54,14 @@ __all__ = [
     "make_student_from_layers",
     "model_fingerprint",
     "output_head",
+    "packed_inputs",
     "pad_token_id",
     "read_config",
     "read_generation_config",
     "resolve_model",
     "save_final",
     "split_head",
+    "use_packed_attention",
     "verify_head",
 ]
 

@@ -46,7 +46,7 @@ def read_generation_config(
 def load_causal_lm(
     path: str, dtype: str | torch.dtype, *, revision: str | None = None, key: str = "student.model"
 ) -> PreTrainedModel:
-    """The model of a resolved name on the CPU, in `dtype` and eval mode, with PyTorch's own attention.
+    """The model of a resolved name on the CPU, in `dtype` and eval mode, with PyTorch's own attention where it can.
 
     Every weight comes from the files. Raises ModelError, starting with `key`, if one is missing (transformers would
     make it up), if the weights are quantized, or if the model needs code that is not transformers' own.
@@ -64,7 +64,7 @@ def load_causal_lm(
             dtype=torch_dtype(dtype),
             trust_remote_code=False,
             use_safetensors=True,
-            attn_implementation="sdpa",  # a config.json may name a kernel on the hub; it is not followed
+            attn_implementation=_attention(config),
             output_loading_info=True,
         )
     model, info = loaded
@@ -75,6 +75,15 @@ def load_causal_lm(
             "they belong to another model, or are incomplete"
         )
     return model.eval()
+
+
+def _attention(config: PreTrainedConfig) -> str:
+    """PyTorch's attention caps no scores, and transformers would leave them uncapped without a word.
+
+    A config.json may name a kernel on the hub; it is not followed.
+    """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "eager" if capped else "sdpa"
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:

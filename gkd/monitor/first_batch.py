@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from rich.text import Text
@@ -78,9 +80,12 @@ def scored_tokens(rollouts: Sequence[Rollout], micro_batches: Sequence[TokenBatc
     masks = {rollout.sample_id: [False] * len(rollout.token_ids) for rollout in rollouts}
     for batch in micro_batches:
         width = batch.input_ids.shape[1]
+        starts = [row * width for row in range(len(batch.sample_ids))]
+        if batch.sequence_lengths is not None:
+            starts = [0, *accumulate(batch.sequence_lengths[:-1])]
         for position in batch.score_index.tolist():
-            row, column = divmod(position, width)
-            masks[batch.sample_ids[row]][column + 1] = True
+            sequence = bisect_right(starts, position) - 1
+            masks[batch.sample_ids[sequence]][position - starts[sequence] + 1] = True
     return [masks[rollout.sample_id] for rollout in rollouts]
 
 

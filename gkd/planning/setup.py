@@ -129,7 +129,7 @@ def make_setup(
         device=device,
         devices=devices,
         batch_size=config.optim.batch_size,
-        micro_batch_size=config.optim.micro_batch_size,
+        micro_batch_size=_micro_batch_size(config),
         scoring_micro_batch_size=config.teacher.micro_batch_size,
         zero_stage=zero["stage"],
         offload_optimizer=offload[0],
@@ -153,6 +153,13 @@ def make_setup(
         teacher_placement=teacher_placement,
         teacher_devices=teacher_devices,
     )
+
+
+def _micro_batch_size(config: Config) -> int:
+    """Sequences a forward; packed, as many of the longest as its tokens hold."""
+    if config.optim.micro_batch_tokens is None:
+        return config.optim.micro_batch_size
+    return config.optim.micro_batch_tokens // (config.data.max_prompt_tokens + config.rollout.max_new_tokens)
 
 
 def _offloads(zero: dict[str, dict[str, str]], name: str) -> bool:

@@ -23,6 +23,7 @@ from gkd.models import (
     read_config,
     read_generation_config,
     resolve_model,
+    use_packed_attention,
     verify_head,
 )
 from gkd.rollout.completion_cache import CompletionCache
@@ -260,6 +261,8 @@ def build_sampler(config: Config, models: Models, prompts: Prompts) -> SyncedSam
         seed=config.run.seed,
         max_over_ranks=max_over_ranks,
     )
+    if config.optim.micro_batch_tokens is not None:
+        use_packed_attention(model, "optim.micro_batch_tokens")
 
 
 def build_rollouts(config: Config, models: Models, sampler: SyncedSampler, texts: TeacherTexts) -> MixtureRollouts:
@@ -274,7 +277,12 @@ def build_rollouts(config: Config, models: Models, sampler: SyncedSampler, texts
 
 def packer(config: Config, models: Models, reduction: Reduction) -> Pack:
     return partial(
-        pack, micro_batch_size=config.optim.micro_batch_size, pad_token_id=models.pad_token_id, reduction=reduction
+        pack,
+        micro_batch_size=config.optim.micro_batch_size,
+        micro_batch_tokens=config.optim.micro_batch_tokens,
+        agree_on_largest=lambda count: int(max_over_ranks(count)),
+        pad_token_id=models.pad_token_id,
+        reduction=reduction,
     )
 
 

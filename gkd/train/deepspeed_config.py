@@ -17,10 +17,12 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     ConfigError for a JSON that cannot be read, or that contradicts the batch size of `optim`.
     """
     user = _read(config.deepspeed.config)
-    accumulation = config.optim.batch_size // (config.optim.micro_batch_size * world_size)
+    # packed, DeepSpeed only hears of single sequences: how many forwards a step takes is said to it at each
+    micro_batch_size = config.optim.micro_batch_size if config.optim.micro_batch_tokens is None else 1
+    accumulation = config.optim.batch_size // (micro_batch_size * world_size)
     defaults: dict[str, Any] = {
         "train_batch_size": config.optim.batch_size,
-        "train_micro_batch_size_per_gpu": config.optim.micro_batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.max_grad_norm,
         "zero_optimization": {"stage": config.deepspeed.zero_stage},

@@ -68,6 +68,7 @@ class StudentEngine:
         sums = torch.zeros(1 + len(BYPRODUCTS), dtype=torch.float64, device=self._device)
         for index, micro_batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
+            self._engine.set_gradient_accumulation_boundary(is_last)  # packed: another number of them every step
             with self._phase("forward_backward"):
                 sums += self._forward_backward(micro_batch, teacher_head, total_weight)
                 if is_last:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gkd.config import ObjectiveConfig
-from gkd.models import backbone_of, head_logits, output_head
+from gkd.models import backbone_of, head_logits, output_head, packed_inputs
 from gkd.ops import linear_divergence
 from gkd.train.distributed import sum_over_ranks
 from gkd.types import OutputHead, TokenBatch
@@ -112,7 +112,9 @@ class StudentModule(nn.Module):
 
         `objective` None means the run's own.
         """
-        states = backbone_of(self.model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # [B, T, H]
+        packed = {} if batch.sequence_lengths is None else packed_inputs(batch.sequence_lengths, batch.input_ids.device)
+        backbone = backbone_of(self.model)
+        states = backbone(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state  # [B, T, H]
         hidden = states.flatten(0, 1)[batch.score_index]  # [N, H]
         return self.divergence_head(hidden, batch, teacher_head, objective)
 

@@ -91,6 +91,46 @@ def test_longest_first_without_scores(rollouts: list[Rollout], micro_batch_size:
     assert all(length_of[batch.sample_ids[0]] == batch.input_ids.shape[1] for batch in batches)
 
 
+@given(rollout_lists, st.integers(16, 40), st.integers(0, 2))
+def test_packed_round_trip(rollouts: list[Rollout], budget: int, idle: int) -> None:
+    batches = pack(
+        rollouts,
+        make_scores(rollouts),
+        micro_batch_size=1,
+        micro_batch_tokens=budget,
+        agree_on_largest=lambda count: count + idle,
+        pad_token_id=PAD,
+        reduction="token_mean",
+    )
+    by_id = {rollout.sample_id: (i, rollout) for i, rollout in enumerate(rollouts)}
+    seen: list[str] = []
+    for batch in batches:
+        assert batch.input_ids.shape[0] == 1 and batch.sequence_lengths is not None
+        assert sum(batch.sequence_lengths) == batch.input_ids.shape[1] <= budget
+        inputs, expected_rows = batch.input_ids[0].tolist(), []
+        for sample_id in batch.sample_ids:
+            i, rollout = by_id[sample_id]
+            start = sum(batch.sequence_lengths[: batch.sample_ids.index(sample_id)])
+            assert inputs[start : start + len(rollout.token_ids)] == list(rollout.token_ids)
+            seen.append(sample_id)
+            first = start + len(rollout.draw.prompt.token_ids) - 1
+            expected_rows += [(first + j, token, [i, j, token]) for j, token in enumerate(rollout.completion_ids)]
+        assert batch.teacher_hidden is not None
+        rows = zip(batch.score_index.tolist(), batch.labels.tolist(), batch.teacher_hidden.tolist(), strict=True)
+        assert list(rows) == expected_rows
+    assert sorted(seen) == sorted(by_id)
+    tokens_in_all = sum(len(rollout.token_ids) for rollout in rollouts)
+    assert len(batches) - idle <= math.ceil(11 / 9 * tokens_in_all / (budget - 15)) + 1  # no rollout is longer than 16
+    for batch in batches[len(batches) - idle :]:
+        assert (batch.scored_tokens, batch.input_ids.tolist(), batch.sample_ids) == (0, [[PAD]], ())
+
+
+def test_a_sequence_beyond_the_budget_stands_alone() -> None:
+    rollouts = [make_rollout(0, [1] * 30, [2]), make_rollout(1, [3], [4])]
+    batches = pack(rollouts, None, micro_batch_size=1, micro_batch_tokens=10, pad_token_id=PAD, reduction="token_mean")
+    assert [batch.sequence_lengths for batch in batches] == [(31,), (2,)]
+
+
 def test_dtypes_and_an_example() -> None:
     rollouts = [make_rollout(0, [1, 2], [3]), make_rollout(1, [4], [5, 6, 7], "dataset")]
     (batch,) = pack(rollouts, None, micro_batch_size=2, pad_token_id=0, reduction="sequence_mean")

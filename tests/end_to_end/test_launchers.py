@@ -35,6 +35,16 @@ def test_torchrun_with_zero_3_equals_one_process(make_run_config: MakeConfig, tm
 
 
 @pytest.mark.slow
+def test_packed_on_two_ranks_equals_padded_on_one(make_run_config: MakeConfig, tmp_path: Path) -> None:
+    check(run_gkd(["train", make_run_config("padded")]))
+    packed = make_run_config("packed", deepspeed={"zero_stage": 3}, student={"gradient_checkpointing": True})
+    check(torchrun(2, ["-m", "gkd", "train", packed, "optim.micro_batch_tokens=80"]))
+    assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "padded"), rel=1e-3)
+    one, other = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("padded", "packed"))
+    assert other["heldout_forward_kl_before"] == pytest.approx(one["heldout_forward_kl_before"], rel=1e-5)
+
+
+@pytest.mark.slow
 def test_the_deepspeed_launcher(make_run_config: MakeConfig, tmp_path: Path) -> None:
     config = make_run_config("launched", deepspeed={"zero_stage": 2}, run={"steps": 2})
     deepspeed = Path(sys.executable).parent / "deepspeed"

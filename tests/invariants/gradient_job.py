@@ -1,6 +1,8 @@
 """One optimizer step of plain SGD on a fixed ragged batch, under every split asked for; run by torchrun or alone.
 
-python gradient_job.py OUT.safetensors MODEL_FOLDER TEACHER_FOLDER '[[micro_batch_size, zero_stage], ...]' REDUCTION
+python gradient_job.py OUT.safetensors MODEL_FOLDER TEACHER_FOLDER '[[split, zero_stage], ...]' REDUCTION
+
+A split is a micro-batch size, or "60 tokens": packed.
 
 Writes, for each split, every parameter's gradient, recovered as (old - new) / lr.
 """
@@ -17,7 +19,7 @@ from safetensors.torch import save_file
 
 from gkd.config import Launch, make_config
 from gkd.data import pack
-from gkd.models import load_causal_lm
+from gkd.models import load_causal_lm, use_packed_attention
 from gkd.teacher.local import LocalTeacher
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
@@ -39,26 +41,40 @@ def ragged_rollouts() -> list[Rollout]:
     return rollouts
 
 
-def run_split(model: str, teacher: LocalTeacher, micro: int, stage: int, reduction: str, launch: Launch) -> Any:
+def run_split(model: str, teacher: LocalTeacher, split: int | str, stage: int, reduction: str, launch: Launch) -> Any:
     folder = Path(sys.argv[1]).parent
     sgd = folder / f"sgd{launch.rank}.json"
     sgd.write_text(json.dumps({"optimizer": {"type": "SGD", "params": {"lr": LR}}}))
+    packed = isinstance(split, str)
+    size = {"micro_batch_tokens": int(split.split()[0])} if packed else {"micro_batch_size": split}
     config = make_config(
         {
             "teacher": {"model": "t"},
             "student": {"model": "s", "dtype": "float32"},
-            "data": {"train": "d"},
+            "data": {"train": "d", "max_prompt_tokens": 20},
+            "rollout": {"max_new_tokens": 30},
             "mixture": {"student": 0.5, "dataset": 0.5},
             "objective": {"kind": "jsd", "hard_label_weight": 0.3, "reduction": reduction},
-            "optim": {"batch_size": BATCH, "micro_batch_size": micro, "max_grad_norm": 0.0},
+            "optim": {"batch_size": BATCH, "max_grad_norm": 0.0, **size},
             "deepspeed": {"config": str(sgd), "zero_stage": stage},
         }
     )
-    engine = StudentEngine(load_causal_lm(model, "float32"), config, launch, valid_vocab=259)
+    student = load_causal_lm(model, "float32")
+    if packed:
+        use_packed_attention(student, "optim.micro_batch_tokens")
+    engine = StudentEngine(student, config, launch, valid_vocab=259)
     old = {name: tensor.clone() for name, tensor in engine.stream_parameters()}
     mine = ragged_rollouts()[launch.rank :: launch.world_size]
     scores = teacher.score(mine)
-    batches = pack(mine, scores, micro_batch_size=micro, pad_token_id=0, reduction=reduction)  # pyright: ignore
+    batches = pack(
+        mine,
+        scores,
+        micro_batch_size=config.optim.micro_batch_size,
+        micro_batch_tokens=config.optim.micro_batch_tokens,
+        agree_on_largest=lambda count: int(distributed.max_over_ranks(count)),
+        pad_token_id=0,
+        reduction=reduction,  # pyright: ignore
+    )
     stats = engine.step(batches, scores.head, step=0)
     gradients = {name: (old[name] - tensor) / LR for name, tensor in engine.stream_parameters()}
     return gradients, stats
@@ -71,9 +87,9 @@ def main() -> None:
     teacher_model = load_causal_lm(teacher_folder, "float32")
     teacher = LocalTeacher(teacher_model, device=torch.device("cpu"), micro_batch_size=4, pad_token_id=0)
     results: dict[str, torch.Tensor] = {}
-    for micro, stage in json.loads(splits):
-        gradients, stats = run_split(model, teacher, micro, stage, reduction, launch)
-        key = f"{micro}/{stage}"
+    for split, stage in json.loads(splits):
+        gradients, stats = run_split(model, teacher, split, stage, reduction, launch)
+        key = f"{split}/{stage}"
         results |= {f"{key}/{name}": gradient.contiguous() for name, gradient in gradients.items()}
         results[f"{key}/loss"] = torch.tensor(stats["loss"], dtype=torch.float64)
         results[f"{key}/grad_norm"] = torch.tensor(stats["grad_norm"], dtype=torch.float64)

@@ -63,14 +63,14 @@ def assert_matches(results: dict[str, torch.Tensor], key: str, loss: float, grad
 @pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
 def test_micro_batches(tmp_path: Path, tiny_student: Path, tiny_teacher: Path, reduction: str) -> None:
-    splits = [[8, 0], [4, 0], [2, 0]]
+    splits = [[8, 0], [4, 0], [2, 0], ["1000 tokens", 0], ["64 tokens", 0], ["50 tokens", 2]]
     out = tmp_path / "out.safetensors"
     check(run_python([JOB, out, tiny_student, tiny_teacher, json.dumps(splits), reduction]))
     loss, gradients = reference(tiny_student, tiny_teacher, reduction)
     results = load_file(out)
-    for micro, stage in splits:
-        assert_matches(results, f"{micro}/{stage}", loss, gradients)
-        assert results[f"{micro}/{stage}/scored"].item() == 125
+    for split, stage in splits:
+        assert_matches(results, f"{split}/{stage}", loss, gradients)
+        assert results[f"{split}/{stage}/scored"].item() == 125
 
 
 @pytest.mark.slow
@@ -79,10 +79,10 @@ def test_two_ranks_at_every_zero_stage(
     tmp_path: Path, student: str, tiny_teacher: Path, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(student)
-    splits = [[4, 0], [2, 0], [2, 1], [2, 2], [2, 3], [4, 3]]
+    splits = [[4, 0], [2, 0], [2, 1], [2, 2], [2, 3], [4, 3], *(["50 tokens", stage] for stage in (0, 1, 2, 3))]
     out = tmp_path / "out.safetensors"
     check(torchrun(2, [JOB, out, folder, tiny_teacher, json.dumps(splits), "token_mean"]))
     loss, gradients = reference(folder, tiny_teacher, "token_mean")
     results = load_file(out)
-    for micro, stage in splits:
-        assert_matches(results, f"{micro}/{stage}", loss, gradients)
+    for split, stage in splits:
+        assert_matches(results, f"{split}/{stage}", loss, gradients)

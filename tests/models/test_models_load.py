@@ -81,6 +81,28 @@ def test_a_kernel_named_by_a_config_is_not_fetched(model_folder: Path) -> None:
     assert load_causal_lm(str(model_folder), "float32").config._attn_implementation == "sdpa"
 
 
+def test_capped_attention_scores_are_capped(tmp_path: Path) -> None:
+    """PyTorch's attention would leave them as they are, and say nothing."""
+    import torch
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    config = Gemma2Config(**sizes, num_attention_heads=4, num_key_value_heads=2, attn_logit_softcapping=0.5)
+    model = Gemma2ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=1.0)
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(50, (1, 12))
+    model.set_attn_implementation("eager")
+    expected = model.eval()(input_ids=ids).logits
+    torch.testing.assert_close(load_causal_lm(str(tmp_path), "float32")(input_ids=ids).logits, expected)
+    model.set_attn_implementation("sdpa")
+    assert not torch.allclose(model(input_ids=ids).logits, expected, rtol=1e-2)
+
+
 def test_a_quantized_model(model_folder: Path) -> None:
     _edit_config(model_folder, quantization_config={"quant_method": "gptq", "bits": 4})
     assert "is quantized" in _refusal(model_folder)

@@ -27,9 +27,7 @@ def test_a_child_process_fills_the_caches_once(
     jobs = [(caches[0], SETTINGS, REQUESTS), (caches[1], GREEDY, REQUESTS[:1])]
     complete(spec, jobs, notes.append)
     here = start_sampler(spec)  # one of its own: the shared sampler may carry another test's weights
-    assert [caches[0].get(r).token_ids for r in REQUESTS] == [
-        c.token_ids for c in here.generate(REQUESTS, SETTINGS)
-    ]
+    assert [caches[0].get(r).token_ids for r in REQUESTS] == [c.token_ids for c in here.generate(REQUESTS, SETTINGS)]
     assert len(caches[1].get(REQUESTS[0]).token_ids) == 3
     complete(spec, jobs, notes.append)
     assert len(notes) == 1 and "sampling 4 teacher completions" in notes[0]
