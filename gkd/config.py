@@ -160,6 +160,10 @@ class DeepSpeedConfig(Section):
     config: str | None = Field(None, description='a DeepSpeed JSON, passed through; its "auto" values are filled')
 
 
+    importance_weights: Literal["none", "token", "sequence"] = Field(
+        "none", description="weigh the student's samples by p_trainer / p_sampler, of each token or the whole sequence"
+    )
+    importance_cap: float = Field(2.0, gt=0.0, description="largest such weight")
 class EvalConfig(Section):
     every: int = Field(0, ge=0, description="steps between held-out evaluations; 0 = before and after only")
     prompts: int = Field(32, ge=1, description="held-out prompts that the divergence is measured on")

@@ -120,6 +120,8 @@ class TokenBatch:
     labels: torch.Tensor  # [N] int64: the scored tokens
     weights: torch.Tensor  # [N] float32: before division by the global batch's total weight
     hard_label: torch.Tensor  # [N] bool: the token comes from a data set's completion
+    sampler_logprobs: torch.Tensor  # [N] float32: the sampler's own of student samples, NaN elsewhere
+    sequence_index: torch.Tensor  # [N] int64 into `sample_ids`: the token's sequence
     teacher_hidden: torch.Tensor | None  # [N, H_teacher]
     sample_ids: tuple[str, ...]  # one name a sequence, for messages
     sequence_lengths: tuple[int, ...] | None = None  # packed: tokens of each sequence in the row; None: padded rows

@@ -8,6 +8,7 @@ completion is predicted at position prompt_len - 1 + j of its row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate, chain
 from typing import Literal, NamedTuple
@@ -106,7 +107,9 @@ def _micro_batch(
     labels: list[int] = []
     weights: list[float] = []
     hard_label: list[bool] = []
-    for start, rollout in zip(laid_out.starts, rollouts, strict=False):  # no rollout: idle
+    sampler_logprobs: list[float] = []
+    sequence_index: list[int] = []
+    for sequence, (start, rollout) in enumerate(zip(laid_out.starts, rollouts, strict=False)):  # no rollout: idle
         prompt_tokens, scored = len(rollout.draw.prompt.token_ids), len(rollout.completion_ids)
         if prompt_tokens == 0:  # its first token would be "predicted" by another sequence
             raise ValueError(f"{rollout.sample_id}: the prompt has no token")
@@ -115,12 +118,16 @@ def _micro_batch(
         labels += rollout.completion_ids
         weights += [1.0 / scored if reduction == "sequence_mean" else 1.0 for _ in range(scored)]
         hard_label += [rollout.source == "dataset"] * scored
+        sampler_logprobs += [math.nan] * scored if rollout.logprobs is None else rollout.logprobs
+        sequence_index += [sequence] * scored
     return TokenBatch(
         input_ids=torch.tensor(laid_out.input_ids, dtype=torch.int64),  # [B, T]
         score_index=torch.tensor(score_index, dtype=torch.int64),  # [N]
         labels=torch.tensor(labels, dtype=torch.int64),  # [N]
         weights=torch.tensor(weights, dtype=torch.float32),  # [N]
         hard_label=torch.tensor(hard_label, dtype=torch.bool),  # [N]
+        sampler_logprobs=torch.tensor(sampler_logprobs, dtype=torch.float32),  # [N]
+        sequence_index=torch.tensor(sequence_index, dtype=torch.int64),  # [N]
         teacher_hidden=teacher_hidden,  # [N, H]
         sample_ids=tuple(rollout.sample_id for rollout in rollouts),
         sequence_lengths=laid_out.sequence_lengths,

@@ -5,7 +5,7 @@ Legend: n rows of a tile, V vocabulary. P teacher, Q student, both at the loss's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -46,8 +46,8 @@ def _entropy(probabilities: Tensor, log_top: Tensor, below_top: Tensor, temperat
     return -(log_top.squeeze(-1) + torch.linalg.vecdot(probabilities, finite) / temperature)
 
 
-def concatenate(parts: list[dict[str, Tensor]], like: Tensor) -> dict[str, Tensor]:
+def concatenate(parts: list[dict[str, Tensor]], like: Tensor, names: Sequence[str] = BYPRODUCTS) -> dict[str, Tensor]:
     """{name: [N]} of the tiles' {name: [n]}; empty tensors of `like`'s dtype and device where there was no tile."""
     if not parts:
-        return {name: like.new_empty(0) for name in BYPRODUCTS}
-    return {name: torch.cat([part[name] for part in parts]) for name in BYPRODUCTS}
+        return {name: like.new_empty(0) for name in names}
+    return {name: torch.cat([part[name] for part in parts]) for name in names}

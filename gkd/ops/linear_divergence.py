@@ -20,7 +20,9 @@ from gkd.objectives.reduction import check_reduction, check_weights, reduce_rows
 from gkd.ops.common import times, working_memory
 from gkd.ops.heads import Head, common_columns
 from gkd.ops.matmul import HeadProduct
-from gkd.ops.rows import score_rows
+from gkd.ops.rows import RowMemory, score_rows
+
+LABEL_LOGPROB = "label_logprob"  # a by-product
 
 
 def default_chunk_bytes(device: torch.device) -> int:
@@ -117,10 +119,12 @@ def linear_divergence(
     labels, hard_label_weight
                         [N] token ids and h in [0, 1], [N] or a number: (1 - h) divergence + h cross-entropy at
                         temperature 1 (`gkd.objectives.hard_label`). A negative label (-100) means h = 0.
+                        Labels without a weight leave the loss alone; they are for the by-product.
     compute_dtype       round hidden states and heads to this dtype before the products, as autocast would; gradients
                         still come back unrounded in their inputs' dtypes. Default: the inputs as they are.
     chunk_bytes         memory for one side's logits, of which two live at a time; default 256 MiB, on CUDA 1 GiB.
-    byproducts          also return {name: [N]} of `gkd.objectives.BYPRODUCTS`, detached; 0 in ignored rows.
+    byproducts          also return {name: [N]} of `gkd.objectives.BYPRODUCTS`, and with labels "label_logprob", the
+                        student's log-probability of the label at temperature 1; detached; 0 in ignored rows.
 
     Returns the loss, float32 (float64 for float64 inputs), or (loss, byproducts). Differentiable once, in the student's
     hidden states, head and bias. For "sum" and "mean" the gradients are computed in the forward pass and the head is
@@ -141,7 +145,8 @@ def linear_divergence(
     check_weights(weights, rows)
     if weights is not None:
         weights = weights.detach().to(student_hidden.device)
-    hard_labels = _hard_labels(labels, hard_label_weight, weights, student_hidden, columns)
+    labels = _checked_labels(labels, weights, student_hidden, columns)
+    hard_labels = _hard_labels(labels, hard_label_weight)
     teacher = teacher.detached()
     if not torch.is_grad_enabled():
         student_hidden, student_head = student_hidden.detach(), student_head.detach()
@@ -151,13 +156,22 @@ def linear_divergence(
         student_hidden, weights = student_hidden.index_select(0, live), weights[live]
         student = replace(student, hidden=student_hidden)
         teacher = replace(teacher, hidden=teacher.hidden[live])
+        labels = None if labels is None else labels[live]
         hard_labels = None if hard_labels is None else HardLabels(hard_labels.labels[live], hard_labels.weight[live])
-    job = _Job(spec, student, teacher, columns, weights, reduction, hard_labels, compute_dtype, chunk_bytes, byproducts)
+    measured_names = _measured_names(byproducts, labels)
+    job = _Job(
+        spec, student, teacher, columns, weights, reduction, labels, hard_labels, compute_dtype, chunk_bytes,
+        measured_names,
+    )  # fmt: skip
     outputs: Any = _LinearDivergence.apply(student_hidden, student_head, student_bias, job)
     if live is not None:
         outputs = [out if out.dim() == 0 else out.new_zeros(rows).index_copy(0, live, out) for out in outputs]
     loss, *measured = outputs
-    return (loss, dict(zip(BYPRODUCTS, measured, strict=True))) if byproducts else loss
+    return (loss, dict(zip(measured_names, measured, strict=True))) if byproducts else loss
+
+
+def _measured_names(byproducts: bool, labels: Tensor | None) -> tuple[str, ...]:
+    return () if not byproducts else BYPRODUCTS if labels is None else (*BYPRODUCTS, LABEL_LOGPROB)
 
 
 def _live_rows(weights: Tensor | None) -> Tensor | None:
@@ -179,10 +193,11 @@ class _Job:
     columns: int
     weights: Tensor | None  # [N]
     reduction: str
+    labels: Tensor | None  # [N]
     hard_labels: HardLabels | None
     compute_dtype: torch.dtype | None
     chunk_bytes: int
-    byproducts: bool
+    measured_names: tuple[str, ...]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -213,7 +228,7 @@ class _LinearDivergence(torch.autograd.Function):
         value, measured, gradients = _pass(job, factors, (False, False, False) if late else needs)
         if late and any(needs):
             ctx.save_for_backward(hidden, weight, bias)
-            ctx.job = replace(job, student=replace(job.student, hidden=like, weight=like, bias=None), byproducts=False)
+            ctx.job = replace(job, student=replace(job.student, hidden=like, weight=like, bias=None), measured_names=())
         else:
             # Not the head: its storage may be a shard's, gathered for this call only.
             ctx.save_for_backward(*gradients)
@@ -253,6 +268,7 @@ def _pass(
     n_rows, device = student.hidden.shape[0], student.hidden.device
     value = torch.empty(n_rows, dtype=dtype, device=device)
     measured: list[dict[str, Tensor]] = []
+    asks_labels = LABEL_LOGPROB in job.measured_names
     with torch.autocast(device.type, enabled=False):
         student_product = student.product(job.columns, job.weights, job.compute_dtype, dtype)
         teacher_product = teacher.product(job.columns, job.weights, job.compute_dtype, dtype)
@@ -261,23 +277,49 @@ def _pass(
         buffers = _Buffers(job, student_product.gradient_dtype if any(needs) else None)
         for rows in job.chunks():
             student_logits, teacher_logits, gradient = buffers.of(rows)  # [n, V] each
+            student.logits(student_product, rows, student_logits)
+            teacher.logits(teacher_product, rows, teacher_logits)
+            labelled = _LabelLogprobs(job, rows, student_logits, teacher_logits) if asks_labels else None
             scores = score_rows(
-                student.logits(student_product, rows, student_logits),
-                teacher.logits(teacher_product, rows, teacher_logits),
+                student_logits,
+                teacher_logits,
                 job.spec,
                 gradient=gradient,
                 gradient_scale=None if factors is None else factors[rows],
                 hard_labels=None if job.hard_labels is None else job.hard_labels.rows(rows),
-                byproducts=job.byproducts,
+                byproducts=bool(job.measured_names),
+                memory=labelled.memory if labelled else None,
             )
             value[rows] = scores.value
-            measured.append(scores.byproducts)
+            measured.append(scores.byproducts | ({LABEL_LOGPROB: labelled.result()} if labelled else {}))
             if gradient is not None:
                 student.pull_back_(gradient, student_logits)
                 gradients.add(rows, gradient)
     alive = None if job.weights is None else job.weights != 0
-    byproducts = concatenate(measured, value) if job.byproducts else {}
+    byproducts = concatenate(measured, value, job.measured_names)
     return value, [weigh(rows, alive) for rows in byproducts.values()], gradients.results()
+
+
+class _LabelLogprobs:
+    """Log-probabilities of the labels of a chunk's rows, by one look at the logits where their sum is found anyway."""
+
+    def __init__(self, job: _Job, rows: slice, student_logits: Tensor, teacher_logits: Tensor) -> None:
+        assert job.labels is not None
+        labels = job.labels[rows]
+        # taken now: the gradient may overwrite the logits
+        self._picked = student_logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]  # [n]
+        self._has_label = labels >= 0
+        # the loss's own sum is this one at temperature 1
+        self.memory = RowMemory.of(student_logits, teacher_logits, None) if job.spec.temperature == 1.0 else None
+        self._log_sum = student_logits.logsumexp(-1) if self.memory is None else None
+
+    def result(self) -> Tensor:
+        """[n], 0 without a label; after the scores, which fill the memory."""
+        log_sum = self._log_sum
+        if log_sum is None:
+            assert self.memory is not None
+            log_sum = self.memory.stats[:, 0] + self.memory.stats[:, 1].log()
+        return torch.where(self._has_label, self._picked - log_sum, 0.0)
 
 
 class _Buffers:
@@ -350,26 +392,31 @@ def _kept(total: Tensor, like: Tensor) -> Tensor:
     return working_memory(total.shape, torch.bfloat16, total.device).copy_(total)
 
 
-def _hard_labels(
-    labels: Tensor | None, weight: Tensor | float | None, weights: Tensor | None, hidden: Tensor, columns: int
-) -> HardLabels | None:
-    """The hard labels of the rows that count, or None. Raises InputError or ConfigError where they do not fit."""
-    if labels is None and weight is None:
+def _checked_labels(labels: Tensor | None, weights: Tensor | None, hidden: Tensor, columns: int) -> Tensor | None:
+    """int64 labels [N], -1 in ignored rows. Raises InputError where they do not fit."""
+    if labels is None:
         return None
-    if labels is None or weight is None:
-        raise InputError("labels and hard_label_weight belong together: give both or neither")
     if labels.is_floating_point() or labels.shape != hidden.shape[:1]:
         raise InputError(f"labels must be token ids, one a row, not {labels.dtype} {list(labels.shape)}")
-    if not isinstance(weight, Tensor):
-        if not 0.0 <= weight <= 1.0:
-            nearest = 1.0 if weight > 1.0 else 0.0
-            raise ConfigError(f"hard_label_weight: {weight} is outside [0, 1]; the nearest valid value is {nearest}")
-        weight = torch.full(labels.shape, weight, device=hidden.device)
-    if weight.shape != labels.shape:
-        raise InputError(f"hard_label_weight must be a number or [{labels.shape[0]}], not {list(weight.shape)}")
     labels = labels.to(hidden.device, torch.int64)
     if weights is not None:
         labels = torch.where(weights != 0, labels, -1)
     if labels.device.type == "cpu" and bool((labels >= columns).any()):  # elsewhere looking would make the host wait
         raise InputError(f"labels: {int(labels.max())} is not below {columns}, the number of columns that are compared")
-    return HardLabels(labels, weight.detach().to(hidden.device))
+    return labels
+
+
+def _hard_labels(labels: Tensor | None, weight: Tensor | float | None) -> HardLabels | None:
+    """Labels [N] with their weight in the loss, or None. Raises InputError or ConfigError where it does not fit."""
+    if weight is None:
+        return None
+    if labels is None:
+        raise InputError("hard_label_weight needs labels")
+    if not isinstance(weight, Tensor):
+        if not 0.0 <= weight <= 1.0:
+            nearest = 1.0 if weight > 1.0 else 0.0
+            raise ConfigError(f"hard_label_weight: {weight} is outside [0, 1]; the nearest valid value is {nearest}")
+        weight = torch.full(labels.shape, weight, device=labels.device)
+    if weight.shape != labels.shape:
+        raise InputError(f"hard_label_weight must be a number or [{labels.shape[0]}], not {list(weight.shape)}")
+    return HardLabels(labels, weight.detach().to(labels.device))

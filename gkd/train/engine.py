@@ -5,6 +5,7 @@ Legend: B rows, T positions, N scored tokens of a micro-batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 
 from gkd.config import Config, Launch, ObjectiveConfig
+from gkd.objectives.mismatch import MismatchSums, mismatch_means
 from gkd.train.deepspeed_config import deepspeed_config
-from gkd.train.distributed import compute_device, sum_over_ranks
+from gkd.train.distributed import compute_device, max_over_ranks, sum_over_ranks
 from gkd.train.guards import FiniteGuard
 from gkd.train.module import BYPRODUCTS, DivergenceSums, StudentModule, mean_divergences
 from gkd.train.optimizer import make_optimizer, make_schedule
@@ -65,32 +67,32 @@ class StudentEngine:
         ).to(self._device)  # fmt: skip
         total_weight, scored_tokens = sum_over_ranks(totals).tolist()
         self._engine.train()
-        sums = torch.zeros(1 + len(BYPRODUCTS), dtype=torch.float64, device=self._device)
+        sums = _StepSums(self._device)
         for index, micro_batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             self._engine.set_gradient_accumulation_boundary(is_last)  # packed: another number of them every step
             with self._phase("forward_backward"):
-                sums += self._forward_backward(micro_batch, teacher_head, total_weight)
+                sums.add(self._forward_backward(micro_batch, teacher_head, total_weight))
                 if is_last:
-                    self._guard.check(sums, [i for b in micro_batches for i in b.sample_ids], step)
+                    self._guard.check(sums.values, [i for b in micro_batches for i in b.sample_ids], step)
             with self._phase("optimizer"):
                 grad_norm = self._gradient_norm() if is_last else None
                 self._engine.step()  # only counts, until the last micro-batch
-        loss, *byproducts = sum_over_ranks(sums).tolist()
         return {
-            "loss": loss / max(total_weight, 1e-30),
-            **_byproduct_metrics(byproducts, scored_tokens),
+            **sums.metrics(total_weight, scored_tokens),
             "tokens/scored": scored_tokens,
             "grad_norm": float(self._engine.get_global_grad_norm() if grad_norm is None else grad_norm),
             "lr": self._engine.get_lr()[0],
         }
 
-    def _forward_backward(self, micro_batch: TokenBatch, teacher_head: OutputHead, total_weight: float) -> torch.Tensor:
+    def _forward_backward(
+        self, micro_batch: TokenBatch, teacher_head: OutputHead, total_weight: float
+    ) -> DivergenceSums:
         sums: DivergenceSums = self._engine(micro_batch.to(self._device), teacher_head)
         # DeepSpeed averages gradients over ranks; the loss is already a share of the global mean
         scale = self._world_size / max(total_weight, 1e-30)
         self._engine.backward(sums.loss * scale, scale_wrt_gas=False)
-        return torch.cat([sums.loss.detach()[None], sums.byproducts]).double()
+        return sums
 
     def _gradient_norm(self) -> float | None:
         """DeepSpeed keeps the norm only where it shards; without sharding it is taken here, before clipping."""
@@ -119,6 +121,8 @@ class StudentEngine:
             labels=torch.tensor(token_ids[start:]),
             weights=torch.ones(len(token_ids) - start),
             hard_label=torch.zeros(len(token_ids) - start, dtype=torch.bool),
+            sampler_logprobs=torch.full((len(token_ids) - start,), math.nan),
+            sequence_index=torch.zeros(len(token_ids) - start, dtype=torch.int64),
             teacher_hidden=None,
             sample_ids=("probe",),
         )
@@ -162,12 +166,32 @@ class _EngineWeights:
         return self._engine.stream_parameters()
 
 
-def _byproduct_metrics(sums: Sequence[float], scored_tokens: float) -> dict[str, float]:
-    means = {name: value / max(scored_tokens, 1.0) for name, value in zip(BYPRODUCTS, sums, strict=True)}
-    return {
-        "divergence/forward_kl": means["forward_kl"],
-        "divergence/reverse_kl": means["reverse_kl"],
-        "entropy/student": means["student_entropy"],
-        "entropy/teacher": means["teacher_entropy"],
-        "agreement/top1": means["top1_agreement"],
-    }
+class _StepSums:
+    """What the micro-batches of a step add up to. No synchronisation until `metrics`."""
+
+    def __init__(self, device: torch.device) -> None:
+        fields = 1 + len(BYPRODUCTS) + len(MismatchSums._fields)
+        self.values = torch.zeros(fields, dtype=torch.float64, device=device)  # the loss first
+        self._largest_log_ratio = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, sums: DivergenceSums) -> None:
+        self.values += torch.cat([sums.loss.detach()[None].double(), sums.byproducts.double(), sums.mismatch])
+        self._largest_log_ratio = torch.maximum(self._largest_log_ratio, sums.largest_log_ratio)
+
+    def metrics(self, total_weight: float, scored_tokens: float) -> dict[str, float]:
+        """Of the global batch: collective."""
+        loss, *sums = sum_over_ranks(self.values).tolist()
+        named = dict(zip(BYPRODUCTS, sums[: len(BYPRODUCTS)], strict=True))
+        means = {name: value / max(scored_tokens, 1.0) for name, value in named.items()}
+        mismatch = mismatch_means(*sums[len(BYPRODUCTS) :])
+        if mismatch:
+            mismatch["max_abs_log_ratio"] = max_over_ranks(self._largest_log_ratio.item())
+        return {
+            "loss": loss / max(total_weight, 1e-30),
+            "divergence/forward_kl": means["forward_kl"],
+            "divergence/reverse_kl": means["reverse_kl"],
+            "entropy/student": means["student_entropy"],
+            "entropy/teacher": means["teacher_entropy"],
+            "agreement/top1": means["top1_agreement"],
+            **{f"mismatch/{name}": value for name, value in mismatch.items()},
+        }

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from gkd.config import ObjectiveConfig
-from gkd.models import backbone_of, head_logits, output_head, packed_inputs
+from gkd.models import backbone_of, output_head, packed_inputs
+from gkd.objectives.mismatch import importance_weights, log_ratios, mismatch_sums
 from gkd.ops import linear_divergence
+from gkd.ops.token_logprobs import token_logprobs
 from gkd.train.distributed import sum_over_ranks
 from gkd.types import OutputHead, TokenBatch
 
@@ -27,6 +29,8 @@ class DivergenceSums(NamedTuple):
 
     loss: torch.Tensor  # scalar: sum of weight x loss, differentiable
     byproducts: torch.Tensor  # [len(BYPRODUCTS)]: plain sums over tokens, detached
+    mismatch: torch.Tensor  # [len(MismatchSums._fields)] float64: sums over the tokens sampled from the student
+    largest_log_ratio: torch.Tensor  # scalar float64: their largest |log(p_trainer / p_sampler)|
 
 
 class DivergenceHead(nn.Module):
@@ -62,6 +66,11 @@ class DivergenceHead(nn.Module):
     ) -> DivergenceSums:
         assert batch.teacher_hidden is not None
         hard = objective.hard_label_weight
+        weights = batch.weights
+        if objective.importance_weights != "none":
+            log_ratio = log_ratios(self._logprobs(hidden, batch.labels), batch.sampler_logprobs)
+            level, cap, sequences = objective.importance_weights, objective.importance_cap, len(batch.sample_ids)
+            weights = weights * importance_weights(log_ratio, batch.sequence_index, sequences, level, cap)
         loss, byproducts = linear_divergence(
             hidden,
             self.weight,
@@ -71,7 +80,7 @@ class DivergenceHead(nn.Module):
             beta=objective.beta,
             alpha=objective.alpha,
             temperature=objective.temperature,
-            weights=batch.weights,
+            weights=weights,
             reduction="sum",
             student_bias=self.bias,
             teacher_bias=teacher_head.bias,
@@ -80,7 +89,7 @@ class DivergenceHead(nn.Module):
             student_logit_scale=self._head.logit_scale,
             teacher_logit_scale=teacher_head.logit_scale,
             valid_vocab=self._valid_vocab,
-            labels=batch.labels if hard else None,
+            labels=torch.where(batch.labels < self._valid_vocab, batch.labels, -1),  # a sampler may draw from padding
             hard_label_weight=batch.hard_label * hard if hard else None,
             scale_by_temperature_squared=objective.scale_by_temperature_squared,
             normalize_jsd=objective.normalize_jsd,
@@ -88,13 +97,21 @@ class DivergenceHead(nn.Module):
             chunk_bytes=None if objective.chunk_mib is None else objective.chunk_mib << 20,
             byproducts=True,
         )
-        return DivergenceSums(loss, torch.stack([byproducts[name].sum() for name in BYPRODUCTS]))
+        sums = torch.stack([byproducts[name].sum() for name in BYPRODUCTS])
+        return DivergenceSums(loss, sums, *_mismatch(byproducts["label_logprob"], batch))
 
     def _logprobs(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Natural log-probabilities [N] of `labels` [N], over the student's whole vocabulary."""
-        head = replace(self._head, weight=self.weight.to(self._dtype), bias=self.bias)
-        logits = head_logits(hidden.to(self._dtype), head)  # [N, V]
-        return logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+        head = replace(self._head, weight=self.weight, bias=self.bias)
+        return token_logprobs(hidden, head, labels, compute_dtype=self._dtype)
+
+
+def _mismatch(logprobs: torch.Tensor, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last two of DivergenceSums, from the trainer's log-probabilities [N] of the labels."""
+    sampled = ~batch.sampler_logprobs.isnan()
+    log_ratio = log_ratios(logprobs, batch.sampler_logprobs)
+    largest = log_ratio.abs().max() if len(log_ratio) else log_ratio.sum()
+    return torch.stack(mismatch_sums(log_ratio, sampled)), largest
 
 
 class StudentModule(nn.Module):

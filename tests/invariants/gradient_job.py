@@ -1,6 +1,6 @@
 """One optimizer step of plain SGD on a fixed ragged batch, under every split asked for; run by torchrun or alone.
 
-python gradient_job.py OUT.safetensors MODEL_FOLDER TEACHER_FOLDER '[[split, zero_stage], ...]' REDUCTION
+python gradient_job.py OUT.safetensors MODEL_FOLDER TEACHER_FOLDER '[[split, zero_stage], ...]' REDUCTION [IMPORTANCE]
 
 A split is a micro-batch size, or "60 tokens": packed.
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,25 @@ def ragged_rollouts() -> list[Rollout]:
     return rollouts
 
 
-def run_split(model: str, teacher: LocalTeacher, split: int | str, stage: int, reduction: str, launch: Launch) -> Any:
+def with_sampler_logprobs(rollouts: list[Rollout], model: Any) -> list[Rollout]:
+    """As if a sampler with slightly other weights had drawn the student's."""
+    generator = torch.Generator().manual_seed(1)
+    found: list[Rollout] = []
+    for rollout in rollouts:
+        noise = torch.randn(len(rollout.completion_ids), generator=generator, dtype=torch.float64) * 0.3
+        if rollout.source == "student":
+            ids = torch.tensor([rollout.token_ids])
+            with torch.no_grad():
+                logprobs = model(ids).logits[0].double().log_softmax(-1)[:-1]
+            own = logprobs.gather(-1, ids[0, 1:, None])[len(rollout.draw.prompt.token_ids) - 1 :, 0]
+            rollout = replace(rollout, logprobs=tuple((own + noise).tolist()))
+        found.append(rollout)
+    return found
+
+
+def run_split(
+    model: str, teacher: LocalTeacher, split: int | str, stage: int, objective: dict[str, str], launch: Launch
+) -> Any:
     folder = Path(sys.argv[1]).parent
     sgd = folder / f"sgd{launch.rank}.json"
     sgd.write_text(json.dumps({"optimizer": {"type": "SGD", "params": {"lr": LR}}}))
@@ -54,17 +73,18 @@ def run_split(model: str, teacher: LocalTeacher, split: int | str, stage: int, r
             "data": {"train": "d", "max_prompt_tokens": 20},
             "rollout": {"max_new_tokens": 30},
             "mixture": {"student": 0.5, "dataset": 0.5},
-            "objective": {"kind": "jsd", "hard_label_weight": 0.3, "reduction": reduction},
+            "objective": {"kind": "jsd", "hard_label_weight": 0.3, **objective},
             "optim": {"batch_size": BATCH, "max_grad_norm": 0.0, **size},
             "deepspeed": {"config": str(sgd), "zero_stage": stage},
         }
     )
     student = load_causal_lm(model, "float32")
+    rollouts = with_sampler_logprobs(ragged_rollouts(), student)
     if packed:
         use_packed_attention(student, "optim.micro_batch_tokens")
     engine = StudentEngine(student, config, launch, valid_vocab=259)
     old = {name: tensor.clone() for name, tensor in engine.stream_parameters()}
-    mine = ragged_rollouts()[launch.rank :: launch.world_size]
+    mine = rollouts[launch.rank :: launch.world_size]
     scores = teacher.score(mine)
     batches = pack(
         mine,
@@ -73,7 +93,7 @@ def run_split(model: str, teacher: LocalTeacher, split: int | str, stage: int, r
         micro_batch_tokens=config.optim.micro_batch_tokens,
         agree_on_largest=lambda count: int(distributed.max_over_ranks(count)),
         pad_token_id=0,
-        reduction=reduction,  # pyright: ignore
+        reduction=config.objective.reduction,
     )
     stats = engine.step(batches, scores.head, step=0)
     gradients = {name: (old[name] - tensor) / LR for name, tensor in engine.stream_parameters()}
@@ -81,18 +101,20 @@ def run_split(model: str, teacher: LocalTeacher, split: int | str, stage: int, r
 
 
 def main() -> None:
-    out, model, teacher_folder, splits, reduction = sys.argv[1:]
+    out, model, teacher_folder, splits, reduction, *importance = sys.argv[1:]
+    objective = {"reduction": reduction} | ({"importance_weights": importance[0]} if importance else {})
     launch = Launch.from_environment()
     distributed.initialize(launch)
     teacher_model = load_causal_lm(teacher_folder, "float32")
     teacher = LocalTeacher(teacher_model, device=torch.device("cpu"), micro_batch_size=4, pad_token_id=0)
     results: dict[str, torch.Tensor] = {}
     for split, stage in json.loads(splits):
-        gradients, stats = run_split(model, teacher, split, stage, reduction, launch)
+        gradients, stats = run_split(model, teacher, split, stage, objective, launch)
         key = f"{split}/{stage}"
         results |= {f"{key}/{name}": gradient.contiguous() for name, gradient in gradients.items()}
         results[f"{key}/loss"] = torch.tensor(stats["loss"], dtype=torch.float64)
         results[f"{key}/grad_norm"] = torch.tensor(stats["grad_norm"], dtype=torch.float64)
+        results[f"{key}/k3"] = torch.tensor(stats["mismatch/k3"], dtype=torch.float64)
         results[f"{key}/scored"] = torch.tensor(stats["tokens/scored"])
     if launch.is_main:
         save_file(results, out)

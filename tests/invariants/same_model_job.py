@@ -82,7 +82,7 @@ def main() -> None:
     hidden[2][1] *= 1.5
     moved = pack(rollouts, replace(scores, hidden=hidden), micro_batch_size=3, pad_token_id=0, reduction="token_mean")
     result["perturbed"] = student.step(moved, scores.head, step=0)["loss"] * result["tokens"]
-    single = replace(rollouts[2], completion_ids=rollouts[2].completion_ids[:2])
+    single = replace(rollouts[2], completion_ids=rollouts[2].completion_ids[:2], logprobs=None)
     alone = pack([single], replace(scores, hidden=[hidden[2][:2]]), micro_batch_size=1, pad_token_id=0,
                  reduction="token_mean")  # fmt: skip
     means = student.divergences(alone, scores.head, make_config(

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from gradient_job import ragged_rollouts
+from gradient_job import ragged_rollouts, with_sampler_logprobs
 from launching import check, run_python, torchrun
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from gkd.types import Rollout
 
 JOB = Path(__file__).parent / "gradient_job.py"
 
@@ -27,11 +29,22 @@ def jsd(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return (0.5 * p * (p.log() - m.log()) + 0.5 * q * (q.log() - m.log())).sum(-1)
 
 
-def reference(student: Path, teacher: Path, reduction: str) -> tuple[float, dict[str, torch.Tensor]]:
+def importance(rollout: Rollout, logits: torch.Tensor, level: str) -> torch.Tensor:
+    """Truncated at 2; 1 where the student did not sample."""
+    if level == "none" or rollout.logprobs is None:
+        return torch.ones(len(rollout.completion_ids), dtype=torch.float64)
+    own = logits.detach().log_softmax(-1).gather(-1, torch.tensor(rollout.completion_ids)[:, None])[:, 0]
+    log_ratio = own - torch.tensor(rollout.logprobs, dtype=torch.float64)
+    return (log_ratio if level == "token" else log_ratio.sum().expand_as(log_ratio)).exp().clamp(max=2.0)
+
+
+def reference(
+    student: Path, teacher: Path, reduction: str, level: str = "none"
+) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients in float64, one sequence at a time, from the definition."""
     s = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float64).train()
     t = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64).eval()
-    rollouts = [r for r in ragged_rollouts() if r.completion_ids]
+    rollouts = [r for r in with_sampler_logprobs(ragged_rollouts(), s) if r.completion_ids]
     normalizer = sum(len(r.completion_ids) for r in rollouts) if reduction == "token_mean" else len(rollouts)
     total = torch.zeros((), dtype=torch.float64)
     for rollout in rollouts:
@@ -44,6 +57,7 @@ def reference(student: Path, teacher: Path, reduction: str) -> tuple[float, dict
         if rollout.source == "dataset":
             hard = torch.nn.functional.cross_entropy(logits, torch.tensor(rollout.completion_ids), reduction="none")
             losses = (1 - HARD_LABEL_WEIGHT) * losses + HARD_LABEL_WEIGHT * hard
+        losses = losses * importance(rollout, logits, level)
         total = total + (losses.sum() if reduction == "token_mean" else losses.mean()) / normalizer
     total.backward()
     return total.item(), {name: p.grad for name, p in s.named_parameters() if p.grad is not None}
@@ -71,6 +85,21 @@ def test_micro_batches(tmp_path: Path, tiny_student: Path, tiny_teacher: Path, r
     for split, stage in splits:
         assert_matches(results, f"{split}/{stage}", loss, gradients)
         assert results[f"{split}/{stage}/scored"].item() == 125
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_weights(tmp_path: Path, tiny_student: Path, tiny_teacher: Path, level: str) -> None:
+    splits = [[8, 0], [2, 0], ["64 tokens", 0]]
+    out = tmp_path / "out.safetensors"
+    check(run_python([JOB, out, tiny_student, tiny_teacher, json.dumps(splits), "token_mean", level]))
+    loss, gradients = reference(tiny_student, tiny_teacher, "token_mean", level)
+    assert loss != pytest.approx(reference(tiny_student, tiny_teacher, "token_mean")[0], rel=1e-3)
+    results = load_file(out)
+    for split, stage in splits:
+        assert_matches(results, f"{split}/{stage}", loss, gradients)
+        assert results[f"{split}/{stage}/k3"].item() == pytest.approx(results["8/0/k3"].item(), rel=1e-5)
+        assert 0.02 < results[f"{split}/{stage}/k3"].item() < 0.08  # noise of 0.3: about 0.3^2 / 2
 
 
 @pytest.mark.slow

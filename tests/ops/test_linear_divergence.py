@@ -374,6 +374,24 @@ def test_byproducts_and_value(kind: str, case: Case) -> None:
     torch.testing.assert_close(measured["divergence"].sum(), loss.detach())
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_log_probabilities_of_labels(temperature: float, softcap: float | None, case: Case) -> None:
+    labels = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(1))
+    labels[5] = -100
+    options: Any = {"temperature": temperature, "student_softcap": softcap, "weights": case.weights}
+    loss, measured = linear_divergence(
+        *case.sides, "jsd", **options, labels=labels, byproducts=True, chunk_bytes=4 * V * 8
+    )
+    logits = explicit_logits(*case.sides[:2], softcap=softcap).detach()
+    want = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    want[(case.weights == 0) | (labels < 0)] = 0
+    assert tuple(measured) == (*BYPRODUCTS, "label_logprob")
+    torch.testing.assert_close(measured["label_logprob"], want, rtol=1e-12, atol=1e-12)
+    plain = linear_divergence(*case.sides, "jsd", **options)
+    assert_same(loss, plain, case.student[:2], torch.ones((), dtype=DOUBLE))  # labels alone change nothing
+
+
 def test_it_agrees_with_the_op_on_logits(case: Case) -> None:
     got = linear_divergence(*case.sides, "alpha", alpha=0.4, weights=case.weights, reduction="mean")
     logits = explicit_logits(*case.sides[:2]), explicit_logits(*case.sides[2:])
@@ -418,7 +436,7 @@ def test_non_contiguous_inputs(case: Case) -> None:
         ({"valid_vocab": 0}, InputError, "valid_vocab must be between 1 and 61"),
         ({"student_bias": torch.zeros(V + 1)}, InputError, r"student_bias must be \[61\]"),
         ({"weights": torch.zeros(N, 1)}, InputError, "one entry a row"),
-        ({"labels": torch.zeros(N, dtype=torch.int64)}, InputError, "belong together"),
+        ({"hard_label_weight": 0.5}, InputError, "hard_label_weight needs labels"),
         ({"labels": torch.zeros(N), "hard_label_weight": 1.0}, InputError, "token ids"),
         ({"labels": torch.zeros(3, dtype=torch.int64), "hard_label_weight": 1.0}, InputError, "one a row"),
         (
