@@ -58,7 +58,7 @@ test: $(KERNELS)
 
 # The figures of README and docs from benchmarks/results; a test fails where they are not up to date.
 tables: $(READY)
-	$(BIN)/python benchmarks/tables.py --write README.md
+	$(BIN)/python benchmarks/tables.py --write README.md docs/serving.md
 	$(BIN)/python benchmarks/tables.py --write docs/benchmarks.md --plots docs/plots
 
 # On a machine with a GPU, torch, numpy, pytest and nvcc; no virtual environment and no network are needed.

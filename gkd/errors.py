@@ -11,7 +11,9 @@ GkdError
     ├── WeightSyncError                the sampler does not hold the trainer's weights
     ├── NonFiniteError                 a loss or a gradient is not finite; no optimizer step was taken
     ├── SamplerError                   the sampler returned something incomplete
-    └── CheckpointError                a checkpoint is damaged or does not belong to this run
+    ├── TeacherError                   a served teacher failed, or answered something else than was asked
+    ├── CheckpointError                a checkpoint is damaged or does not belong to this run
+    └── RunInterruptedError            a signal asked the run to stop, its state is saved: exit code 75
 """
 
 from __future__ import annotations
@@ -65,5 +67,15 @@ class SamplerError(RunError):
     """The sampler returned fewer or other completions than were asked for."""
 
 
+class TeacherError(RunError):
+    """A served teacher is out of reach, refuses a request, or answers something else than was asked."""
+
+
 class CheckpointError(RunError):
     """A checkpoint is damaged, incomplete, or belongs to another run."""
+
+
+class RunInterruptedError(RunError):
+    """The run stopped early because it was asked to; it goes on with --resume. 75 is sysexits' EX_TEMPFAIL."""
+
+    exit_code = 75

@@ -83,7 +83,7 @@ def test_the_readme_shows_the_recorded_quickstart() -> None:
     assert summary["heldout_forward_kl_after"] <= 0.3 * summary["heldout_forward_kl_before"]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md", "docs/serving.md"])
 def test_tables_are_those_of_the_recorded_results(page: str) -> None:
     root = DOCS.parent
     command = [sys.executable, "benchmarks/tables.py", "--check", page]

@@ -13,6 +13,7 @@ from gkd.cli.eval import eval_command
 from gkd.cli.generate import generate_command
 from gkd.cli.plan import plan_command
 from gkd.cli.report import report_command
+from gkd.cli.serve_teacher import serve_teacher_command
 from gkd.cli.train import train_command
 from gkd.cli.watch import watch_command
 from gkd.config import Launch
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command("train")(train_command)
 app.command("eval")(eval_command)
 app.command("generate")(generate_command)
+app.command("serve-teacher")(serve_teacher_command)
 app.command("watch")(watch_command)
 app.command("report")(report_command)
 app.command("plan")(plan_command)
@@ -60,5 +62,6 @@ def main() -> None:
     except GkdError as error:
         if is_main or error.exit_code != 2:  # wrong input is wrong on every rank: said once
             sys.stdout.flush()
-            print(f"gkd: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+            print(f"gkd: {type(error).__name__}: {error}{where}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

@@ -28,8 +28,9 @@ def plan_command(
     prompt_tokens: Annotated[float | None, typer.Option(help="Mean; default: half of the longest.")] = None,
     completion_tokens: Annotated[float | None, typer.Option(help="Mean; default: the longest.")] = None,
     teacher: Annotated[
-        Literal["local", "sharded", "served"], typer.Option(help="Where the teacher is; only local is built.")
-    ] = "local",
+        Literal["local", "sharded", "served"] | None,
+        typer.Option(help="Where the teacher is. Default: teacher.placement."),
+    ] = None,
     teacher_gpus: Annotated[int, typer.Option(help="Further devices, of a served teacher.")] = 8,
     price_per_gpu_hour: Annotated[float | None, typer.Option(min=0.0, help="In any currency.")] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Also on 1 to 4096 devices.")] = False,
@@ -49,7 +50,8 @@ def plan_command(
     resolved = load_config(config, overrides or ())
     student_model, teacher_model = architectures(resolved, student_config, teacher_config)
     device, devices = _devices(gpu, gpus, nodes, measure)
-    if teacher == "served" and teacher_gpus < 1:
+    placement = teacher or resolved.teacher.placement
+    if placement == "served" and teacher_gpus < 1:
         raise ConfigError(f"--teacher-gpus: {teacher_gpus} must be at least 1")
     asked = make_setup(
         resolved,
@@ -59,8 +61,8 @@ def plan_command(
         devices,
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
-        teacher_placement=teacher,
-        teacher_devices=teacher_gpus if teacher == "served" else 0,
+        teacher_placement=placement,
+        teacher_devices=teacher_gpus if placement == "served" else 0,
     )
     report = reports.make_report(asked, price_per_gpu_hour)
     if sweep or plot is not None:

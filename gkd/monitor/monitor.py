@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,7 +12,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.text import Text
 
-from gkd.config import Config
+from gkd.config import Config, Launch
 from gkd.monitor.first_batch import Decode, first_batch_text, render_first_batch, scored_tokens
 from gkd.monitor.metrics import MetricValue, merge_metrics
 from gkd.monitor.sinks import JsonlSink, MetricSink, OptionalSink, TensorBoardSink, WandbSink
@@ -19,6 +20,9 @@ from gkd.monitor.terminal import QuietProgress, RunProgress, TerminalProgress
 from gkd.monitor.text import write_atomically
 from gkd.monitor.timing import PhaseTimer
 from gkd.types import Rollout, TokenBatch
+
+PHASE_LOGGER = "gkd.phases"  # says where a rank is; for a file, not for the terminal
+_log = logging.getLogger(PHASE_LOGGER)
 
 METRICS_FILE = "metrics.jsonl"
 FIRST_BATCH_FILE = "samples/first_batch.txt"
@@ -48,6 +52,7 @@ class Monitor:
         self._timer = PhaseTimer(synchronize=synchronize)
         self._pending: list[Mapping[str, MetricValue]] = []
         self._last_step = start_step - 1
+        self._step = start_step  # being done
         self._first_batch_shown = False
         self._progress: RunProgress = (
             TerminalProgress(config.run.steps, start_step, console) if is_main else QuietProgress()
@@ -59,17 +64,23 @@ class Monitor:
         self._progress.start()
         self._timer.start()
         try:
-            yield from range(self._start_step, self._config.run.steps)
+            for step in range(self._start_step, self._config.run.steps):
+                self._step = step
+                yield step
         finally:
             self._progress.stop()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times a block as one of `timing.PHASES`."""
+        """Times a block as one of `timing.PHASES`. An error says in which of them it came, and on which rank."""
+        _log.debug("step %d: %s", self._step, name)
         self._progress.phase(name)
         try:
             with self._timer.phase(name):
                 yield
+        except Exception as error:
+            error.add_note(f"rank {Launch.from_environment().rank}, step {self._step}, phase {name}")
+            raise
         finally:
             self._progress.phase(None)
 

@@ -66,7 +66,6 @@ def as_json(report: Report) -> dict[str, Any]:
                 "bytes_a_step": link.bytes_a_step,
                 "bytes_a_token": bytes_a_token(report.used, link.bytes_a_step),
                 "seconds": link.seconds,
-                "built": link.built,
             }
             for link in time_plan(report.used).links
         ],
@@ -301,9 +300,8 @@ def _totals(report: Report, used: Setup, plan: TimePlan, console: Console) -> No
 def _link_table(used: Setup, plan: TimePlan, title: str) -> Table:
     table = _table(title, [("", False), ("over", False), ("GB a step", True), ("B a token", True), ("s", True)])
     for link in plan.links:
-        name = link.name if link.built else f"{link.name} ({_NOT_BUILT})"
         table.add_row(
-            name,
+            link.name,
             link.link,
             f"{link.bytes_a_step / 1e9:.3g}",
             f"{bytes_a_token(used, link.bytes_a_step):,.0f}",

@@ -13,9 +13,7 @@ from gkd.train.deepspeed_config import deepspeed_config
 
 Placement = Literal["local", "sharded", "served"]
 NOT_BUILT: dict[str, str] = {  # what the engine cannot do yet, by what of a Setup asks for it
-    "sharded": "a teacher whose weights are sharded over the training devices and gathered layer by layer",
-    "served": "a teacher served by devices of its own, which sends hidden states",
-    "tensor_parallel": "a sampler whose weights are split over several devices",
+    "tensor_parallel": "a sampler whose weights are split over several devices"
 }
 
 
@@ -97,8 +95,7 @@ class Setup:
     @property
     def not_built(self) -> list[str]:
         """Keys of NOT_BUILT that this setup needs."""
-        needs = [self.teacher_placement] if self.teacher_placement != "local" else []
-        return needs + (["tensor_parallel"] if self.sampler_devices > 1 else [])
+        return ["tensor_parallel"] if self.sampler_devices > 1 else []
 
 
 def make_setup(

@@ -39,7 +39,6 @@ class Link:
     link: str  # "node", "network", "device" or "host"
     bytes_a_step: float
     seconds: float
-    built: bool = True
 
 
 @dataclass(frozen=True)
@@ -222,11 +221,10 @@ def _teacher_links(setup: Setup) -> list[Link]:
         return [Link("teacher's hidden states", "device", states, 0.0)]
     if setup.teacher_placement == "served":
         rate = setup.device.network_bytes_per_s * setup.device.efficiency.link
-        return [Link("teacher's hidden states", "network", states, states / rate, built=False)]
+        return [Link("teacher's hidden states", "network", states, states / rate)]
     micro_batches = math.ceil(setup.local_sequences / setup.scoring_micro_batch_size)
-    gathered = _collective(
-        setup, "teacher's weights", micro_batches * setup.teacher_bytes, micro_batches * setup.teacher.layers, False
-    )
+    size_bytes, messages = micro_batches * setup.teacher_bytes, micro_batches * setup.teacher.layers
+    gathered = _collective(setup, "teacher's weights", size_bytes, messages)
     return [Link("teacher's hidden states", "device", states, 0.0), gathered]
 
 
@@ -238,18 +236,18 @@ def _sync_link(setup: Setup) -> Link:
     return _collective(setup, name, 4.0 * student.parameters, student.tensors)
 
 
-def _collective(setup: Setup, name: str, size_bytes: float, count: float, built: bool = True) -> Link:
+def _collective(setup: Setup, name: str, size_bytes: float, count: float) -> Link:
     """An all-gather or reduce-scatter of `size_bytes` in all, in `count` pieces, over all training devices.
 
     Rings pass each device's links once: inside a node its own, between nodes all of a node's together.
     """
     ranks, device = setup.devices, setup.device
     if ranks == 1:
-        return Link(name, "device", 0.0, 0.0, built)
+        return Link(name, "device", 0.0, 0.0)
     within = ranks <= device.devices_a_node
     rate = device.node_link_bytes_per_s
     if not within:
         rate = min(rate, device.network_bytes_per_s * device.devices_a_node)
     sent = size_bytes * (ranks - 1) / ranks
     waiting = count * RING_LATENCY_S * math.ceil(ranks / device.devices_a_node)
-    return Link(name, "node" if within else "network", sent, sent / rate / device.efficiency.link + waiting, built)
+    return Link(name, "node" if within else "network", sent, sent / rate / device.efficiency.link + waiting)

@@ -5,14 +5,23 @@ Legend: B sequences, T positions, H_t the teacher's hidden size, n_i completion 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from gkd.errors import RunError
 from gkd.models import backbone_of, output_head
-from gkd.types import Rollout, TeacherScores
+from gkd.types import OutputHead, Rollout, TeacherScores
+
+Backbone = Callable[..., Any]  # called as a transformers backbone is
+Placement = Callable[[Any, torch.device], tuple[Backbone, OutputHead]]
+
+
+def whole(model: Any, device: torch.device) -> tuple[Backbone, OutputHead]:
+    """The teacher on one device."""
+    model.to(device)
+    return backbone_of(model), output_head(model)
 
 
 class LocalTeacher:
@@ -21,13 +30,24 @@ class LocalTeacher:
     Scores are bitwise the same for the same rollouts in the same order.
     """
 
-    def __init__(self, model: Any, *, device: torch.device, micro_batch_size: int, pad_token_id: int) -> None:
-        self._model = model.to(device).eval().requires_grad_(False)
-        self._backbone = backbone_of(self._model)
-        self._head = output_head(self._model)
+    def __init__(
+        self,
+        model: Any,
+        *,
+        device: torch.device,
+        micro_batch_size: int,
+        pad_token_id: int,
+        place: Placement = whole,
+        agree_on_largest: Callable[[int], int] = lambda count: count,
+    ) -> None:
+        """`place` puts the frozen model on the device. Where that shards it, all ranks must run as many forwards:
+        `agree_on_largest` returns the largest of their counts."""
+        self._model = model.eval().requires_grad_(False)
+        self._backbone, self._head = place(self._model, device)
         self._device = device
         self._micro_batch_size = micro_batch_size
         self._pad_token_id = pad_token_id
+        self._agree_on_largest = agree_on_largest
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> TeacherScores:
@@ -36,10 +56,14 @@ class LocalTeacher:
         hidden: list[torch.Tensor | None] = [None] * len(rollouts)
         scored = [i for i, rollout in enumerate(rollouts) if rollout.completion_ids]
         scored.sort(key=lambda i: len(rollouts[i].token_ids), reverse=True)  # little padding in each forward
-        for start in range(0, len(scored), self._micro_batch_size):
+        starts = range(0, len(scored), self._micro_batch_size)
+        idle = self._agree_on_largest(len(starts)) - len(starts)  # asked for before any forward: that may be collective
+        for start in starts:
             rows = scored[start : start + self._micro_batch_size]
             for i, states in zip(rows, self._forward([rollouts[i] for i in rows]), strict=True):
                 hidden[i] = states
+        for _ in range(idle):
+            self._backbone(input_ids=torch.tensor([[self._pad_token_id]], device=self._device), use_cache=False)
         return TeacherScores(hidden, self._head)
 
     def _forward(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:

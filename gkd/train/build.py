@@ -31,7 +31,10 @@ from gkd.rollout.mixture import MixtureRollouts, teacher_requests
 from gkd.rollout.offline import SamplerSpec, cache_for, complete, start_sampler
 from gkd.rollout.sync import PROBE_NEW_TOKENS, PROBE_PROMPT_TOKENS, SyncedSampler, probe_prompt
 from gkd.teacher.base import Teacher
-from gkd.teacher.local import LocalTeacher
+from gkd.teacher.local import LocalTeacher, whole
+from gkd.teacher.replicas import Replicas, check_model_is_served, check_served_teacher
+from gkd.teacher.served import ServedTeacher
+from gkd.teacher.sharded import sharded
 from gkd.train.checkpoint import Checkpointer, find_resume_step
 from gkd.train.deepspeed_config import deepspeed_config
 from gkd.train.distributed import compute_device, from_main, max_over_ranks
@@ -83,6 +86,8 @@ def locate_models(config: Config, folder: RunFolder, launch: Launch) -> Models:
         if launch.is_main
         else None
     )
+    if config.teacher.placement == "served":
+        from_main(_check_served_model(config, teacher_path) if launch.is_main else None)
     student_path = from_main(_student_path(config, folder, teacher_path) if launch.is_main else None)
     student_config = read_config(student_path, revision=_student_revision(config))
     teacher_config = read_config(teacher_path, revision=config.teacher.revision, key="teacher.model")
@@ -106,6 +111,14 @@ def locate_models(config: Config, folder: RunFolder, launch: Launch) -> Models:
         ),
         max_model_tokens=max(longest, PROBE_PROMPT_TOKENS + PROBE_NEW_TOKENS),
     )
+
+
+def _check_served_model(config: Config, teacher_path: str) -> bool:
+    """True, or raises ConfigError: before any weights are read or written."""
+    revision = config.teacher.revision
+    rows = _vocabulary_rows(read_config(teacher_path, revision=revision, key="teacher.model"))
+    check_model_is_served(check_served_teacher(config), config.teacher, model_fingerprint(teacher_path, revision), rows)
+    return True
 
 
 def _student_path(config: Config, folder: RunFolder, teacher_path: str) -> str:
@@ -229,17 +242,26 @@ def teacher_texts(
     return texts
 
 
-def build_teacher(config: Config, models: Models, launch: Launch) -> LocalTeacher:
+def build_teacher(config: Config, models: Models, launch: Launch) -> Teacher:
+    if config.teacher.placement == "served":
+        return ServedTeacher(Replicas(config.teacher), device=compute_device(launch))
     model = load_causal_lm(
         models.teacher_path, config.teacher.dtype, revision=config.teacher.revision, key="teacher.model"
     )
     verify_head(model, "teacher.model")
+    is_sharded = config.teacher.placement == "sharded" and launch.world_size > 1
     return LocalTeacher(
         model,
         device=compute_device(launch),
         micro_batch_size=config.teacher.micro_batch_size,
         pad_token_id=models.pad_token_id,
+        place=sharded if is_sharded else whole,
+        agree_on_largest=_largest_count if is_sharded else lambda count: count,
     )
+
+
+def _largest_count(count: int) -> int:
+    return int(max_over_ranks(count))
 
 
 def build_student(config: Config, models: Models, launch: Launch, phase: Phase) -> StudentEngine:
@@ -247,6 +269,8 @@ def build_student(config: Config, models: Models, launch: Launch, phase: Phase) 
     model: Any = load_causal_lm(models.student_path, "float32", revision=_student_revision(config), key="student.model")
     model.to(compute_device(launch))
     verify_head(model, "student.model")
+    if config.optim.micro_batch_tokens is not None:
+        use_packed_attention(model, "optim.micro_batch_tokens")
     model.train()
     return StudentEngine(model, config, launch, valid_vocab=models.valid_vocab, phase=phase)
 
@@ -261,8 +285,6 @@ def build_sampler(config: Config, models: Models, prompts: Prompts) -> SyncedSam
         seed=config.run.seed,
         max_over_ranks=max_over_ranks,
     )
-    if config.optim.micro_batch_tokens is not None:
-        use_packed_attention(model, "optim.micro_batch_tokens")
 
 
 def build_rollouts(config: Config, models: Models, sampler: SyncedSampler, texts: TeacherTexts) -> MixtureRollouts:
@@ -280,7 +302,7 @@ def packer(config: Config, models: Models, reduction: Reduction) -> Pack:
         pack,
         micro_batch_size=config.optim.micro_batch_size,
         micro_batch_tokens=config.optim.micro_batch_tokens,
-        agree_on_largest=lambda count: int(max_over_ranks(count)),
+        agree_on_largest=_largest_count,
         pad_token_id=models.pad_token_id,
         reduction=reduction,
     )

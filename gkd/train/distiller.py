@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from gkd.config import Config, Launch, load_config, make_config
 from gkd.data.formats import read_rows
 from gkd.environment import prepare_process
+from gkd.errors import RunInterruptedError
 from gkd.monitor import HeldoutSample, Monitor, RunSummary, loss_curve, read_metrics, time_totals
+from gkd.train.rank_log import rank_log
 from gkd.train.run_folder import RunFolder, library_versions, write_json
 
 if TYPE_CHECKING:
@@ -43,7 +45,8 @@ class Distiller:
         """Runs to `run.steps` and returns what came of it; the student is in `<run folder>/final`.
 
         `resume` goes on from the newest checkpoint of the run folder, `overwrite` replaces what is in it.
-        Raises a `gkd.errors.GkdError`: InputError before anything expensive has started, RunError after.
+        Raises a `gkd.errors.GkdError`: InputError before anything expensive has started, RunError after. On SIGUSR1
+        it finishes the step, saves a checkpoint and raises RunInterruptedError.
         """
         started = time.monotonic()
         prepare_process()
@@ -52,7 +55,8 @@ class Distiller:
         if self._launch.is_main:
             folder.open(self.config, resume=resume, overwrite=overwrite)
         try:
-            return self._train(folder, resume, started)
+            with rank_log(folder.logs, self._launch.rank, append=resume):
+                return self._train(folder, resume, started)
         finally:
             folder.close()
 
@@ -63,7 +67,10 @@ class Distiller:
         distributed.end_process()
 
     def check(self) -> None:
-        """Reads what can be read without torch: the data files. Raises DataError with file:line."""
+        """Checks what can be checked without torch: the data files, and the servers of a served teacher.
+
+        Raises DataError with file:line, or ConfigError.
+        """
         data = self.config.data
         for key, path, split in (
             ("data.train", data.train, data.train_split),
@@ -71,6 +78,10 @@ class Distiller:
         ):
             if path is not None and path.endswith((".jsonl", ".json")):  # what reading needs no library for
                 read_rows(path, split, key=key)
+        if self.config.teacher.placement == "served":
+            from gkd.teacher.replicas import check_served_teacher
+
+            check_served_teacher(self.config)
 
     def _train(self, folder: RunFolder, resume: bool, started: float) -> RunSummary:
         from gkd.train import build, distributed  # torch and DeepSpeed load here, after the cheap checks
@@ -97,6 +108,7 @@ class _Run:
         self, config: Config, launch: Launch, folder: RunFolder, monitor: Monitor, models: Models, prompts: Any
     ) -> None:
         from gkd.train import build
+        from gkd.train.interruption import Interruption
 
         self.config, self.launch, self.folder = config, launch, folder
         self.monitor, self.models, self.prompts = monitor, models, prompts
@@ -110,6 +122,7 @@ class _Run:
             config, models, prompts, self.texts, teacher=self.teacher, student=self.student, launch=launch
         )
         self.checkpoints = build.build_checkpoints(config, folder, launch, self.student)
+        self.interruption = Interruption()
 
     def start(self, start_step: int) -> None:
         """Loads a checkpoint on a resume, gives the sampler the student's weights, and measures the start."""
@@ -135,8 +148,15 @@ class _Run:
             measure=_measure,
             evaluate=self._evaluate,
             monitor=self.monitor,
-            save=self.checkpoints.maybe_save,
+            save=self._save,
         )
+
+    def _save(self, steps_done: int) -> None:
+        """A checkpoint where one is due. Raises RunInterruptedError after one if the run was asked to stop."""
+        if steps_done < self.config.run.steps and self.interruption.is_requested():
+            saved = self.checkpoints.save(steps_done)
+            raise RunInterruptedError(f"stopped after step {steps_done}, saved in {saved}; go on with --resume")
+        self.checkpoints.maybe_save(steps_done)
 
     def finish(self, started: float) -> RunSummary:
         """Measures the end, writes the result and the summary, and stops the sampler. Collective."""

@@ -1,6 +1,7 @@
 """The folder of a run: who may use it, and what is written into it at the start.
 
-config.resolved.json  environment.json  metrics.jsonl  samples.md  summary.json  checkpoints/step_N  final/
+config.resolved.json  environment.json  metrics.jsonl  samples.md  summary.json  logs/rank_N.log
+checkpoints/step_N  final/
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ _WRITTEN_BY_A_RUN = (
     "report.html",
     "report.loss.png",
     "report.time.png",
+    "eval.json",
+    "eval.md",
     "samples",
     "tensorboard",
     "wandb",
@@ -53,6 +56,7 @@ class RunFolder:
         self.samples = path / "samples.md"
         self.before = path / "before.json"
         self.checkpoints = path / "checkpoints"
+        self.logs = path / "logs"
         self.student_init = path / "student_init"
         self.final = path / "final"
         self._config = path / "config.resolved.json"

@@ -16,10 +16,12 @@ def losses(run: Path) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.vllm
-def test_torchrun_with_zero_3_equals_one_process(make_run_config: MakeConfig, tmp_path: Path) -> None:
+def test_torchrun_with_student_and_teacher_at_zero_3_equals_one_process(
+    make_run_config: MakeConfig, tmp_path: Path
+) -> None:
     sections = {"rollout": {"engine": "vllm"}, "run": {"save_every": 2}}
     check(run_gkd(["train", make_run_config("one", **sections)]))
-    two = make_run_config("two", deepspeed={"zero_stage": 3}, **sections)
+    two = make_run_config("two", deepspeed={"zero_stage": 3}, teacher={"placement": "sharded"}, **sections)
     check(torchrun(2, ["-m", "gkd", "train", two, "optim.micro_batch_size=2"]))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
     for key in ("tokens/scored", "tokens/generated", "mixture/student"):

@@ -41,7 +41,8 @@ def test_large_runs_are_planned_with_every_assumption(name: str, devices: int, s
     config = PLANNED / f"{name}.yaml"
     text = plan(config, "--gpus", str(devices), "--price-per-gpu-hour", "2.5")
     assert student in text and teacher in text
-    assert "does not fit" in text and "the smallest change that fits" in text and "planned for, not built" in text
+    assert "does not fit" in text and "the smallest change that fits" in text
+    assert "planned for, not built" not in text
     assert "a million tokens at 2.5" in text
     listed = plan_json(config, "--gpus", str(devices))["assumptions"]
     assert len(listed) > 20
@@ -53,7 +54,7 @@ def test_json_keys_stay() -> None:
     result = plan_json(PLANNED / "qwen3_32b_to_1.7b.yaml", "--gpus", "8", "--sweep")
     for path, names in KEYS.items():
         assert set(result[path] if path else result) == set(names.split()), path
-    assert set(result["links"][0]) == {"name", "link", "bytes_a_step", "bytes_a_token", "seconds", "built"}
+    assert set(result["links"][0]) == {"name", "link", "bytes_a_step", "bytes_a_token", "seconds"}
     assert [sweep["mode"] for sweep in result["sweeps"]] == ["fixed batch", "batch grows"]
     assert set(result["sweeps"][0]["points"][0]) == {
         "devices", "all_devices", "batch_size", "fits", "step_s", "tokens_a_s", "efficiency", "bottleneck",
@@ -104,6 +105,15 @@ def test_nodes() -> None:
     assert plan_json(config, "--nodes", "2")["setup"]["devices"] == 16
     assumptions = plan_json(config, "--nodes", "4", "--gpus", "16")["assumptions"]
     assert {"devices a node": 4}.items() <= {item["name"]: item["value"] for item in assumptions}.items()
+
+
+def test_the_configs_placement_is_what_is_planned() -> None:
+    served = ["teacher.placement=served", "teacher.addresses=[http://127.0.0.1:8300]", "--teacher-gpus", "1"]
+    result = plan_json(PLANNED / "qwen3_8b_to_1.7b.yaml", *served)
+    assert (result["setup"]["teacher_placement"], result["setup"]["teacher_devices"]) == ("served", 1)
+    assert result["not_built"] == []
+    assert "teacher head" in json.dumps(result["memory"]) and "teacher weights" not in json.dumps(result["memory"])
+    assert plan_json(PLANNED / "qwen3_8b_to_1.7b.yaml")["setup"]["teacher_placement"] == "local"
 
 
 @pytest.mark.parametrize(

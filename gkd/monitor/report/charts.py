@@ -20,7 +20,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {  # heading -> what its metrics' names 
     "Optimizer": ("lr", "grad_norm"),
     "Throughput": ("tokens",),
     "Time of a step": ("time",),
-    "Mixture and weights": ("mixture", "staleness", "sync"),
+    "Mixture and weights": ("mixture", "staleness", "mismatch", "sync"),
 }
 _CHART_TITLES = {
     "loss": "Loss",
@@ -34,6 +34,7 @@ _CHART_TITLES = {
     "time": "Time by phase",
     "mixture": "Who wrote the step's samples",
     "staleness": "Staleness of the sampler's weights",
+    "mismatch": "Trainer against sampler, on the step's own samples",
     "sync": "Trainer against sampler, on the probe",
 }
 _LEFT_OUT = {"step", "time/train_s", "time/step_s", "weights_version"}  # sums of others, or shown as staleness

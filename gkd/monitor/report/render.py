@@ -217,7 +217,8 @@ def config_rows(run: RunData) -> list[ConfigRow]:
     rows = []
     for key, value in flatten(run.config).items():
         default, meaning = known.get(key, ("required", ""))
-        is_default = default in ("required", repr(tuple(value) if isinstance(value, list) else value))
+        # JSON has made lists of tuples
+        is_default = default in ("required", repr(value), repr(tuple(value)) if isinstance(value, list) else None)
         rows.append(ConfigRow(key, _shown(value), "" if is_default else default, meaning))
     return rows
 

@@ -1,0 +1,55 @@
+"""The output head of a served teacher, on its way to the trainers: safetensors bytes and their hash.
+
+Legend: V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from gkd.models import load_causal_lm, output_head, verify_head
+from gkd.types import OutputHead
+
+if TYPE_CHECKING:
+    import torch
+
+_METADATA_KEY = "head"  # one key only: safetensors writes several in no fixed order, and equal heads must hash equally
+
+
+def load_head(path: str, dtype: str, *, revision: str | None, key: str) -> OutputHead:
+    """The proven head of a resolved model, on the CPU.
+
+    The whole model is in the host's memory for a moment: that our formula gives its logits is proved on itself.
+    Raises ModelError, starting with `key`, as `load_causal_lm` and `verify_head` do.
+    """
+    model = load_causal_lm(path, dtype, revision=revision, key=key)
+    verify_head(model, key)
+    head = output_head(model)
+    bias = None if head.bias is None else head.bias.detach().clone()
+    return OutputHead(head.weight.detach().clone(), bias, head.logit_scale, head.softcap)
+
+
+def head_to_bytes(head: OutputHead) -> bytes:
+    """safetensors of `weight` [V, H] and, if there is one, `bias` [V]; equal heads give equal bytes."""
+    from safetensors.torch import save
+
+    tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
+    settings = json.dumps({"logit_scale": head.logit_scale, "softcap": head.softcap})
+    return save(tensors, metadata={_METADATA_KEY: settings})
+
+
+def head_from_bytes(data: bytes, device: torch.device) -> OutputHead:
+    """The inverse of `head_to_bytes`, on `device`. Raises ValueError or KeyError if `data` is no head."""
+    from safetensors.torch import load
+
+    tensors = load(data)
+    header_bytes = int.from_bytes(data[:8], "little")
+    settings = json.loads(json.loads(data[8 : 8 + header_bytes])["__metadata__"][_METADATA_KEY])
+    bias = tensors.get("bias")
+    return OutputHead(
+        tensors["weight"].to(device),
+        None if bias is None else bias.to(device),
+        float(settings["logit_scale"]),
+        None if settings["softcap"] is None else float(settings["softcap"]),
+    )

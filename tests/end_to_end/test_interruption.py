@@ -1,0 +1,80 @@
+"""Stopping early on a signal, and knowing afterwards which rank was where."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launching import MakeConfig, check, environment, read_metrics, run_gkd, torchrun
+
+
+def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while len(read_metrics(run) if (run / "metrics.jsonl").exists() else []) < steps:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_signal_saves_and_a_resume_ends_as_if_nothing_had_happened(
+    make_run_config: MakeConfig, tmp_path: Path
+) -> None:
+    whole = make_run_config("whole", run={"steps": 12})
+    check(run_gkd(["train", whole]))
+    stopped = make_run_config("stopped", run={"steps": 12})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gkd", "train", str(stopped)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_steps(tmp_path / "stopped", 2, process)
+    os.kill(process.pid, signal.SIGUSR1)
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, stderr
+    steps = len(read_metrics(tmp_path / "stopped"))
+    assert 2 <= steps < 12
+    assert f"stopped after step {steps}, saved in" in stderr and "--resume" in stderr
+    log = (tmp_path / "stopped" / "logs" / "rank_0.log").read_text()
+    assert "SIGUSR1: the run stops after this step" in log and f"step {steps - 1}: sample" in log
+
+    resumed = check(run_gkd(["train", stopped, "--resume"]))
+    assert f"resumed at step {steps}" in resumed.stdout
+    losses = [[r["loss"] for r in read_metrics(tmp_path / name)] for name in ("whole", "stopped")]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_a_failing_rank_says_who_and_where(make_run_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_run_config("failing", deepspeed={"zero_stage": 2})
+    script = tmp_path / "failing.py"
+    script.write_text(
+        "import gkd.teacher.local as local\n"
+        "from gkd.cli.main import main\n"
+        "from gkd.config import Launch\n"
+        "from gkd.errors import TeacherError\n"
+        "whole, calls = local.LocalTeacher.score, []\n"
+        "def score(self, rollouts):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 3 and Launch.from_environment().rank == 1:\n"
+        "        raise TeacherError('the planted fault')\n"
+        "    return whole(self, rollouts)\n"
+        "local.LocalTeacher.score = score\n"
+        "main()\n"
+    )
+    start = time.monotonic()
+    result = torchrun(2, [script, "train", config, "optim.micro_batch_size=2"])
+    assert result.returncode != 0 and time.monotonic() - start < 120
+    assert "TeacherError: the planted fault (rank 1, step 1, phase score)" in result.stderr
+    logs = tmp_path / "failing" / "logs"
+    assert "the planted fault" in (logs / "rank_1.log").read_text()
+    other = (logs / "rank_0.log").read_text()
+    assert "step 1: score" in other and "step 2" not in other

@@ -1,0 +1,72 @@
+"""Scores of a sharded teacher beside those of a whole one, on ranks with different work; run by torchrun.
+
+python sharded_job.py OUT.json TEACHER_FOLDER STUDENT_FOLDER DTYPE
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from gradient_job import ragged_rollouts
+
+from gkd.config import Launch, make_config
+from gkd.data import pack
+from gkd.models import backbone_of, load_causal_lm
+from gkd.teacher.local import LocalTeacher
+from gkd.teacher.sharded import sharded
+from gkd.train import distributed
+from gkd.train.engine import StudentEngine
+from gkd.types import TeacherScores
+
+
+def largest_difference(found: TeacherScores, expected: TeacherScores) -> float:
+    pairs = [(f, e) for f, e in zip(found.hidden, expected.hidden, strict=True) if f is not None and e is not None]
+    assert torch.equal(found.head.weight, expected.head.weight) and all(f.dtype == e.dtype for f, e in pairs)
+    return max(((f - e).abs().max() / e.abs().max()).item() for f, e in pairs)
+
+
+def main() -> None:
+    out, teacher_folder, student_folder, dtype = sys.argv[1:]
+    launch, cpu = Launch.from_environment(), torch.device("cpu")
+    distributed.initialize(launch)
+    whole = LocalTeacher(load_causal_lm(teacher_folder, dtype), device=cpu, micro_batch_size=2, pad_token_id=0)
+    model = load_causal_lm(teacher_folder, dtype)
+    parameters = sum(p.numel() for p in backbone_of(model).parameters())
+    teacher = LocalTeacher(
+        model,
+        device=cpu,
+        micro_batch_size=2,
+        pad_token_id=0,
+        place=sharded,
+        agree_on_largest=lambda count: int(distributed.max_over_ranks(count)),
+    )
+    kept = sum(p.ds_tensor.numel() for p in backbone_of(model).parameters())  # pyright: ignore
+    mine = ragged_rollouts()[: 7 if launch.rank == 0 else 1]
+    differences = [largest_difference(teacher.score(mine), whole.score(mine)) for _ in range(2)]
+
+    config = make_config(
+        {
+            "teacher": {"model": "t"},
+            "student": {"model": "s", "dtype": "float32"},
+            "data": {"train": "d"},
+            "optim": {"batch_size": 2, "micro_batch_size": 1},
+            "deepspeed": {"zero_stage": 3},
+        }
+    )
+    student = StudentEngine(load_causal_lm(student_folder, "float32"), config, launch, valid_vocab=259)
+    for step in range(2):  # a sharded student beside it, in turn
+        scores = teacher.score(mine[:1])
+        student.step(
+            pack(mine[:1], scores, micro_batch_size=1, pad_token_id=0, reduction="token_mean"), scores.head, step
+        )
+    differences.append(largest_difference(teacher.score(mine), whole.score(mine)))
+    result = {"differences": differences, "share": kept / parameters}
+    Path(f"{out}.{launch.rank}").write_text(json.dumps(result), encoding="utf-8")
+    distributed.end_process()
+
+
+if __name__ == "__main__":
+    main()

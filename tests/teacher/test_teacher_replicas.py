@@ -1,0 +1,219 @@
+"""What a client makes of servers that break off, disagree or lie."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from teacher_servers import Answer, FakeServer, rollout
+
+from gkd.config import TeacherConfig
+from gkd.errors import ConfigError, TeacherError
+from gkd.teacher.replicas import Replicas
+from gkd.teacher.served import ServedTeacher
+from gkd.teacher.serving.head import head_from_bytes, head_to_bytes
+from gkd.teacher.serving.protocol import PROTOCOL_VERSION, ServedModel, read_token
+from gkd.types import OutputHead
+
+HIDDEN, ROWS = 8, 20
+HEAD = head_to_bytes(OutputHead(torch.arange(ROWS * HIDDEN, dtype=torch.float32).view(ROWS, HIDDEN)))
+SERVED = ServedModel(
+    protocol=PROTOCOL_VERSION, model="m", fingerprint="f" * 16, dtype="float32", hidden_size=HIDDEN,
+    vocabulary_rows=ROWS, max_tokens=64, head_sha256=hashlib.sha256(HEAD).hexdigest(),
+)  # fmt: skip
+ROLLOUT = rollout(7, 3, 4, vocabulary=ROWS)
+STATES = torch.arange(4 * HIDDEN, dtype=torch.float32)
+MakeServer = Callable[..., FakeServer]
+
+
+def description(**changes: Any) -> Answer:
+    return 200, {}, json.dumps(SERVED.model_dump() | changes).encode()
+
+
+def states(body: bytes = STATES.numpy().tobytes(), **headers: str) -> Answer:
+    right = {"x-gkd-shape": f"4,{HIDDEN}", "x-gkd-dtype": "float32", "x-gkd-identity": SERVED.identity}
+    return 200, right | {name.replace("_", "-"): value for name, value in headers.items()}, body
+
+
+@pytest.fixture
+def make_server() -> Iterator[MakeServer]:
+    """A server that answers right, but for what is given."""
+    started: list[FakeServer] = []
+
+    def make(teacher: Answer = description(), head: Answer = (200, {}, HEAD), answer: Answer = states()) -> FakeServer:  # noqa: B008
+        started.append(FakeServer({"/teacher": teacher, "/head": head, "/hidden_states": answer}))
+        return started[-1]
+
+    yield make
+    for server in started:
+        server.close()
+
+
+def config(*servers: FakeServer, **keys: Any) -> TeacherConfig:
+    values = {"model": "m", "dtype": "float32", "placement": "served", "timeout_s": 0.5}
+    return TeacherConfig.model_validate(values | {"addresses": [server.address for server in servers]} | keys)
+
+
+def teacher(*servers: FakeServer) -> ServedTeacher:
+    return ServedTeacher(Replicas(config(*servers)), device=torch.device("cpu"))
+
+
+def test_what_a_server_sends_is_what_comes_out(make_server: MakeServer) -> None:
+    scores = teacher(make_server()).score([ROLLOUT])
+    assert scores.hidden[0] is not None and torch.equal(scores.hidden[0].flatten(), STATES)
+    assert torch.equal(scores.head.weight, torch.arange(ROWS * HIDDEN, dtype=torch.float32).view(ROWS, HIDDEN))
+
+
+NOT_FINITE = torch.cat([STATES[:-1], torch.tensor([float("nan")])]).numpy().tobytes()
+INFINITE = torch.cat([STATES[:-1], torch.tensor([float("inf")])]).numpy().tobytes()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (states(x_gkd_shape="3,8"), r"x-gkd-shape '3,8', not '4,8'"),
+        (states(x_gkd_dtype="bfloat16"), "x-gkd-dtype 'bfloat16', not 'float32'"),
+        (states(x_gkd_identity="0" * 32), "serves another model than at the start"),
+        (states(STATES.numpy().tobytes()[:-8]), "length is not 128 bytes but 120"),
+        (states(STATES.numpy().tobytes() + b"more"), "length is not 128 bytes but 132"),
+        (states(bytes(1 << 22)), "length is not 128 bytes but"),
+        (states(NOT_FINITE), "not finite"),
+        (states(INFINITE), "not finite"),
+        ((400, {}, b'{"error": "there is no token id 12"}'), "status 400: there is no token id 12"),
+        ((404, {}, b"<html>"), "status 404"),
+    ],
+)
+def test_a_lie_stops_the_run_at_once_and_names_the_sample(
+    make_server: MakeServer, answer: Answer, message: str
+) -> None:
+    server, other = make_server(answer=answer), make_server(answer=answer)
+    with pytest.raises(TeacherError, match=message) as caught:
+        teacher(server, other).score([ROLLOUT])
+    assert "prompt 7 sample 0 (student)" in str(caught.value)
+    assert len(server.requests + other.requests) == 4, "two descriptions, a head, one request: no second attempt"
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (states(content_length="512"), ""),  # truncated: the connection ends before
+        ((500, {}, b'{"error": "the engine failed"}'), "status 500: the engine failed"),
+        ((503, {}, b""), "status 503"),
+    ],
+)
+def test_a_failure_goes_once_to_another_server(make_server: MakeServer, answer: Answer, reason: str) -> None:
+    broken, good = make_server(answer=answer), make_server()
+    subject = teacher(broken, good)
+    for _ in range(3):
+        scores = subject.score([ROLLOUT])
+        assert scores.hidden[0] is not None and torch.equal(scores.hidden[0].flatten(), STATES)
+    assert broken.requests.count("/hidden_states") == 1, "then it is left alone for a while"
+    assert good.requests.count("/hidden_states") == 3
+
+    alone = make_server(answer=answer)
+    with pytest.raises(TeacherError, match=f"{alone.address}: .*{reason}.*; then {alone.address}: "):
+        teacher(alone).score([ROLLOUT])
+    assert alone.requests.count("/hidden_states") == 2
+
+
+@pytest.mark.fault
+def test_a_server_that_does_not_answer_is_waited_for_only_so_long(make_server: MakeServer) -> None:
+    slow = make_server(answer=(200, {"x-sleep": "2"}, b""))
+    with pytest.raises(TeacherError, match=r"no answer within teacher\.timeout_s"):
+        teacher(slow).score([ROLLOUT])
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("field", "value"), [("fingerprint", "e" * 16), ("head_sha256", "0" * 64), ("vocabulary_rows", 21)]
+)
+def test_servers_that_disagree_are_both_named(make_server: MakeServer, field: str, value: object) -> None:
+    one, other = make_server(), make_server(teacher=description(**{field: value}))
+    with pytest.raises(ConfigError, match=f"{one.address} and {other.address} serve different models: {field}"):
+        Replicas(config(one, other))
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((200, {}, b"<html>"), "is no gkd teacher"),
+        ((404, {}, b"{}"), "is no gkd teacher"),
+        ((200, {}, b"[" * 100_000), "is no gkd teacher"),
+        (description(dtype="int4"), "is no gkd teacher"),
+        (description(hidden_size=-1), "is no gkd teacher"),
+        (description(protocol=2), "version 2 of the protocol"),
+        (description(dtype="bfloat16"), "teacher.dtype: float32, but .* serves bfloat16"),
+        ((401, {}, b"{}"), "teacher.token_file: .* asks for its token"),
+    ],
+)
+def test_a_description_that_cannot_be_used_is_a_config_error(
+    make_server: MakeServer, answer: Answer, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Replicas(config(make_server(teacher=answer)))
+
+
+@pytest.mark.fault
+def test_a_damaged_head_is_refused(make_server: MakeServer) -> None:
+    with pytest.raises(TeacherError, match="arrived damaged"):
+        teacher(make_server(head=(200, {}, HEAD[:-1] + b"\0")))
+    for lie, message in (
+        (head_to_bytes(OutputHead(torch.zeros(ROWS, HIDDEN + 1))), r"head of \[20, 9\]"),
+        (head_to_bytes(OutputHead(torch.zeros(ROWS, HIDDEN, dtype=torch.bfloat16))), "bfloat16"),
+        (b"no safetensors", "no output head that can be read"),
+    ):
+        promised = description(head_sha256=hashlib.sha256(lie).hexdigest())
+        with pytest.raises(TeacherError, match=message):
+            teacher(make_server(teacher=promised, head=(200, {}, lie)))
+
+
+def test_a_head_survives_the_way_bit_for_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(ROWS, HIDDEN, generator=generator).bfloat16()
+    head = OutputHead(weight, torch.randn(ROWS, generator=generator).bfloat16(), 1 / 3, 30.0)
+    data = head_to_bytes(head)
+    assert all(head_to_bytes(head) == data for _ in range(20)), "equal heads must have equal hashes"
+    arrived = head_from_bytes(data, torch.device("cpu"))
+    assert torch.equal(arrived.weight, head.weight) and arrived.bias is not None and head.bias is not None
+    assert torch.equal(arrived.bias, head.bias)
+    assert (arrived.logit_scale, arrived.softcap) == (1 / 3, 30.0)
+
+
+def test_tokens(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GKD_SERVER_TOKEN", raising=False)
+    assert read_token(None, "key") is None
+    monkeypatch.setenv("GKD_SERVER_TOKEN", "of-the-environment")
+    assert read_token(None, "key") == "of-the-environment"
+    file = tmp_path / "token"
+    file.write_text("of-the-file-which-wins\n")
+    assert read_token(file, "key") == "of-the-file-which-wins"
+    for weak in ("", "short", "with a space in the middle", "ünprintable-characters"):
+        file.write_text(weak)
+        with pytest.raises(ConfigError, match=r"^key: a token is at least 16"):
+            read_token(file, "key")
+    with pytest.raises(ConfigError, match=r"^key: cannot read"):
+        read_token(tmp_path / "missing", "key")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"placement": "served"}, "addresses: a served teacher needs"),
+        ({"placement": "served", "addresses": []}, "addresses: a served teacher needs"),
+        ({"placement": "served", "addresses": ["127.0.0.1:8300"]}, "not of the form"),
+        ({"placement": "served", "addresses": ["http://user:pass@host:1"]}, "not of the form"),
+        ({"placement": "served", "addresses": ["http://a:1", "http://a:1/"]}, "one stands twice"),
+        ({"addresses": ["http://a:1"]}, "addresses: is for teacher.placement: served"),
+        ({"token_file": "t"}, "token_file: is for teacher.placement: served"),
+    ],
+)
+def test_config(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TeacherConfig.model_validate({"model": "m"} | keys)
