@@ -81,13 +81,14 @@ def complete(
     spec: SamplerSpec,
     jobs: Sequence[tuple[CompletionCache, SamplingSettings, Sequence[SampleRequest]]],
     note: Callable[[str], None],
+    whose: str = "teacher",
 ) -> None:
     """Samples what the caches of `jobs` lack, in one child process. Raises SamplerError if that fails."""
     missing = [(cache, settings, cache.missing(requests)) for cache, settings, requests in jobs]
     count = sum(len(requests) for *_, requests in missing)
     if not count:
         return
-    note(f"sampling {count} teacher completions with {spec.engine}, once; they are kept in the cache")
+    note(f"sampling {count} {whose} completions with {spec.engine}, once; they are kept in the cache")
     plan = {
         "spec": asdict(spec),
         "jobs": [
@@ -104,7 +105,7 @@ def complete(
     for cache, _, _ in missing:
         cache.reload()
     if result.returncode or any(cache.missing(requests) for cache, _, requests in missing):
-        raise SamplerError(f"sampling the teacher's completions failed: its process ended with {result.returncode}")
+        raise SamplerError(f"sampling the {whose}'s completions failed: its process ended with {result.returncode}")
 
 
 def _run(plan: dict[str, Any]) -> None:

@@ -53,8 +53,11 @@ def test_a_run_from_start_to_result(make_run_config: MakeConfig, tmp_path: Path)
     answers = check(run_gkd(["generate", final, "--prompt", "hello", "--dtype", "float32", "--max-new-tokens", "8"]))
     assert answers.stdout.startswith("> hello\n")
 
-    measured = json.loads(check(run_gkd(["eval", run / "config.resolved.json"])).stdout.splitlines()[-1])
-    assert measured["heldout/forward_kl"] == pytest.approx(summary["heldout_forward_kl_after"], rel=1e-4)
+    evaluated = check(run_gkd(["eval", run / "config.resolved.json", "--only", "task", "--format", "json"]))
+    forward_kl = json.loads(evaluated.stdout.splitlines()[-1])["task"]["figures"]["forward_kl"]
+    for column in ("before", "after"):
+        value = forward_kl[f"student_{column}"]["value"]
+        assert value == pytest.approx(summary[f"heldout_forward_kl_{column}"], rel=1e-4)
 
     refused = run_gkd(["train", config])
     assert refused.returncode == 2 and "holds a run; continue it with --resume" in refused.stderr

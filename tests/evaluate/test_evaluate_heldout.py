@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from gkd.config import ObjectiveConfig, make_config
 from gkd.data import pack
@@ -15,8 +16,7 @@ from gkd.evaluate.heldout import HeldoutEvaluation, heldout_requests, heldout_ro
 from gkd.evaluate.samples import greedy_settings, sample_requests
 from gkd.models import load_causal_lm
 from gkd.teacher.local import LocalTeacher
-from gkd.train.evaluation import FrozenStudent
-from gkd.train.module import StudentModule
+from gkd.train.module import StudentModule, mean_divergences
 from gkd.types import Completion, OutputHead, Prompt, SamplingSettings, TokenBatch
 
 PROMPTS = [Prompt(i, (5 + i, 6, 7), f"p{i}") for i in range(5)]
@@ -46,6 +46,19 @@ class Counter:
         return {"forward_kl": 1.0, "reverse_kl": 2.0, "jsd": 3.0}
 
 
+class PlainStudent:
+    """Measures with the training run's module, outside of DeepSpeed."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._module = StudentModule(model, OBJECTIVE, 259, torch.float32)
+
+    @torch.no_grad()
+    def divergences(
+        self, micro_batches: Sequence[TokenBatch], teacher_head: OutputHead, objective: ObjectiveConfig
+    ) -> dict[str, float]:
+        return mean_divergences(self._module, micro_batches, teacher_head, objective, torch.device("cpu"))
+
+
 def test_ranks_share_the_rows_and_forward_as_often(teacher: LocalTeacher) -> None:
     rollouts = heldout_rollouts(PROMPTS, COMPLETIONS)
     students = [Counter(), Counter()]
@@ -57,7 +70,7 @@ def test_ranks_share_the_rows_and_forward_as_often(teacher: LocalTeacher) -> Non
 
 def test_figures_are_means_over_tokens_from_full_logits(teacher: LocalTeacher, tiny_student: Path) -> None:
     model = load_causal_lm(str(tiny_student), "float32")
-    student = FrozenStudent(StudentModule(model, OBJECTIVE, 259, torch.float32), torch.device("cpu"))
+    student = PlainStudent(model)
     rollouts = heldout_rollouts(PROMPTS, COMPLETIONS)
     measured = HeldoutEvaluation(rollouts, teacher=teacher, student=student, pack=PACK, rank=0, world_size=1).measure()
     total, tokens = torch.zeros(3, dtype=torch.float64), 0

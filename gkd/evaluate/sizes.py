@@ -1,0 +1,56 @@
+"""What a model's files and its architecture say of its size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from gkd.evaluate.figures import Axis, Cell, Figure, Row
+from gkd.models.load import empty_model, read_config
+from gkd.models.weights import check_weights, read_header
+
+
+def stored_parameters(folder: Path) -> int:
+    """Sum over the tensors in a folder's safetensors headers. A tied head that is stored once counts once."""
+    return sum(
+        math.prod(entry["shape"])
+        for file in check_weights(folder, "model")
+        for entry in read_header(file, "model").values()
+    )
+
+
+def weight_file_bytes(folder: Path) -> int:
+    """Of the safetensors files that hold the model's weights."""
+    return sum(file.stat().st_size for file in check_weights(folder, "model"))
+
+
+def parameter_counts(folder: Path) -> tuple[int, int]:
+    """(all parameters, those outside of input embedding and output head) of an architecture; shared ones once."""
+    model = empty_model(read_config(str(folder), key="model"))
+    sizes = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings = {id(p) for module in ends if module is not None for p in module.parameters()}
+    return sum(sizes.values()), sum(size for key, size in sizes.items() if key not in embeddings)
+
+
+def compression_axis(folders: Mapping[str, Path]) -> Axis:
+    """Parameters and bytes as the files hold them, and as shares of the teacher's. Nothing is loaded."""
+    parameters = {column: stored_parameters(folder) for column, folder in folders.items()}
+    size_bytes = {column: weight_file_bytes(folder) for column, folder in folders.items()}
+    return Axis(
+        (
+            Row("parameters", "parameters on disk", "parameters", _figures(parameters)),
+            Row("bytes", "weights on disk", "bytes", _figures(size_bytes)),
+            Row("parameters_of_teacher", "parameters, of the teacher's", "share", _shares(parameters)),
+            Row("bytes_of_teacher", "weights, of the teacher's", "share", _shares(size_bytes)),
+        )
+    )
+
+
+def _figures(values: Mapping[str, int]) -> dict[str, Cell]:
+    return {column: Figure(value) for column, value in values.items()}
+
+
+def _shares(values: Mapping[str, int]) -> dict[str, Cell]:
+    return {column: Figure(value / values["teacher"]) for column, value in values.items()}

@@ -1,0 +1,135 @@
+"""What a student is worth on given completions, token by token: exact divergences from the teacher, and surprisal.
+
+Legend: B rows, T positions, N scored tokens of a micro-batch, n_i tokens of completion i, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from gkd.data import pack
+from gkd.models import backbone_of, head_logits, output_head
+from gkd.ops import linear_divergence
+from gkd.types import OutputHead, Rollout, TeacherScores, TokenBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "top1_agreement")
+NLL = "nll"
+_LOGITS_BYTES = 256 << 20  # float32 logits in memory at once, where `objective.chunk_mib` does not say
+
+TokenScores = dict[str, np.ndarray]  # name -> [n_i] float64, in nats
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """How a student is run: as the held-out measure of a training run does it."""
+
+    micro_batch_size: int
+    pad_token_id: int
+    valid_vocab: int
+    dtype: torch.dtype
+    device: torch.device
+    chunk_mib: int | None = None
+
+    @property
+    def chunk_bytes(self) -> int:
+        return _LOGITS_BYTES if self.chunk_mib is None else self.chunk_mib << 20
+
+
+@torch.no_grad()
+def student_scores(
+    model: PreTrainedModel, rollouts: Sequence[Rollout], teacher: TeacherScores | None, settings: ScoringSettings
+) -> list[TokenScores]:
+    """Of each rollout NLL and, if the teacher scored the rollouts, DIVERGENCES; all at temperature 1."""
+    results: list[TokenScores] = [{}] * len(rollouts)
+    order = sorted(range(len(rollouts)), key=lambda i: -len(rollouts[i].token_ids))  # little padding in each forward
+    for start in range(0, len(order), settings.micro_batch_size):
+        rows = order[start : start + settings.micro_batch_size]
+        given = None if teacher is None else replace(teacher, hidden=[teacher.hidden[i] for i in rows])
+        chosen = [rollouts[i] for i in rows]
+        (batch,) = pack(
+            chosen, given, micro_batch_size=len(rows), pad_token_id=settings.pad_token_id, reduction="token_mean"
+        )
+        values = _score_batch(model, batch.to(settings.device), None if given is None else given.head, settings)
+        for i, scores in zip(rows, _split(values, [len(r.completion_ids) for r in chosen]), strict=True):
+            results[i] = scores
+    return results
+
+
+@torch.no_grad()
+def teacher_nll(rollouts: Sequence[Rollout], scores: TeacherScores, settings: ScoringSettings) -> list[TokenScores]:
+    """NLL of each rollout under the teacher, from what it said of them."""
+    results: list[TokenScores] = []
+    for rollout, hidden in zip(rollouts, scores.hidden, strict=True):
+        if hidden is None:
+            results.append({NLL: np.zeros(0)})
+            continue
+        labels = torch.tensor(rollout.completion_ids, device=hidden.device)  # [n_i]
+        results.append({NLL: _as_array(_nll(hidden, labels, scores.head, settings.chunk_bytes))})
+    return results
+
+
+def _score_batch(
+    model: PreTrainedModel, batch: TokenBatch, teacher_head: OutputHead | None, settings: ScoringSettings
+) -> TokenScores:
+    states = backbone_of(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # [B, T, H]
+    hidden = states.flatten(0, 1)[batch.score_index]  # [N, H]
+    head = output_head(model)
+    measured = {NLL: _nll(hidden, batch.labels, head, settings.chunk_bytes)}
+    if teacher_head is not None:
+        measured |= _divergences(hidden, head, batch, teacher_head, settings)
+    return {name: _as_array(values) for name, values in measured.items()}
+
+
+def _divergences(
+    hidden: torch.Tensor, head: OutputHead, batch: TokenBatch, teacher_head: OutputHead, settings: ScoringSettings
+) -> dict[str, torch.Tensor]:
+    """DIVERGENCES, [N] each. The JSD is the loss of the pass, the others are its by-products: one pass for all."""
+    assert batch.teacher_hidden is not None
+    jsd, byproducts = linear_divergence(
+        hidden,
+        head.weight,
+        batch.teacher_hidden,
+        teacher_head.weight,
+        "jsd",
+        beta=0.5,
+        reduction="none",
+        student_bias=head.bias,
+        teacher_bias=teacher_head.bias,
+        student_softcap=head.softcap,
+        teacher_softcap=teacher_head.softcap,
+        student_logit_scale=head.logit_scale,
+        teacher_logit_scale=teacher_head.logit_scale,
+        valid_vocab=settings.valid_vocab,
+        compute_dtype=settings.dtype,
+        chunk_bytes=settings.chunk_bytes,
+        byproducts=True,
+    )
+    return {name: jsd if name == "jsd" else byproducts[name] for name in DIVERGENCES}
+
+
+def _nll(hidden: torch.Tensor, labels: torch.Tensor, head: OutputHead, chunk_bytes: int) -> torch.Tensor:
+    """-log p(label) [N] of states [N, H], over the model's whole vocabulary, in float32."""
+    rows = max(1, chunk_bytes // (4 * head.weight.shape[0]))
+    parts = [
+        torch.nn.functional.cross_entropy(head_logits(states, head), wanted, reduction="none")
+        for states, wanted in zip(hidden.split(rows), labels.split(rows), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _as_array(values: torch.Tensor) -> np.ndarray:
+    return values.double().cpu().numpy()
+
+
+def _split(values: TokenScores, lengths: Sequence[int]) -> list[TokenScores]:
+    cuts = np.cumsum(lengths)[:-1]
+    parts = {name: np.split(array, cuts) for name, array in values.items()}
+    return [{name: arrays[i] for name, arrays in parts.items()} for i in range(len(lengths))]
