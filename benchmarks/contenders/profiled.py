@@ -1,0 +1,110 @@
+"""Where a step of gkd goes: torch's profiler over one step, self times of operators by phase and kind of work."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, record_function
+
+from gkd.ops import matmul
+from gkd.train import loop
+
+from .engine import run as run_engine
+from .job import Job
+
+PHASE = "phase: "
+HEAD_PRODUCT = "head product"
+GROUPS = {  # the first pattern that an operator's name matches; what matches none is "other operators"
+    "matrix products": rf"{HEAD_PRODUCT}|mm$|bmm|matmul|linear(?!_div)|onednn|mkldnn|gemm",
+    "attention": r"attention|sdpa|rotary|reshape_and_cache",
+    "loss kernel": r"gkd|divergence|score_rows|topk_rows",
+    "optimizer": r"adam|foreach|optimizer|clip_grad|linalg_vector_norm",
+    "copies and casts": r"copy_|_to_copy|clone|contiguous|::cat$|fill_|zero_",
+}
+TOP = 8  # operators of a phase that are kept by name
+PYTHON = "Python and what no operator covers"
+
+
+class ProfiledMonitor:
+    """gkd's monitor, with a profiler around one step and a mark around each of its phases."""
+
+    def __init__(self, monitor: Any, step: int, profiler: Any) -> None:
+        self._monitor, self._step, self._profiler = monitor, step, profiler
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._monitor, name)
+
+    def steps(self) -> Iterator[int]:
+        for step in self._monitor.steps():
+            if step == self._step:
+                with self._profiler:
+                    yield step
+            else:
+                yield step
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        with record_function(PHASE + name), self._monitor.phase(name):
+            yield
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Seconds of the last of a few steps by phase: in groups, and the largest operators."""
+    steps = 3
+    profiler = torch.profiler.profile(activities=[ProfilerActivity.CPU], acc_events=True)
+    train_loop = loop.train_loop
+
+    def profiled_loop(*, monitor: Any, student: Any, **parts: Any) -> None:
+        monitor = ProfiledMonitor(monitor, steps - 1, profiler)
+        student._phase = monitor.phase  # it was built with the monitor's own
+        train_loop(monitor=monitor, student=student, **parts)
+
+    loop.train_loop = profiled_loop
+    mark_head_products()
+    done = run_engine(replace(job, work=replace(job.work, steps=steps)))
+    events = profiler.events()
+    operators = {phase: dict(list(found.items())[:TOP]) for phase, found in by_phase(events, operator).items()}
+    return {"step_s": done["steps"][-1]["step_s"], "phases": by_phase(events, group), "top_operators": operators}
+
+
+def mark_head_products() -> None:
+    """The products with the output head are no operators of torch; without a mark they would look like Python."""
+    multiply = matmul.HeadProduct._multiply
+
+    def marked(*args: Any, **kwargs: Any) -> None:
+        with record_function(HEAD_PRODUCT):
+            multiply(*args, **kwargs)
+
+    matmul.HeadProduct._multiply = marked  # pyright: ignore
+
+
+def by_phase(events: Any, name_of: Callable[[str], str]) -> dict[str, dict[str, float]]:
+    """Self seconds by phase and, within it, by `name_of` the operator; the most first.
+
+    An operator belongs to the phase that it began in.
+    """
+    marks = [event for event in events if event.name.startswith(PHASE)]
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for event in events:
+        start = event.time_range.start
+        mark = next((m for m in marks if m.time_range.start <= start < m.time_range.end), None)
+        phase = "outside" if mark is None else mark.name.removeprefix(PHASE)
+        found[phase][name_of(event.name)] += event.self_cpu_time_total / 1e6
+    return {phase: dict(names.most_common()) for phase, names in found.items()}
+
+
+def group(name: str) -> str:
+    """Of GROUPS, or what is in none of them."""
+    if name.startswith(PHASE):
+        return PYTHON
+    return next((title for title, pattern in GROUPS.items() if re.search(pattern, name, re.I)), "other operators")
+
+
+def operator(name: str) -> str:
+    return PYTHON if name.startswith(PHASE) else name

@@ -1,0 +1,67 @@
+"""Which settings make each TRL trainer fastest here: tried, not assumed."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+from .bench import TRAINERS, Benchmark, say
+from .job import read_json, write_json
+from .launch import JobError
+from .summary import round_figures
+
+STEPS = 3
+# bf16=True over float32 weights is TRL's default, and what gkd does; weights in bfloat16 lose small updates, and spare
+# casts of every weight for every sampled token
+PRECISIONS = ("autocast", "bfloat16")
+WORKS = "works"
+
+Settings = dict[str, Any]
+
+
+def vllm_in_trl(benchmark: Benchmark) -> str:
+    """WORKS, or the error of DistillationTrainer with vllm_mode="colocate". GKDTrainer has no vLLM mode."""
+    note = benchmark.folder / "vllm_in_trl.json"
+    if note.exists():
+        return read_json(note)
+    settings = {"precision": "autocast", "micro_batch_size": benchmark.work.micro_batch_size, "vllm": True}
+    try:
+        trl_run(benchmark, "TRL DistillationTrainer", "trial_vllm", settings, steps=2)
+        found = WORKS
+    except JobError as error:
+        found = str(error).removeprefix("[rank0]: ")
+    say(f"  vLLM inside TRL: {found}")
+    write_json(note, found)
+    return found
+
+
+def tuned(benchmark: Benchmark, vllm: str | None) -> tuple[dict[str, Settings], dict[str, list[Settings]]]:
+    """By trainer: its fastest settings, and the seconds a step of all that were tried; without trials its defaults."""
+    work = benchmark.work
+    if not benchmark.trials:
+        settings = {"precision": "autocast", "micro_batch_size": work.micro_batch_size, "vllm": False}
+        return dict.fromkeys(TRAINERS, settings), {}
+    fastest: dict[str, Settings] = {}
+    trials: dict[str, list[Settings]] = {}
+    for name, trainer in TRAINERS.items():
+        samplers = (True, False) if vllm == WORKS and trainer == "distillation" else (False,)
+        sizes = sorted({work.micro_batch_size, work.batch_size})  # GKDTrainer samples once a micro-batch
+        trials[name] = []
+        for precision, size, use_vllm in itertools.product(PRECISIONS, sizes, samplers):
+            settings = {"precision": precision, "micro_batch_size": size, "vllm": use_vllm}
+            label = f"trial_{trainer}_{precision}_{size}" + ("_vllm" if use_vllm else "")
+            found = round_figures(trl_run(benchmark, name, label, settings, steps=STEPS))
+            trials[name].append({**settings, "step_s": found["step_s"]})
+        best = min(trials[name], key=lambda trial: trial["step_s"])
+        fastest[name] = {key: value for key, value in best.items() if key != "step_s"}
+    return fastest, trials
+
+
+def trl_run(
+    benchmark: Benchmark, name: str, label: str, settings: Settings, *, steps: int | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """One run of a TRL trainer; `steps` are the work's unless given. Raises JobError."""
+    work = benchmark.work if steps is None else replace(benchmark.work, steps=steps)
+    options = {**settings, "trainer": TRAINERS[name], "seed": seed, "folder": str(benchmark.folder / label)}
+    return benchmark.run("trl_trainers", label, work, **options)
