@@ -60,9 +60,8 @@ def link_table() -> str:
     for name, (title, devices) in PLANNED.items():
         setup = planned(name)
         for link in time_plan(setup).links:
-            built = "" if link.built else " (not built)"
             size = f"{bytes_a_token(setup, link.bytes_a_step):,.0f}"
-            rows.append((f"{title}, {devices} GPUs", f"{link.name}", link.link, size, f"{link.seconds:.2g}"))
+            rows.append((f"{title}, {devices} GPUs", link.name, link.link, size, f"{link.seconds:.2g}"))
     return markdown(("run", "what", "over", "bytes a token", "s a step"), rows)
 
 
