@@ -24,7 +24,12 @@ def gkd_config(work: Work, folder: Path, seed: int, *, heldout: bool = False) ->
                 "max_prompt_tokens": work.max_prompt_tokens,
                 "shuffle": False,
             },
-            "rollout": {"engine": work.engine, "temperature": 1.0, "max_new_tokens": work.max_new_tokens},
+            "rollout": {
+                "engine": work.engine,
+                "temperature": 1.0,
+                "max_new_tokens": work.max_new_tokens,
+                "kv_cache_gib": 0.25,  # 16 sequences of 240 tokens need 0.1
+            },
             "mixture": {"student": 1.0},
             "objective": {"kind": work.kind, "beta": work.beta},
             "optim": {

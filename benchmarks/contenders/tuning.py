@@ -1,4 +1,4 @@
-"""Which settings make each TRL trainer fastest here: tried, not assumed."""
+"""Which settings make each contender fastest here: tried, not assumed."""
 
 from __future__ import annotations
 
@@ -56,6 +56,25 @@ def tuned(benchmark: Benchmark, vllm: str | None) -> tuple[dict[str, Settings], 
         best = min(trials[name], key=lambda trial: trial["step_s"])
         fastest[name] = {key: value for key, value in best.items() if key != "step_s"}
     return fastest, trials
+
+
+def tuned_gkd(benchmark: Benchmark) -> tuple[Settings, list[Settings]]:
+    """gkd's fastest micro-batch, and the seconds a step of both that were tried; its precision is the comparison's."""
+    work, trials = benchmark.work, []
+    for size in sorted({work.micro_batch_size, work.batch_size}) if benchmark.trials else ():
+        found = round_figures(gkd_run(benchmark, f"trial_gkd_{size}", size, steps=STEPS))
+        trials.append({"micro_batch_size": size, "step_s": found["step_s"]})
+    best = min(trials, key=lambda trial: trial["step_s"], default={"micro_batch_size": work.micro_batch_size})
+    settings = {"sampler": work.engine, "precision": "autocast", "micro_batch_size": best["micro_batch_size"]}
+    return settings, trials
+
+
+def gkd_run(
+    benchmark: Benchmark, label: str, micro_batch_size: int, *, steps: int | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """One run of gkd; `steps` are the work's unless given. Raises JobError."""
+    work = replace(benchmark.work, micro_batch_size=micro_batch_size, steps=steps or benchmark.work.steps)
+    return benchmark.run("engine", label, work, folder=str(benchmark.folder / label), seed=seed)
 
 
 def trl_run(

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from gkd.environment import cpu_kv_cache_bytes, prepare_vllm
 from gkd.errors import ModelError, SamplerError
 from gkd.types import Completion, SampleRequest, SamplingSettings
 
 if TYPE_CHECKING:
     import torch
-
-
-def _prepare_environment(kv_cache_gib: float) -> None:
-    """Settings that vLLM reads while it is imported.
-
-    In-process because weights are handed over as tensors.
-    """
-    import torch
-
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(kv_cache_gib))))
-    logging.getLogger("vllm").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 
 def _without_dynamo_on_cpu() -> AbstractContextManager[None]:
@@ -60,7 +42,7 @@ class VllmSampler:
         gpu_memory_utilization: float = 0.3,
         enforce_eager: bool = True,
     ) -> None:
-        _prepare_environment(kv_cache_gib)
+        prepare_vllm()
         try:
             from vllm import LLM
         except ImportError as error:
@@ -73,6 +55,7 @@ class VllmSampler:
             max_model_len=max_model_tokens,
             max_num_seqs=max_num_seqs,
             gpu_memory_utilization=gpu_memory_utilization,
+            kv_cache_memory_bytes=cpu_kv_cache_bytes(kv_cache_gib),
             enforce_eager=enforce_eager,
             seed=seed & 0x7FFFFFFF,  # vLLM's own seed is 32 bits; each request brings a full one
             skip_tokenizer_init=True,

@@ -6,15 +6,14 @@ Legend: T positions, H hidden size.
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gkd.environment import cpu_kv_cache_bytes, prepare_vllm
 from gkd.errors import ModelError
 
 if TYPE_CHECKING:
@@ -136,7 +135,7 @@ def _add(engine: Any, request_id: str, job: _Job, running: dict[str, Future[torc
 
 
 def _start_vllm(model: str, settings: EngineSettings, revision: str | None) -> Any:
-    _prepare_environment(settings.kv_cache_gib)
+    prepare_vllm()
     try:
         from vllm import EngineArgs, LLMEngine
         from vllm.config import PoolerConfig
@@ -149,6 +148,7 @@ def _start_vllm(model: str, settings: EngineSettings, revision: str | None) -> A
         "max_model_len": settings.max_model_tokens,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "kv_cache_memory_bytes": cpu_kv_cache_bytes(settings.kv_cache_gib),
         "runner": "pooling",
         "convert": "embed",
         "pooler_config": PoolerConfig(task="token_embed", use_activation=False),
@@ -165,16 +165,3 @@ def _start_vllm(model: str, settings: EngineSettings, revision: str | None) -> A
     except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(f"vLLM cannot serve {model}: {reason}") from error
-
-
-def _prepare_environment(kv_cache_gib: float) -> None:
-    """Settings that vLLM reads while it is imported."""
-    import torch
-
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(kv_cache_gib))))
-    logging.getLogger("vllm").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
