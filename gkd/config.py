@@ -58,7 +58,10 @@ class TeacherConfig(Section):
         "local",
         description="local = whole on each rank, sharded = ZeRO-3 over the ranks, served = at teacher.addresses",
     )
-    micro_batch_size: int = Field(16, ge=1, description="local: sequences a scoring forward")
+    micro_batch_size: int = Field(16, ge=1, description="local, sharded: sequences a scoring forward")
+    cache_gib: float = Field(
+        0.0, ge=0.0, description="scores of data set and teacher completions kept in $GKD_CACHE/scores; 0 = none"
+    )
     addresses: list[str] | None = Field(
         None,
         description="served: where `gkd serve-teacher` listens, e.g. [http://127.0.0.1:8300]; several share the work",
@@ -68,7 +71,9 @@ class TeacherConfig(Section):
     timeout_s: float = Field(300.0, gt=0.0, description="served: longest wait for an answer")
 
     @model_validator(mode="after")
-    def _addresses_fit_the_placement(self) -> TeacherConfig:
+    def _settings_fit_the_placement(self) -> TeacherConfig:
+        if self.placement == "sharded" and self.cache_gib:
+            raise ValueError("cache_gib: all ranks of a sharded teacher score together, found or not; set it to 0")
         if self.placement != "served":
             for name in ("addresses", "token_file"):
                 if getattr(self, name) is not None:

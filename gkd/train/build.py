@@ -31,6 +31,7 @@ from gkd.rollout.mixture import MixtureRollouts, teacher_requests
 from gkd.rollout.offline import SamplerSpec, cache_for, complete, start_sampler
 from gkd.rollout.sync import PROBE_NEW_TOKENS, PROBE_PROMPT_TOKENS, SyncedSampler, probe_prompt
 from gkd.teacher.base import Teacher
+from gkd.teacher.cache import CachedTeacher
 from gkd.teacher.local import LocalTeacher, whole
 from gkd.teacher.replicas import Replicas, check_model_is_served, check_served_teacher
 from gkd.teacher.served import ServedTeacher
@@ -243,6 +244,18 @@ def teacher_texts(
 
 
 def build_teacher(config: Config, models: Models, launch: Launch) -> Teacher:
+    """Behind its cache, if it has one, the teacher itself is made when it is first needed."""
+    make = partial(_build_scoring_teacher, config, models, launch)
+    if config.teacher.cache_gib == 0:
+        return make()
+    fingerprint = from_main(model_fingerprint(models.teacher_path, config.teacher.revision) if launch.is_main else None)
+    folder = cache_folder() / "scores" / f"{fingerprint}-{config.teacher.dtype}"
+    return CachedTeacher(
+        make, folder, limit_bytes=round(config.teacher.cache_gib * 2**30), device=compute_device(launch)
+    )
+
+
+def _build_scoring_teacher(config: Config, models: Models, launch: Launch) -> Teacher:
     if config.teacher.placement == "served":
         return ServedTeacher(Replicas(config.teacher), device=compute_device(launch))
     model = load_causal_lm(

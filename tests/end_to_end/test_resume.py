@@ -31,3 +31,18 @@ def test_resume_is_bitwise(make_run_config: MakeConfig, tmp_path: Path) -> None:
     for name, tensor in whole.items():
         assert torch.equal(tensor, again[name]), name
     assert without_times(tmp_path / "whole") == without_times(tmp_path / "halves")
+
+
+@pytest.mark.slow
+def test_a_second_run_reads_the_scores_of_the_first(
+    make_run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GKD_CACHE", str(tmp_path / "cache"))
+    sections = {"teacher": {"cache_gib": 0.1}, "mixture": {"student": 0.0, "teacher": 0.5, "dataset": 0.5}}
+    check(run_gkd(["train", make_run_config("first", **sections)]))
+    (folder,) = (tmp_path / "cache" / "scores").iterdir()
+    written = {path.name for path in folder.iterdir()}
+    assert len(written) > 10
+    check(run_gkd(["train", make_run_config("second", **sections)]))
+    assert {path.name for path in folder.iterdir()} == written
+    assert without_times(tmp_path / "first") == without_times(tmp_path / "second")
