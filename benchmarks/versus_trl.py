@@ -121,7 +121,7 @@ def expected_s(benchmark: Benchmark) -> float:
     work = benchmark.work
     size = work.batch_size * work.max_new_tokens / (16 * 48)
     a_round = sum(START_S + work.steps * size * step_s for step_s in STEP_S.values()) + 2 * START_S
-    tries = {"gkd": 2} | dict.fromkeys(TRAINERS, 4)
+    tries = {"gkd": 3} | dict.fromkeys(TRAINERS, 4)
     trials = START_S + sum(count * (START_S + tuning.STEPS * size * STEP_S[name]) for name, count in tries.items())
     return benchmark.rounds * a_round + (trials if benchmark.trials else 0.0) + 3 * START_S
 
@@ -149,7 +149,13 @@ def measured(benchmark: Benchmark, out: Path) -> dict[str, Any]:
         figures = contenders["gkd"]["over_rounds"]
         record["bound"] = summary.bound(benchmark.work, rates, prepared["mean_prompt_tokens"], figures)
         write_json(out, {**record, "contenders": contenders})
-    profile = benchmark.run("profiled", "profiled", folder=str(benchmark.folder / "profile"), seed=0)
+    profile = benchmark.run(
+        "profiled",
+        "profiled",
+        tuning.with_split(benchmark.work, ours),
+        folder=str(benchmark.folder / "profile"),
+        seed=0,
+    )
     record |= {
         "profile": {name: profile[name] for name in ("step_s", "phases", "top_operators")},
         "contenders": contenders,
@@ -197,7 +203,7 @@ def one_round(
     students: dict[str, str] = {}
     for name in [*names[turn:], *names[:turn]]:
         if name == "gkd":
-            done = tuning.gkd_run(benchmark, f"round_{index}_gkd", settings[name]["micro_batch_size"], seed=index)
+            done = tuning.gkd_run(benchmark, f"round_{index}_gkd", settings[name], seed=index)
         else:
             label = f"round_{index}_trl_{TRAINERS[name]}"
             done = tuning.trl_run(benchmark, name, label, settings[name], seed=index)

@@ -41,6 +41,7 @@ def gkd_config(work: Work, folder: Path, seed: int, *, heldout: bool = False) ->
                 "max_grad_norm": work.max_grad_norm,
                 "batch_size": work.batch_size,
                 "micro_batch_size": work.micro_batch_size,
+                "micro_batch_tokens": work.micro_batch_tokens,
             },
             "eval": {"prompts": work.heldout_prompts, "samples": 0},
             "log": {"show_first_batch": False},

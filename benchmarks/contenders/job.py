@@ -25,6 +25,7 @@ class Work:
     folder: str  # everything that is made on the way
     batch_size: int = 16
     micro_batch_size: int = 8
+    micro_batch_tokens: int | None = None  # gkd packed, without padding
     max_prompt_tokens: int = 192
     max_new_tokens: int = 48
     steps: int = 8

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from .bench import TRAINERS, Benchmark, say
-from .job import read_json, write_json
+from .job import Work, read_json, write_json
 from .launch import JobError
 from .summary import round_figures
 
@@ -15,6 +15,7 @@ STEPS = 3
 # bf16=True over float32 weights is TRL's default, and what gkd does; weights in bfloat16 lose small updates, and spare
 # casts of every weight for every sampled token
 PRECISIONS = ("autocast", "bfloat16")
+PACKED_TOKENS = 2048  # a step's 16 sequences in one forward
 WORKS = "works"
 
 Settings = dict[str, Any]
@@ -59,22 +60,32 @@ def tuned(benchmark: Benchmark, vllm: str | None) -> tuple[dict[str, Settings], 
 
 
 def tuned_gkd(benchmark: Benchmark) -> tuple[Settings, list[Settings]]:
-    """gkd's fastest micro-batch, and the seconds a step of both that were tried; its precision is the comparison's."""
-    work, trials = benchmark.work, []
-    for size in sorted({work.micro_batch_size, work.batch_size}) if benchmark.trials else ():
-        found = round_figures(gkd_run(benchmark, f"trial_gkd_{size}", size, steps=STEPS))
-        trials.append({"micro_batch_size": size, "step_s": found["step_s"]})
-    best = min(trials, key=lambda trial: trial["step_s"], default={"micro_batch_size": work.micro_batch_size})
-    settings = {"sampler": work.engine, "precision": "autocast", "micro_batch_size": best["micro_batch_size"]}
-    return settings, trials
+    """gkd's fastest split of a step, and the seconds a step of all that were tried; its precision is the
+    comparison's."""
+    work = benchmark.work
+    splits: list[Settings] = [{"micro_batch_size": work.micro_batch_size}]
+    if benchmark.trials:
+        splits += [{"micro_batch_size": work.batch_size}, {"micro_batch_tokens": PACKED_TOKENS}]
+    trials: list[Settings] = []
+    for split in splits if benchmark.trials else ():
+        label = "trial_gkd_" + "_".join(f"{key}_{value}" for key, value in split.items())
+        found = round_figures(gkd_run(benchmark, label, split, steps=STEPS))
+        trials.append({**split, "step_s": found["step_s"]})
+    best = splits[0] if not trials else splits[trials.index(min(trials, key=lambda trial: trial["step_s"]))]
+    return {"sampler": work.engine, "precision": "autocast", **best}, trials
 
 
 def gkd_run(
-    benchmark: Benchmark, label: str, micro_batch_size: int, *, steps: int | None = None, seed: int = 0
+    benchmark: Benchmark, label: str, settings: Settings, *, steps: int | None = None, seed: int = 0
 ) -> dict[str, Any]:
     """One run of gkd; `steps` are the work's unless given. Raises JobError."""
-    work = replace(benchmark.work, micro_batch_size=micro_batch_size, steps=steps or benchmark.work.steps)
+    work = with_split(benchmark.work if steps is None else replace(benchmark.work, steps=steps), settings)
     return benchmark.run("engine", label, work, folder=str(benchmark.folder / label), seed=seed)
+
+
+def with_split(work: Work, settings: Settings) -> Work:
+    """gkd's work by its settings."""
+    return replace(work, **{key: value for key, value in settings.items() if key.startswith("micro_batch")})
 
 
 def trl_run(

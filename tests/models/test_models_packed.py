@@ -79,6 +79,23 @@ def test_states_and_gradients_are_those_of_each_sequence_alone(name: str, checkp
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_rounds_no_more_than_unpacked(name: str) -> None:
+    """On a CPU short sequences are attended to in float32."""
+    exact, alone, packed = make(name), make(name, torch.bfloat16), make(name, torch.bfloat16)
+    use_packed_attention(packed, "key")
+    lengths = (40, 96, 230, 17)  # on both sides of the border
+    rows = [torch.randint(50, (1, n), generator=torch.Generator().manual_seed(n)) for n in lengths]
+    with torch.no_grad():
+        states = [
+            torch.cat([backbone_of(model)(input_ids=row).last_hidden_state for row in rows], dim=1)
+            for model in (exact, alone)
+        ]
+        inputs = packed_inputs(lengths, torch.device("cpu"))
+        found = backbone_of(packed)(input_ids=torch.cat(rows, dim=1), use_cache=False, **inputs).last_hidden_state
+    assert (found - states[0]).norm() < 1.1 * (states[1] - states[0]).norm()
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_padded_rows_stay_as_they_were(name: str) -> None:
     before, after = make(name), make(name)
     use_packed_attention(after, "key")
