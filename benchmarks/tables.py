@@ -1,10 +1,10 @@
 """Makes tables and plots of the results: python benchmarks/tables.py [--write FILE] [--check FILE] [--plots FOLDER]
 
 A file says where a table goes: what stands between the lines <!-- begin: NAME --> and <!-- end: NAME --> is replaced.
-The names are divergence (medians of value and gradient, one line a shape), divergence-full (a table for each case) and
-linear_divergence, versus_trl (whole runs), versus_trl-profile (a step of gkd) and teacher_scoring. Every CSV or JSON in
-benchmarks/results/ whose name begins so is part of it. --check changes nothing and fails if a file is not what --write
-would make of it. --plots needs matplotlib.
+The names are divergence (medians of value and gradient, one line a shape), divergence-full (a table for each case),
+linear_divergence, versus_trl (whole runs), versus_trl-profile (a step of gkd), packing and teacher_scoring. Every CSV
+or JSON in benchmarks/results/ whose name begins so is part of it. --check changes nothing and fails if a file is not
+what --write would make of it. --plots needs matplotlib.
 """
 
 from __future__ import annotations
@@ -265,7 +265,25 @@ def versus_trl_summary(record: dict[str, Any]) -> str:
         f"{record['fastest_trl']}, the faster of the two, takes {speedup} times as long a step as gkd, which needs "
         f"{memory} times its memory. Bare bfloat16 products reach {three_digits(rate)} TFLOP/s here; gkd's training "
         f"half, {three_digits(bound['training_flops_a_step'] / 1e12)} TFLOP a step, reaches "
-        f"{percent(bound['share_reached'])} of that."
+        f"{percent(bound['share_reached'])} of that.{equal_precision(record)}"
+    )
+
+
+def equal_precision(record: dict[str, Any]) -> str:
+    """What the trials say of TRL with float32 master weights under autocast, which is what gkd keeps."""
+    trials, settings = record["trials"], record["contenders"][record["fastest_trl"]]["settings"]
+    if not trials.get("gkd") or settings["precision"] != "bfloat16":
+        return ""
+    ours = min(trial["step_s"] for trial in trials["gkd"])
+    theirs = min(
+        trial["step_s"]
+        for name in record["speedup_by_trainer"]
+        for trial in trials[name]
+        if trial["precision"] == "autocast"
+    )
+    return (
+        " TRL's weights are bfloat16 alone, which was its fastest; with float32 master weights, which gkd keeps, its "
+        f"best trial took {three_digits(theirs)} s a step, {three_digits(theirs / ours)} times gkd's."
     )
 
 
@@ -273,6 +291,29 @@ def versus_trl_profile_section(results: Path) -> str:
     """Seconds of one step by kind of work and phase, as torch's profiler saw it."""
     tables = (profile_rows(record["profile"]["phases"]) for record in versus_trl_records(results))
     return "\n\n".join(markdown(header, lines) for header, *lines in tables) or "Not measured yet."
+
+
+# ---- packed against padded
+
+
+def packing_section(results: Path) -> str:
+    """A step's forward and backward both ways, one table a record."""
+    parts = []
+    for path in sorted(results.glob("packing*.json")):
+        record = json.loads(path.read_text())
+        lines = [
+            [name, three_digits(way["seconds_p50"]), f"{way['tokens_per_s']}", f"{way['micro_batches']}",
+             f"{way['positions_computed']}", percent(way["padding"])]
+            for name, way in record["ways"].items()
+        ]  # fmt: skip
+        parts += [
+            f"{record['device']}, {record['versions']}; {record['batch']} rollouts, {record['tokens']} tokens in all, "
+            f"padded {record['micro_batch_size']} a forward, packed {record['micro_batch_tokens']} tokens a forward.",
+            markdown(["", "s", "tokens/s", "forwards", "positions computed", "padding"], lines),
+            f"Packed is {record['speedup']} times as fast; in float32 the gradients differ by "
+            f"{record['gradient_difference_float32']:.1e} of their norm.",
+        ]
+    return "\n\n".join(parts) or "Not measured yet."
 
 
 # ---- ways to score a served teacher
@@ -305,6 +346,7 @@ def teacher_scoring_table(ways: dict[str, dict[str, Any]]) -> str:
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "versus_trl": versus_trl_section,
     "versus_trl-profile": versus_trl_profile_section,
+    "packing": packing_section,
     "divergence": divergence_section,
     "divergence-full": lambda results: full_section("divergence", results),
     "linear_divergence": lambda results: full_section("linear_divergence", results),
