@@ -97,9 +97,9 @@ def barrier() -> None:
 def end_process() -> None:
     """Leaves the process group after a last barrier and, on one rank of several, ends the process with code 0.
 
-    Without the interpreter's teardown: a gloo thread that lets go of its last tensor only then cannot take the
-    interpreter's lock any more, and the way in which Python ends such a thread aborts a rank whose work is done
-    (seen at about one of thirty ends of two ranks on busy cores).
+    Without the interpreter's teardown: a few in a hundred ranks whose work was done aborted there, on busy cores. The
+    message fits a gloo thread that lets go of its last tensor too late: Python ends a thread that then asks for the
+    interpreter's lock in a way that C++ answers with an abort.
     """
     if not dist.is_initialized():
         return
