@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from gkd.data import pack
-from gkd.models import backbone_of, head_logits, output_head
+from gkd.models import backbone_of, output_head
 from gkd.ops import linear_divergence
+from gkd.ops.token_logprobs import token_logprobs
 from gkd.types import OutputHead, Rollout, TeacherScores, TokenBatch
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def teacher_nll(rollouts: Sequence[Rollout], scores: TeacherScores, settings: Sc
             results.append({NLL: np.zeros(0)})
             continue
         labels = torch.tensor(rollout.completion_ids, device=hidden.device)  # [n_i]
-        results.append({NLL: _as_array(_nll(hidden, labels, scores.head, settings.chunk_bytes))})
+        results.append({NLL: _as_array(-token_logprobs(hidden, scores.head, labels, chunk_bytes=settings.chunk_bytes))})
     return results
 
 
@@ -82,7 +83,7 @@ def _score_batch(
     states = backbone_of(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # [B, T, H]
     hidden = states.flatten(0, 1)[batch.score_index]  # [N, H]
     head = output_head(model)
-    measured = {NLL: _nll(hidden, batch.labels, head, settings.chunk_bytes)}
+    measured = {NLL: -token_logprobs(hidden, head, batch.labels, chunk_bytes=settings.chunk_bytes)}
     if teacher_head is not None:
         measured |= _divergences(hidden, head, batch, teacher_head, settings)
     return {name: _as_array(values) for name, values in measured.items()}
@@ -113,16 +114,6 @@ def _divergences(
         byproducts=True,
     )
     return {name: jsd if name == "jsd" else byproducts[name] for name in DIVERGENCES}
-
-
-def _nll(hidden: torch.Tensor, labels: torch.Tensor, head: OutputHead, chunk_bytes: int) -> torch.Tensor:
-    """-log p(label) [N] of states [N, H], over the model's whole vocabulary, in float32."""
-    rows = max(1, chunk_bytes // (4 * head.weight.shape[0]))
-    parts = [
-        torch.nn.functional.cross_entropy(head_logits(states, head), wanted, reduction="none")
-        for states, wanted in zip(hidden.split(rows), labels.split(rows), strict=True)
-    ]
-    return torch.cat(parts)
 
 
 def _as_array(values: torch.Tensor) -> np.ndarray:

@@ -21,8 +21,8 @@ from gkd.monitor.text import clean, format_duration, format_value, shorten
 if TYPE_CHECKING:
     from gkd.monitor.summary import HeldoutSample, RunSummary
 
-_TITLES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "jsd": "JSD", "tvd": "total variation"}
-_TIME_TITLES = {  # in the order of a step
+DIVERGENCE_TITLES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "jsd": "JSD", "tvd": "total variation"}
+PHASE_TITLES = {  # in the order of a step
     "sample": "sample",
     "score": "score",
     "forward_backward": "forward, backward",
@@ -124,7 +124,7 @@ def _heldout_table(summary: RunSummary, ascii_only: bool) -> Table:
         filled = bar(left, _LEFT_BAR_WIDTH, ascii_only=ascii_only)
         track = ("." if ascii_only else "░") * (_LEFT_BAR_WIDTH - len(filled))
         table.add_row(
-            Text(_TITLES.get(short, short.replace("_", " "))),
+            Text(DIVERGENCE_TITLES.get(short, short.replace("_", " "))),
             Text(format_value(before)),
             Text(format_value(after), style="bold"),
             Text(f"{left:.1%}".replace("%", " %") if math.isfinite(left) else "-", style=style),
@@ -173,8 +173,8 @@ def _time_table(parts: list[tuple[str, float]], ascii_only: bool) -> Table:
 def _time_parts(summary: RunSummary) -> list[tuple[str, float]]:
     """(title, seconds): the phases in order, other keys, then what is left of the wall time."""
     seconds = {key.removeprefix("time/").removesuffix("_s"): value for key, value in summary.time_s.items()}
-    parts = [(title, seconds[name]) for name, title in _TIME_TITLES.items() if name in seconds]
-    further = sorted(set(seconds) - set(_TIME_TITLES) - _SUMS)
+    parts = [(title, seconds[name]) for name, title in PHASE_TITLES.items() if name in seconds]
+    further = sorted(set(seconds) - set(PHASE_TITLES) - _SUMS)
     parts += [(clean(name, " ").replace("_", " "), seconds[name]) for name in further]
     outside = summary.wall_s - sum(value for _, value in parts)
     if outside > 0:

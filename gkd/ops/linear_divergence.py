@@ -270,8 +270,9 @@ def _pass(
     measured: list[dict[str, Tensor]] = []
     asks_labels = LABEL_LOGPROB in job.measured_names
     with torch.autocast(device.type, enabled=False):
-        student_product = student.product(job.columns, job.weights, job.compute_dtype, dtype)
-        teacher_product = teacher.product(job.columns, job.weights, job.compute_dtype, dtype)
+        masked = None if device.type == "cpu" else job.weights  # there the ignored rows have been left out
+        student_product = student.product(job.columns, masked, job.compute_dtype, dtype)
+        teacher_product = teacher.product(job.columns, masked, job.compute_dtype, dtype)
         gradients = _Gradients(job, student_product, needs)
         factors = gradients.row_factors(factors)
         buffers = _Buffers(job, student_product.gradient_dtype if any(needs) else None)

@@ -18,12 +18,18 @@ _CHUNK_BYTES = 64 << 20
 
 @torch.no_grad()
 def token_logprobs(
-    hidden: Tensor, head: OutputHead, labels: Tensor, compute_dtype: torch.dtype | None = None
+    hidden: Tensor,
+    head: OutputHead,
+    labels: Tensor,
+    compute_dtype: torch.dtype | None = None,
+    *,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """log softmax(logits)[label] at temperature 1, [N], float32 (float64 for float64 inputs).
 
     hidden [N, H], labels [N] int64 below V. `compute_dtype` rounds hidden states and head before the products, as
-    autocast would. Raises InputError for shapes that do not fit.
+    autocast would. `chunk_bytes` is the memory for logits, by default 64 MiB. Raises InputError for shapes that do
+    not fit.
     """
     side = Head("student", hidden, head.weight, head.bias, head.softcap, head.logit_scale)
     side.check()
@@ -31,7 +37,7 @@ def token_logprobs(
     vocabulary, found = head.weight.shape[0], hidden.new_empty(len(labels), dtype=dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         product = side.product(vocabulary, None, compute_dtype, dtype)
-        at_most = max(1, _CHUNK_BYTES // (vocabulary * dtype.itemsize))
+        at_most = max(1, (chunk_bytes or _CHUNK_BYTES) // (vocabulary * dtype.itemsize))
         memory = working_memory((min(at_most, len(labels)), vocabulary), dtype, hidden.device)
         for start in range(0, len(labels), at_most):
             rows = slice(start, min(start + at_most, len(labels)))

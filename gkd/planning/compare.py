@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gkd.errors import DataError
+from gkd.json_files import read_json_object
 from gkd.planning.time import TimePlan
 
 
@@ -58,13 +58,8 @@ def compare_summary(plan: TimePlan, summary: Mapping[str, Any], origin: str) -> 
 
 
 def _summary(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {error}") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: {error.msg}") from None
-    values = values.get("summary", values) if isinstance(values, dict) else values
+    values = read_json_object(path, DataError)
+    values = values.get("summary", values)
     if not isinstance(values, dict):
         raise DataError(f"{path}:1: expected a JSON object")
     return values

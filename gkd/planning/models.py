@@ -7,7 +7,6 @@ Everything is counted, nothing is loaded; tests hold the counts against transfor
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from gkd.config import Config, cache_folder
 from gkd.errors import ModelError
+from gkd.json_files import read_json_object
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SHIPPED_FOLDER = Path(__file__).parents[2] / "configs" / "models"
@@ -251,14 +251,7 @@ def _find(model: str, file: Path | None, key: str) -> Architecture:
             f"{key}: no config.json of {model!r} on this machine; give one with --{key.partition('.')[0]}-config FILE "
             f"(shipped in configs/models: {', '.join(sorted(p.stem for p in SHIPPED_FOLDER.glob('*.json')))})"
         )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{key}: {path}: {error}") from None
-    except json.JSONDecodeError as error:
-        raise ModelError(f"{key}: {path}:{error.lineno}: {error.msg}") from None
-    if not isinstance(values, dict):
-        raise ModelError(f"{key}: {path}:1: expected a JSON object")
+    values = read_json_object(path, ModelError, key)
     return read_architecture(values, path.stem if file is not None and path.stem != "config" else model, key)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from gkd.config import Config
 from gkd.errors import ConfigError
+from gkd.json_files import read_json_object
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
@@ -16,7 +16,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     A value the user's JSON sets stays; "auto" and what is absent are filled from the run's config. Raises
     ConfigError for a JSON that cannot be read, or that contradicts the batch size of `optim`.
     """
-    user = _read(config.deepspeed.config)
+    path = config.deepspeed.config
+    user = {} if path is None else read_json_object(Path(path), ConfigError, "deepspeed.config")
     # packed, DeepSpeed only hears of single sequences: how many forwards a step takes is said to it at each
     micro_batch_size = config.optim.micro_batch_size if config.optim.micro_batch_tokens is None else 1
     accumulation = config.optim.batch_size // (micro_batch_size * world_size)
@@ -66,20 +67,6 @@ def _values_for_auto(config: Config) -> dict[str, Any]:
             }
         },
     }
-
-
-def _read(path: str | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"deepspeed.config: {path}: {error}") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"deepspeed.config: {path}:{error.lineno}: {error.msg}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"deepspeed.config: {path}:1: expected a JSON object")
-    return values
 
 
 def _fill(user: dict[str, Any], known: dict[str, Any], path: str) -> dict[str, Any]:
