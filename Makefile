@@ -1,5 +1,5 @@
 # Two commands do all the set-up:  make quickstart   and   make test
-.PHONY: help venv quickstart test lint format tables gpu-check cuda clean
+.PHONY: help venv quickstart test lint format tables docs gpu-check cuda clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
@@ -17,6 +17,7 @@ help:
 	@echo "make test         every test that this machine can run"
 	@echo "make lint         ruff, pyright, import contracts      make format   ruff format"
 	@echo "make tables       the tables and plots of README and docs, from benchmarks/results"
+	@echo "make docs         the documentation as a site, in build/site"
 	@echo "make gpu-check    build, test, sanitize and time the CUDA kernels on a GPU (torch, numpy, pytest, nvcc; WHEELS=dir)"
 	@echo "make cuda         cross-compile the CUDA kernels, GPU or not"
 	@echo "make venv         make .venv ready and nothing else    ACCELERATOR=cpu|cuda (found: $(ACCELERATOR))"
@@ -60,6 +61,11 @@ test: $(KERNELS)
 tables: $(READY)
 	$(BIN)/python benchmarks/tables.py --write README.md docs/serving.md
 	$(BIN)/python benchmarks/tables.py --write docs/benchmarks.md --plots docs/plots
+
+# A link to nowhere or a name that is gone fails. The variable silences advertising.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 # On a machine with a GPU, torch, numpy, pytest and nvcc; no virtual environment and no network are needed.
 GPU_PYTHON ?= python3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -89,3 +90,36 @@ def test_tables_are_those_of_the_recorded_results(page: str) -> None:
     command = [sys.executable, "benchmarks/tables.py", "--check", page]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_quick_tours_snippet_runs() -> None:
+    namespace: dict[str, Any] = {}
+    (snippet,) = snippets("index.md")
+    exec(snippet, namespace)
+    assert namespace["student_logits"].grad.abs().sum() > 0
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built as `make docs` does: a link to nowhere, or an API name that is gone, is an error."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    done = subprocess.run(
+        command, cwd=DOCS.parent, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_site_has_the_api_and_every_config_key(site: Path) -> None:
+    from gkd.config import describe_keys
+
+    losses = (site / "api" / "losses" / "index.html").read_text()
+    assert all(name in losses for name in ("linear_divergence", "topk_divergence", "generalized_jsd_loss"))
+    keys = (site / "api" / "config" / "index.html").read_text()
+    assert all(f"<code>{key}</code>" in keys for key, _, _ in describe_keys())
+
+
+def test_the_site_asks_nobody_else_for_anything(site: Path) -> None:
+    loaded = r"""<(?:script|img|link)[^>]*?(?:src|href)=["']?(https?://[^"'>\s]+)"""
+    assert not [found for page in site.rglob("*.html") for found in re.findall(loaded, page.read_text())]
