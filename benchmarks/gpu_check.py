@@ -3,7 +3,8 @@
 Needs torch, numpy, pytest and nvcc, no network, and neither vLLM nor DeepSpeed. WHEELS is a folder of wheels of peers
 (trl, liger-kernel) to measure against; those that are missing are named. Every step is a process with a limit of its
 own, so that one that fails or hangs costs nothing but its own result, and the whole ends within about 8 minutes. Left
-in OUT (default benchmarks/results): gpu_check.json, the benchmarks' CSVs, and the log of each step.
+in OUT (default benchmarks/results): gpu_check.json, the benchmarks' CSVs, end_to_end_cuda.json (20 steps of the real
+loop, where transformers and gkd's own requirements are installed), and the log of each step.
 
 The exit status is 1 if a step failed that had to work (build, tests, sanitizers, benchmarks); figures below a bar are
 printed and recorded, not an error.
@@ -148,6 +149,7 @@ def steps(out: Path, quick: bool) -> list[Step]:
     divergence += ["--shapes", "8192x128256", *([] if quick else ["8192x151936"])]
     linear = [python, "benchmarks/linear_divergence.py", "--device", "cuda", "--kinds", "jsd", *few]
     linear += ["--shapes", "1024x4096x4096x128256" if quick else "8192x4096x4096x128256"]
+    end_to_end = [python, "benchmarks/end_to_end.py", *(["--size", "tiny"] if quick else [])]
     return [
         Step("build", [python, "setup.py", "build_ext", "--inplace"], 150),
         Step("tests", [python, "-m", "pytest", "-q", "--confcutdir=tests/gpu", "tests/gpu"], 120),
@@ -161,6 +163,8 @@ def steps(out: Path, quick: bool) -> list[Step]:
             60,
             required=False,
         ),
+        # not required: transformers, and what gkd's config and monitor stand on, may be missing
+        Step("end_to_end", [*end_to_end, "--out", str(out / "end_to_end_cuda.json")], 120, required=False),
     ]
 
 
@@ -183,7 +187,7 @@ def run(step: Step, environment: Mapping[str, str], out: Path) -> Outcome:
             status = "timed out"
     seconds = time.monotonic() - start
     say(f"{step.name}: {status} after {seconds:.0f} s")
-    if status != "ok":
+    if status != "ok" or step.name == "end_to_end":
         for line in log.read_text(errors="replace").splitlines()[-25:]:
             say(f"    {line}")
     return Outcome(step.name, status, round(seconds, 1), step.required)
