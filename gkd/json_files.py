@@ -1,8 +1,9 @@
-"""JSON that a user names: read, or refused in one line that says where."""
+"""JSON: what a user names is read, or refused in one line that says where; what is no number is written as null."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,3 +22,8 @@ def read_json_object(path: Path, error: type[InputError], key: str = "") -> dict
     if not isinstance(values, dict):
         raise error(f"{where}:1: expected a JSON object")
     return values
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no NaN and no infinities that all readers accept."""
+    return value if math.isfinite(value) else None

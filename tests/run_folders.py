@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gkd.config import make_config
+from gkd.evaluate.answer_tokens import Alternative, Answer, AnswerToken, AnswerTokens
 from gkd.monitor import BeforeAfter, HeldoutSample, RunSummary, loss_curve, read_metrics, time_totals
 
 HOSTILE = "<script>alert(1)</script> </script><img src=x onerror=alert(2)> {{ 7 * 7 }} `&amp;` \u202e\x1b[2J"
@@ -94,9 +97,52 @@ def make_run(
             file.write(json.dumps(record) + "\n")
     (folder / "samples").mkdir()
     (folder / "samples" / "first_batch.txt").write_text(FIRST_BATCH)
-    if steps >= total_steps:
+    ended = [total_steps] if steps >= total_steps else []
+    measured = range(eval_every, min(steps + 1, total_steps), eval_every) if eval_every else ()
+    positions = [make_positions(done, seed) for done in (0, *measured, *ended)]
+    (folder / "heldout_positions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in positions))
+    write_tokens(folder / "samples" / "tokens_before.json", [(s.prompt, s.student_before) for s in samples], seed=0)
+    if ended:
+        write_tokens(
+            folder / "samples" / "tokens_after.json", [(s.prompt, s.student_after) for s in samples], seed=seed + 1
+        )
         finish_run(folder, name, first, samples)
     return folder
+
+
+def make_positions(steps_done: int, seed: int = 0) -> dict[str, Any]:
+    """A line of a heldout_positions.jsonl."""
+    noise = random.Random(seed * 1_000_003 + steps_done)
+    buckets = [6 * math.exp(-steps_done / 120) / (1 + place / 20) * noise.uniform(0.8, 1.2) for place in range(24)]
+    means = {"forward_kl": buckets, "reverse_kl": [1.3 * value for value in buckets], "jsd": [v / 12 for v in buckets]}
+    return {"step": steps_done, "bucket_tokens": 2, "tokens": [64 - place for place in range(24)], **means}
+
+
+def write_tokens(path: Path, answers: Sequence[tuple[str, str]], seed: int) -> None:
+    """Answers cut into words, every one with numbers and five alternatives."""
+    noise = random.Random(seed)
+    found = [
+        Answer(prompt=prompt, tokens=tuple(_token(piece, noise) for piece in re.findall(r"\s*\S+|\s+", text)))
+        for prompt, text in answers
+    ]
+    path.write_text(AnswerTokens(answers=tuple(found)).model_dump_json())
+
+
+def _token(text: str, noise: random.Random) -> AnswerToken:
+    forward_kl = noise.choice([0.012, 0.13, 0.31, 0.73, 1.57, 3.14, 8.21])
+    return AnswerToken(
+        id=noise.randrange(50_000),
+        text=text,
+        forward_kl=forward_kl,
+        reverse_kl=1.2 * forward_kl,
+        jsd=forward_kl / (forward_kl + 3),
+        student_probability=noise.random(),
+        teacher_probability=noise.random() ** 9,
+        alternatives=tuple(
+            Alternative(id=place, text=other, probability=0.5 / 2**place)
+            for place, other in enumerate([text, " the", "\n", "<b>", " "])
+        ),
+    )
 
 
 def finish_run(folder: Path, name: str, first: dict[str, float], samples: tuple[HeldoutSample, ...] = SAMPLES) -> None:

@@ -30,7 +30,7 @@ def rollout(index: int, prompt: int, completion: int, vocabulary: int = 256) -> 
 
 @dataclass
 class TeacherServer:
-    """A `gkd serve-teacher` process. `address` is known once it is ready."""
+    """A `gkd serve-teacher` or `serve-sampler` process. `address` is known once it is ready."""
 
     process: subprocess.Popen[str]
     error_file: Path
@@ -51,19 +51,30 @@ class TeacherServer:
         return self
 
 
-def start_server(model: Path, folder: Path, *options: str, token: str | None = TOKEN) -> TeacherServer:
-    """Returns at once; `wait_until_ready` before use."""
+def start_server(
+    model: Path,
+    folder: Path,
+    *options: str,
+    token: str | None = TOKEN,
+    command: str = "serve-teacher",
+    prefix: Sequence[str] = (),
+    **variables: str,
+) -> TeacherServer:
+    """Returns at once; `wait_until_ready` before use. `command` may be serve-sampler; `variables` are environment.
+
+    `prefix`: words before the command line, of a program that runs it somewhere else.
+    """
     token_options: list[str] = []
     if token is not None:
         token_file = folder / "token"
         token_file.write_text(token + "\n")
         token_options = ["--token-file", str(token_file)]
     error_file = folder / f"server-{len(list(folder.iterdir()))}.log"
-    command = [sys.executable, "-m", "gkd", "serve-teacher", str(model), "--port", "0", *options, *token_options]
+    words = [*prefix, sys.executable, "-m", "gkd", command, str(model), "--port", "0", *options, *token_options]
     with error_file.open("w") as errors:
         process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
-            text=True,
+            words, cwd=REPOSITORY, env=environment(**variables), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=errors, text=True,
         )  # fmt: skip
     return TeacherServer(process, error_file)
 

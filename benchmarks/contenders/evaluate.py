@@ -12,7 +12,7 @@ from gkd.config import Config, Launch, ObjectiveConfig
 from gkd.models import load_causal_lm
 from gkd.train import build
 from gkd.train.distributed import compute_device
-from gkd.train.module import StudentModule, mean_divergences
+from gkd.train.module import StudentModule, token_divergences
 from gkd.train.run_folder import RunFolder
 from gkd.types import OutputHead, TokenBatch
 
@@ -30,10 +30,10 @@ class FrozenStudent:
         self._module = module.to(self._device).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def divergences(
+    def token_divergences(
         self, micro_batches: Sequence[TokenBatch], teacher_head: OutputHead, objective: ObjectiveConfig
-    ) -> dict[str, float]:
-        return mean_divergences(self._module, micro_batches, teacher_head, objective, self._device)
+    ) -> list[dict[str, torch.Tensor]]:
+        return token_divergences(self._module, micro_batches, teacher_head, objective, self._device)
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -61,4 +61,4 @@ def heldout_divergences(config: Config, student: str) -> dict[str, float]:
         launch=LAUNCH,
     )
     assert heldout is not None
-    return heldout.measure()
+    return heldout.measure().means

@@ -8,11 +8,13 @@ import sys
 import typer
 
 import gkd
+from gkd.cli.bench import bench_app
 from gkd.cli.config import config_command
 from gkd.cli.eval import eval_command
 from gkd.cli.generate import generate_command
 from gkd.cli.plan import plan_command
 from gkd.cli.report import report_command
+from gkd.cli.serve_sampler import serve_sampler_command
 from gkd.cli.serve_teacher import serve_teacher_command
 from gkd.cli.train import train_command
 from gkd.cli.watch import watch_command
@@ -31,10 +33,12 @@ app.command("train")(train_command)
 app.command("eval")(eval_command)
 app.command("generate")(generate_command)
 app.command("serve-teacher")(serve_teacher_command)
+app.command("serve-sampler")(serve_sampler_command)
 app.command("watch")(watch_command)
 app.command("report")(report_command)
 app.command("plan")(plan_command)
 app.command("config")(config_command)
+app.add_typer(bench_app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

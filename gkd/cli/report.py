@@ -16,7 +16,7 @@ def report_command(
         Path | None,
         typer.Option(metavar="FILE.html", help="Default: report.html, in the run folder if there is one run."),
     ] = None,
-    png: Annotated[bool, typer.Option("--png/--no-png", help="Pictures of the losses and the time, too.")] = True,
+    png: Annotated[bool, typer.Option("--png/--no-png", help="Pictures of losses, time and positions, too.")] = True,
 ) -> None:
     """Show a run, or compare several, in one HTML file that needs no network."""
     from gkd.errors import InputError

@@ -31,12 +31,13 @@ def serve_teacher_command(
 
     vLLM, prefill only. Runs until Ctrl-C or SIGTERM.
     """
-    from gkd.teacher.serving.protocol import read_token
+    from gkd.serving.protocol import read_token
 
     token = read_token(token_file, "--token-file")
     try:
+        from gkd.serving.server import ServerSettings
         from gkd.teacher.serving.engine import EngineSettings
-        from gkd.teacher.serving.server import ServerSettings, serve_teacher
+        from gkd.teacher.serving.server import serve_teacher
     except ImportError as error:
         raise InputError(f"gkd serve-teacher: {error}; install vLLM with gkd[cuda] or gkd[cpu]") from error
     serve_teacher(

@@ -1,24 +1,54 @@
-"""Held-out divergence: how far the student is from the teacher on text that the teacher wrote and nobody trained on."""
+"""Held-out divergence: how far the student is from the teacher on text that the teacher wrote and nobody trained on.
+
+Legend: N scored tokens of a micro-batch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
 
 from gkd.config import ObjectiveConfig
+from gkd.json_files import finite_or_none
 from gkd.seeding import derive_seed
 from gkd.teacher.base import Teacher
 from gkd.types import Completion, OutputHead, Prompt, PromptDraw, Rollout, SampleRequest, TeacherScores, TokenBatch
 
 # JSD(1/2) is the loss of the pass, both KLs are its by-products: one pass measures all three.
-_OBJECTIVE = ObjectiveConfig(kind="jsd", beta=0.5)  # pyright: ignore[reportCallIssue]
-_NAMES = ("forward_kl", "reverse_kl", "jsd")
+COMPARED = ObjectiveConfig(kind="jsd", beta=0.5)  # pyright: ignore[reportCallIssue]
+DIVERGENCES = {"forward_kl": "forward_kl", "reverse_kl": "reverse_kl", "jsd": "divergence"}  # of COMPARED, by name
+_MOST_BUCKETS = 64  # of positions: as many as a picture can show
+
+Pack = Callable[[Sequence[Rollout], TeacherScores], list[TokenBatch]]
 
 
 class MeasuresDivergence(Protocol):
-    def divergences(
+    def token_divergences(
         self, micro_batches: Sequence[TokenBatch], teacher_head: OutputHead, objective: ObjectiveConfig
-    ) -> dict[str, float]: ...
+    ) -> list[dict[str, torch.Tensor]]:
+        """For each micro-batch {name: [N]}: `divergence` is the objective's, beside it both KLs and more."""
+        ...
+
+
+@dataclass(frozen=True)
+class HeldoutFigures:
+    """Mean divergences a token, in nats: over everything, and by position in the completion.
+
+    Bucket i holds the tokens i * bucket_tokens + 1 to (i + 1) * bucket_tokens of the completions.
+    """
+
+    means: dict[str, float]  # by metric: heldout/forward_kl and so on
+    bucket_tokens: int
+    tokens: list[int]  # measured in each bucket
+    by_position: dict[str, list[float]]  # forward_kl and so on: the mean of each bucket
+
+    def as_record(self) -> dict[str, Any]:
+        """What a line of a heldout_positions.jsonl holds beside its step. What is not finite is null."""
+        profiles = {name: [finite_or_none(value) for value in means] for name, means in self.by_position.items()}
+        return {"bucket_tokens": self.bucket_tokens, "tokens": self.tokens, **profiles}
 
 
 def heldout_requests(prompts: Sequence[Prompt], seed: int) -> list[SampleRequest]:
@@ -45,18 +75,52 @@ class HeldoutEvaluation:
         *,
         teacher: Teacher,
         student: MeasuresDivergence,
-        pack: Callable[[Sequence[Rollout], TeacherScores], list[TokenBatch]],
+        pack: Pack,
         rank: int,
         world_size: int,
+        sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
     ) -> None:
         padding = [Rollout(rollouts[0].draw, "teacher", ())] * (-len(rollouts) % world_size)
         self._rollouts = [*rollouts, *padding][rank::world_size]
         self._teacher = teacher
         self._student = student
         self._pack = pack
+        self._sum_over_ranks = sum_over_ranks
+        longest = max(len(rollout.completion_ids) for rollout in rollouts)
+        self._bucket_tokens = max(1, -(-longest // _MOST_BUCKETS))
+        self._buckets = max(1, -(-longest // self._bucket_tokens))
 
-    def measure(self) -> dict[str, float]:
-        """`heldout/forward_kl`, `heldout/reverse_kl` and `heldout/jsd`."""
+    def measure(self) -> HeldoutFigures:
+        """Collective."""
         scores = self._teacher.score(self._rollouts)
-        means = self._student.divergences(self._pack(self._rollouts, scores), scores.head, _OBJECTIVE)
-        return {f"heldout/{name}": means[name] for name in _NAMES}
+        micro_batches = self._pack(self._rollouts, scores)
+        measured = self._student.token_divergences(micro_batches, scores.head, COMPARED)
+        sums = self._sum_over_ranks(self._bucket_sums(micro_batches, measured)).cpu()
+        tokens, totals = sums[0], sums.sum(1).tolist()
+        by_position = dict(zip(DIVERGENCES, (sums[1:] / tokens.clamp(min=1.0)).tolist(), strict=True))
+        means = [total / max(totals[0], 1.0) for total in totals[1:]]
+        return HeldoutFigures(
+            means={f"heldout/{name}": mean for name, mean in zip(DIVERGENCES, means, strict=True)},
+            bucket_tokens=self._bucket_tokens,
+            tokens=[round(count) for count in tokens.tolist()],
+            by_position=by_position,
+        )
+
+    def _bucket_sums(
+        self, micro_batches: Sequence[TokenBatch], measured: Sequence[dict[str, torch.Tensor]]
+    ) -> torch.Tensor:
+        """[1 + len(DIVERGENCES), buckets] float64: tokens, then sums of each divergence; this rank's."""
+        device = measured[0]["divergence"].device
+        sums = torch.zeros(1 + len(DIVERGENCES), self._buckets, dtype=torch.float64, device=device)
+        for batch, values in zip(micro_batches, measured, strict=True):
+            bucket = (completion_positions(batch) // self._bucket_tokens).to(device)  # [N]
+            rows = [torch.ones_like(values["divergence"]), *(values[name] for name in DIVERGENCES.values())]
+            sums.index_add_(1, bucket, torch.stack(rows).double())
+        return sums
+
+
+def completion_positions(batch: TokenBatch) -> torch.Tensor:
+    """Of each scored token its place in its completion, from 0: [N] int64. A sequence's tokens stand together."""
+    lengths = torch.bincount(batch.sequence_index, minlength=len(batch.sample_ids))
+    starts = lengths.cumsum(0) - lengths  # of each sequence, in N
+    return torch.arange(batch.scored_tokens) - starts[batch.sequence_index]

@@ -1,12 +1,29 @@
-"""Answers to held-out prompts, for people to read: greedy, so that what differs is the model and not the draw."""
+"""Answers to held-out prompts, for people to read: greedy, so that what differs is the model and not the draw.
+
+Legend: n_i tokens of answer i, H_teacher the teacher's hidden size, K alternatives.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+import torch
+
+from gkd.evaluate.answer_tokens import Alternative, Answer, AnswerToken, AnswerTokens
+from gkd.evaluate.heldout import COMPARED, DIVERGENCES, MeasuresDivergence, Pack
+from gkd.json_files import finite_or_none
+from gkd.ops.token_logprobs import token_logprobs, top_logprobs
 from gkd.seeding import derive_seed
-from gkd.types import Prompt, SampleRequest, SamplingSettings
+from gkd.teacher.base import Teacher
+from gkd.types import OutputHead, Prompt, PromptDraw, Rollout, SampleRequest, SamplingSettings, TokenBatch
+
+ALTERNATIVES = 5  # of the teacher, at each token
+_CONTEXT_TOKENS = 4  # that a token is decoded behind: some tokenizers drop the space before a first token
+
+Decode = Callable[[Sequence[int]], str]
+ByToken = dict[str, torch.Tensor]  # name -> [n_i]
 
 
 def greedy_settings(settings: SamplingSettings) -> SamplingSettings:
@@ -15,3 +32,94 @@ def greedy_settings(settings: SamplingSettings) -> SamplingSettings:
 
 def sample_requests(prompts: Sequence[Prompt], seed: int) -> list[SampleRequest]:
     return [SampleRequest(p.token_ids, derive_seed(seed, "shown", p.index)) for p in prompts]
+
+
+def answer_rollouts(prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[Rollout]:
+    """A rank without answers takes part with empty ones: all ranks must run the same number of forwards."""
+    padded = [*answers, *[()] * (len(prompts) - len(answers))]
+    return [Rollout(PromptDraw(p, 0), "student", tuple(ids)) for p, ids in zip(prompts, padded, strict=True)]
+
+
+class AnswerScoring:
+    """What the student's answers look like token by token, to student and teacher."""
+
+    def __init__(
+        self, *, teacher: Teacher, student: MeasuresDivergence, pack: Pack, decode: Decode, valid_vocab: int
+    ) -> None:
+        """`decode` keeps special tokens; `valid_vocab` are the columns that both models have."""
+        self._teacher, self._student, self._pack = teacher, student, pack
+        self._decode, self._valid_vocab = decode, valid_vocab
+
+    @torch.no_grad()
+    def measure(self, rollouts: Sequence[Rollout]) -> AnswerTokens:
+        """Of the rollouts of this rank; collective."""
+        scores = self._teacher.score(rollouts)
+        micro_batches = self._pack(rollouts, scores)
+        measured = self._student.token_divergences(micro_batches, scores.head, COMPARED)
+        by_answer = _by_sequence(micro_batches, measured)
+        answers = [
+            Answer(
+                prompt=rollout.draw.prompt.text,
+                tokens=()
+                if hidden is None
+                else self._tokens(rollout, hidden, scores.head, by_answer[rollout.sample_id]),
+            )
+            for rollout, hidden in zip(rollouts, scores.hidden, strict=True)
+        ]
+        return AnswerTokens(answers=tuple(answers))
+
+    def _tokens(
+        self, rollout: Rollout, hidden: torch.Tensor, teacher_head: OutputHead, measured: ByToken
+    ) -> tuple[AnswerToken, ...]:
+        """`hidden` [n_i, H_teacher] are the teacher's states, `measured` is the student's side."""
+        ids, head = rollout.completion_ids, _first_rows(teacher_head, self._valid_vocab)
+        labels = torch.tensor(ids, device=hidden.device)  # [n_i]
+        teacher_logprobs = token_logprobs(hidden, head, labels.clamp(max=self._valid_vocab - 1))
+        best_logprobs, best_ids = top_logprobs(hidden, head, ALTERNATIVES)  # [n_i, K]
+        columns = {name: measured[key].tolist() for name, key in DIVERGENCES.items()}
+        columns["student_probability"] = measured["label_logprob"].exp().tolist()
+        columns["teacher_probability"] = teacher_logprobs.exp().tolist()
+        best = zip(best_ids.tolist(), best_logprobs.exp().tolist(), strict=True)
+        tokens = []
+        for place, (token_id, alternatives) in enumerate(zip(ids, best, strict=True)):
+            values = {name: finite_or_none(column[place]) for name, column in columns.items()}
+            if token_id >= self._valid_vocab:
+                values |= {"student_probability": None, "teacher_probability": None}
+            before = ids[max(0, place - _CONTEXT_TOKENS) : place]
+            tokens.append(
+                AnswerToken(
+                    id=token_id,
+                    text=self._text(before, token_id),
+                    alternatives=tuple(self._alternatives(before, *alternatives)),
+                    **values,
+                )
+            )
+        return tuple(tokens)
+
+    def _alternatives(
+        self, before: Sequence[int], ids: Sequence[int], probabilities: Sequence[float]
+    ) -> Iterator[Alternative]:
+        for token_id, probability in zip(ids, probabilities, strict=True):
+            if math.isnan(probability):
+                return  # a teacher whose states are no numbers finds nothing likely
+            yield Alternative(id=token_id, text=self._text(before, token_id), probability=probability)
+
+    def _text(self, before: Sequence[int], token_id: int) -> str:
+        """What the token adds to the text of those before it."""
+        start, whole = self._decode(before), self._decode([*before, token_id])
+        # where it completes a character, what stood before it changes
+        return whole.removeprefix(start) if whole.startswith(start) else self._decode([token_id])
+
+
+def _first_rows(head: OutputHead, count: int) -> OutputHead:
+    return replace(head, weight=head.weight[:count], bias=None if head.bias is None else head.bias[:count])
+
+
+def _by_sequence(micro_batches: Sequence[TokenBatch], measured: Sequence[ByToken]) -> dict[str, ByToken]:
+    """Values of each sequence by its sample's name."""
+    found: dict[str, ByToken] = {}
+    for batch, values in zip(micro_batches, measured, strict=True):
+        for sequence, sample_id in enumerate(batch.sample_ids):
+            own = (batch.sequence_index == sequence).nonzero()[:, 0]
+            found[sample_id] = {name: tokens.cpu()[own] for name, tokens in values.items()}
+    return found

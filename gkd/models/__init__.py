@@ -9,15 +9,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gkd.models.attention import use_short_attention
     from gkd.models.export import ModelCard, save_final
     from gkd.models.heads import backbone_of, head_logits, head_settings, output_head, split_head, verify_head
     from gkd.models.load import (
+        empty_model,
         end_token_ids,
         load_causal_lm,
         load_tokenizer,
         pad_token_id,
         read_config,
         read_generation_config,
+    )
+    from gkd.models.lora import (
+        adapter_parameters,
+        adapter_weights,
+        inject_lora,
+        lora_targets,
+        save_adapter,
+        use_float32_adapters,
+        whole_weights,
     )
     from gkd.models.packed import packed_inputs, use_packed_attention
     from gkd.models.resolve import local_folder, model_fingerprint, resolve_model
@@ -29,8 +40,14 @@ _HOMES = {
     "export": ("ModelCard", "save_final"),
     "heads": ("backbone_of", "head_logits", "head_settings", "output_head", "split_head", "verify_head"),
     "load": (
-        "end_token_ids", "load_causal_lm", "load_tokenizer", "pad_token_id", "read_config", "read_generation_config",
+        "empty_model", "end_token_ids", "load_causal_lm", "load_tokenizer", "pad_token_id", "read_config",
+        "read_generation_config",
     ),
+    "lora": (
+        "adapter_parameters", "adapter_weights", "inject_lora", "lora_targets", "save_adapter", "use_float32_adapters",
+        "whole_weights",
+    ),
+    "attention": ("use_short_attention",),
     "packed": ("packed_inputs", "use_packed_attention"),
     "resolve": ("local_folder", "model_fingerprint", "resolve_model"),
     "subset": ("choose_layers", "make_student_from_layers"),
@@ -41,16 +58,21 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ModelCard",
+    "adapter_parameters",
+    "adapter_weights",
     "backbone_of",
     "check_tokenizer_pair",
     "choose_layers",
+    "empty_model",
     "end_token_ids",
     "file_tensors",
     "head_logits",
     "head_settings",
+    "inject_lora",
     "load_causal_lm",
     "load_tokenizer",
     "local_folder",
+    "lora_targets",
     "make_student_from_layers",
     "model_fingerprint",
     "output_head",
@@ -59,10 +81,14 @@ __all__ = [
     "read_config",
     "read_generation_config",
     "resolve_model",
+    "save_adapter",
     "save_final",
     "split_head",
+    "use_float32_adapters",
     "use_packed_attention",
+    "use_short_attention",
     "verify_head",
+    "whole_weights",
 ]
 
 

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from gkd.config import LoraConfig
 from gkd.errors import CheckpointError
 from gkd.models.folders import copy_side_files, written_aside
 from gkd.models.load import empty_model, read_config, torch_dtype
+from gkd.models.lora import save_adapter
 from gkd.models.resolve import local_folder
 from gkd.models.weights import check_model_folder, file_tensors, read_tensors, write_weights
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _KEY = "student.model"
+ADAPTER_FOLDER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class ModelCard:
     data: str
     steps: int
     versions: Mapping[str, str]  # library -> version
+    lora: LoraConfig | None = None  # of a student that was trained through an adapter
     heldout: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # measure -> (before, after)
     name: str | None = None
     base_models: tuple[str, ...] = ()  # names on the hub, for its index
@@ -57,6 +61,7 @@ class ModelCard:
             "mixture": dict(self.mixture),
             "data": self.data,
             "steps": self.steps,
+            **({} if self.lora is None else {"lora": self.lora.model_dump(mode="json")}),
             "heldout": {name: {"before": old, "after": new} for name, (old, new) in self.heldout.items()},
             "versions": dict(self.versions),
         }
@@ -73,6 +78,8 @@ class ModelCard:
             ("Data", self.data),
             ("Steps", str(self.steps)),
         ]
+        if self.lora is not None:
+            rows.append(("Trained by LoRA", f"rank {self.lora.rank}, alpha {self.lora.alpha:g}; merged here"))
         parts = [
             f"# {_cell(self.name or f'Distilled from {self.teacher}')}",
             "A language model distilled by gkd: the teacher scores every token of completions that are drawn from "
@@ -83,6 +90,8 @@ class ModelCard:
             figures = [(name, f"{old:.4g}", f"{new:.4g}") for name, (old, new) in self.heldout.items()]
             parts += ["## On held-out prompts", _table(("measure", "before", "after"), figures)]
         parts += ["## Made with", _table(("library", "version"), self.versions.items()), "## Use", _USE]
+        if self.lora is not None:
+            parts.append(_USE_ADAPTER)
         return "\n\n".join(parts) + "\n"
 
 
@@ -93,6 +102,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "."  # this folder
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
+```"""
+
+
+_USE_ADAPTER = f"""\
+The adapter alone, in float32, is in `{ADAPTER_FOLDER}/`, for the model that the student was made from:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "{ADAPTER_FOLDER}")
 ```"""
 
 
@@ -114,6 +133,7 @@ def save_final(
     card: ModelCard,
     *,
     revision: str | None = None,
+    adapter: Iterable[tuple[str, torch.Tensor]] = (),
 ) -> Path:
     """Writes the trained student to `folder` and returns it; an earlier result there is replaced.
 
@@ -121,7 +141,8 @@ def save_final(
     next is asked for, so that they can be gathered one at a time. Where gathering is collective, only the main rank
     calls this and the others run through the same iterator. A tied head may be left out, as may buffers.
     Config, tokenizer, chat template and generation config come from `source_folder`, the model that the student
-    started from (a folder or hub name); the config's dtype becomes `dtype`.
+    started from (a folder or hub name); the config's dtype becomes `dtype`. Of a LoRA student, whose card says so,
+    `weights` are merged, and `adapter` is asked for after them and written beside them in peft's format.
 
     Raises CheckpointError, leaving `folder` as it was, if a parameter is missing, unknown, or of another shape.
     """
@@ -133,6 +154,8 @@ def save_final(
         _write_config(source, model, target_dtype, partial)
         complete = file_tensors(model, _complete(weights, model, source))
         write_weights(partial, complete, target_dtype)
+        if card.lora is not None:
+            save_adapter(partial / ADAPTER_FOLDER, adapter, card.lora, str(source_folder))
         (partial / "README.md").write_text(card.render(), encoding="utf-8")
         check_model_folder(partial, _KEY)
     return target

@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from gkd.errors import ModelError
+from gkd.models.attention import attend
 from gkd.models.heads import backbone_of
 
 _ATTENTION = "gkd_packed"
 _TOLERANCES = {torch.float16: 2**-6, torch.bfloat16: 2**-4}  # of the largest state; 1e-4 beyond
 _PROBE_LENGTHS = (7, 12, 5)
-_SHORT_TOKENS = 192
 
 
 def packed_inputs(sequence_lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
@@ -89,23 +88,8 @@ def _packed_attention(
         mask = attention_mask if sequence_lengths is None else None
         if mask is None and sliding_window is not None and length > sliding_window:
             mask = _window(length, sliding_window, q.device)
-        parts.append(_attend(module, q, k, v, mask, **options))
+        parts.append(attend(module, q, k, v, mask, **options)[0])
     return torch.cat(parts, dim=1), None
-
-
-def _attend(
-    module: torch.nn.Module,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    **options: Any,
-) -> torch.Tensor:
-    """[B, T, heads, D] in the dtype of q. On a CPU short sequences in float32: PyTorch's kernel for the half precisions
-    takes 2 to 3 times as long there, forward and backward, up to about 200 tokens."""
-    if q.device.type == "cpu" and q.dtype.itemsize == 2 and q.shape[2] <= _SHORT_TOKENS:
-        return sdpa_attention_forward(module, q.float(), k.float(), v.float(), mask, **options)[0].to(q.dtype)
-    return sdpa_attention_forward(module, q, k, v, mask, **options)[0]
 
 
 def _window(length: int, width: int, device: torch.device) -> torch.Tensor:

@@ -34,7 +34,7 @@ class JsonlSink:
         # Unbuffered: a line that did not fit on the disk must not come back to fail in close().
         self._file = self.path.open("ab", buffering=0)
 
-    def log(self, step: int, metrics: Mapping[str, MetricValue]) -> None:
+    def log(self, step: int, metrics: Mapping[str, object]) -> None:
         record = without_non_finite({"step": step, **metrics})
         rest = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
         try:

@@ -1,9 +1,11 @@
-"""Log-probabilities of given tokens from hidden states, without logits for more than a chunk of them.
+"""Log-probabilities of given or most likely tokens from hidden states, without logits for more than a chunk of them.
 
 Legend: N rows (tokens), n rows of a chunk, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -31,16 +33,37 @@ def token_logprobs(
     autocast would. `chunk_bytes` is the memory for logits, by default 64 MiB. Raises InputError for shapes that do
     not fit.
     """
+    found = [
+        logits.gather(1, labels[rows, None])[:, 0] - logits.logsumexp(-1)
+        for rows, logits in _logit_chunks(hidden, head, compute_dtype, chunk_bytes)
+    ]
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def top_logprobs(hidden: Tensor, head: OutputHead, count: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [N, count] and ids [N, count] of each row's most likely tokens at temperature 1, best first.
+
+    hidden [N, H]; fewer than `count` only if the vocabulary is smaller. float32 (float64 for float64 inputs).
+    Raises InputError for shapes that do not fit.
+    """
+    count = min(count, head.weight.shape[0])
+    found = [logits.log_softmax(-1).topk(count, dim=-1) for _, logits in _logit_chunks(hidden, head, None, None)]
+    return torch.cat([top.values for top in found]), torch.cat([top.indices for top in found])
+
+
+def _logit_chunks(
+    hidden: Tensor, head: OutputHead, compute_dtype: torch.dtype | None, chunk_bytes: int | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their logits [n, V]) of all rows in turn, in the same memory; without a row one empty chunk."""
     side = Head("student", hidden, head.weight, head.bias, head.softcap, head.logit_scale)
     side.check()
     dtype = torch.float64 if compute_dtype == torch.float64 else working_dtype(hidden, head.weight)
-    vocabulary, found = head.weight.shape[0], hidden.new_empty(len(labels), dtype=dtype)
+    vocabulary = head.weight.shape[0]
+    at_most = max(1, (chunk_bytes or _CHUNK_BYTES) // (vocabulary * dtype.itemsize))
     with torch.autocast(hidden.device.type, enabled=False):
         product = side.product(vocabulary, None, compute_dtype, dtype)
-        at_most = max(1, (chunk_bytes or _CHUNK_BYTES) // (vocabulary * dtype.itemsize))
-        memory = working_memory((min(at_most, len(labels)), vocabulary), dtype, hidden.device)
-        for start in range(0, len(labels), at_most):
-            rows = slice(start, min(start + at_most, len(labels)))
-            logits = side.logits(product, rows, memory[: rows.stop - rows.start])  # [n, V]
-            found[rows] = logits.gather(1, labels[rows, None])[:, 0] - logits.logsumexp(-1)
-    return found
+        memory = working_memory((min(at_most, len(hidden)), vocabulary), dtype, hidden.device)
+        for start in range(0, max(1, len(hidden)), at_most):
+            rows = slice(start, min(start + at_most, len(hidden)))
+            yield rows, side.logits(product, rows, memory[: rows.stop - rows.start])

@@ -12,14 +12,25 @@ if TYPE_CHECKING:
 
 
 class Sampler(Protocol):
-    """Generates completions with one model's weights, and can be given new ones."""
+    """Generates completions with one model's weights, and can be given new ones: one engine, or several alike."""
 
     def generate(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[Completion]:
         """One completion a request, in order. A request's seed alone decides its draw."""
         ...
 
-    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replaces all weights by `weights` (Hugging Face names) and forgets everything cached from the old."""
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replaces all weights by `weights` (Hugging Face names) and forgets everything cached from the old.
+
+        `weights` is gone through to its end whatever happens: on other ranks it takes part in gathering them.
+        """
+        ...
+
+    def probe(self, request: SampleRequest, settings: SamplingSettings) -> list[Completion]:
+        """The request completed by every engine there is, with the weights of the last update. Collective."""
+        ...
+
+    def accept_weights(self) -> None:
+        """The weights of the last update are proven. Collective."""
         ...
 
     def close(self) -> None: ...

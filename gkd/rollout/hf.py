@@ -17,7 +17,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from gkd.models import load_causal_lm
+from gkd.config import LoraConfig
+from gkd.models import adapter_parameters, inject_lora, load_causal_lm
 from gkd.types import Completion, SampleRequest, SamplingSettings
 
 
@@ -40,9 +41,19 @@ class HfSampler:
     """Implements `Sampler` with a transformers model of its own."""
 
     def __init__(
-        self, model_folder: str, *, dtype: str, device: torch.device, pad_token_id: int, max_num_seqs: int = 64
+        self,
+        model_folder: str,
+        *,
+        dtype: str,
+        device: torch.device,
+        pad_token_id: int,
+        max_num_seqs: int = 64,
+        lora: LoraConfig | None = None,
     ) -> None:
         self._model = load_causal_lm(model_folder, dtype, key="student.model").to(device).eval()  # pyright: ignore
+        if lora is not None:
+            inject_lora(self._model, lora, seed=0)  # every update brings all of the adapter
+            self._model.eval()
         self._model.generation_config = GenerationConfig()  # else its own end tokens and temperature mix in
         self._device = device
         self._pad_token_id = pad_token_id
@@ -77,11 +88,17 @@ class HfSampler:
         logprobs = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # [B, T]
         return [_cut(t, lp, settings.stop_token_ids) for t, lp in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
 
+    def probe(self, request: SampleRequest, settings: SamplingSettings) -> list[Completion]:
+        return self.generate([request], settings)
+
     @torch.no_grad()
-    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        own = dict(self._model.named_parameters(remove_duplicate=False))
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        own = {**dict(self._model.named_parameters(remove_duplicate=False)), **adapter_parameters(self._model)}
         for name, tensor in weights:
             own[name].copy_(tensor)
+
+    def accept_weights(self) -> None:
+        """Nobody else has to know."""
 
     def close(self) -> None:
         del self._model

@@ -54,12 +54,15 @@ class MixtureRollouts:
         settings: SamplingSettings,
         seed: int,
         teacher_completion: Callable[[SampleRequest], Completion],
+        staleness: int = 0,
     ) -> None:
+        """`staleness`: steps that the sampler's weights may be behind."""
         self._sampler = sampler
         self._mixture = mixture
         self._settings = settings
         self._seed = seed
         self._teacher_completion = teacher_completion
+        self._staleness = staleness
 
     def sample(self, draws: Sequence[PromptDraw], step: int) -> list[Rollout]:
         """One rollout a draw, in order. Student completions carry log-probabilities and the weights' version.
@@ -67,8 +70,9 @@ class MixtureRollouts:
         Raises SamplerError if the sampler's weights are not those of this step, DataError if the data set has
         no completion for a draw that needs it.
         """
-        if self._sampler.weights_version != step:
-            raise SamplerError(f"step {step} would sample from weights of version {self._sampler.weights_version}")
+        version = self._sampler.weights_version
+        if version is None or not step - self._staleness <= version <= step:
+            raise SamplerError(f"step {step} would sample from weights of version {version}")
         sources: list[CompletionSource] = [draw_source(self._mixture, self._seed, step, draw) for draw in draws]
         mine = [draw for draw, source in zip(draws, sources, strict=True) if source == "student"]
         requests = [

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gkd.config import LoraConfig
 from gkd.environment import prepare_process
 from gkd.errors import SamplerError
 from gkd.rollout.base import Sampler
@@ -40,15 +41,15 @@ class SamplerSpec:
     gpu_memory_utilization: float = 0.3
     enforce_eager: bool = True
     seed: int = 0
+    lora: LoraConfig | None = None  # the sampler applies an adapter, which is all that its updates bring
 
 
 def start_sampler(spec: SamplerSpec) -> Sampler:
     """Starts the engine that `spec` names."""
     if spec.engine == "vllm":
-        from gkd.rollout.vllm_engine import VllmSampler
+        from gkd.rollout.vllm_engine import VllmSampler, VllmSettings
 
-        return VllmSampler(
-            spec.model_folder,
+        settings = VllmSettings(
             dtype=spec.dtype,
             max_model_tokens=spec.max_model_tokens,
             seed=spec.seed,
@@ -57,6 +58,7 @@ def start_sampler(spec: SamplerSpec) -> Sampler:
             gpu_memory_utilization=spec.gpu_memory_utilization,
             enforce_eager=spec.enforce_eager,
         )
+        return VllmSampler(spec.model_folder, settings, spec.lora)
     import torch
 
     from gkd.rollout.hf import HfSampler
@@ -67,6 +69,7 @@ def start_sampler(spec: SamplerSpec) -> Sampler:
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         pad_token_id=spec.pad_token_id,
         max_num_seqs=spec.max_num_seqs,
+        lora=spec.lora,
     )
 
 

@@ -8,9 +8,11 @@ The probe is longer than a block of the sampler's prefix cache, so that stale ca
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from gkd.config import PROBE_NEW_TOKENS, PROBE_PROMPT_TOKENS
 from gkd.errors import WeightSyncError
 from gkd.rollout.base import Sampler
 from gkd.seeding import derive_seed
@@ -18,9 +20,6 @@ from gkd.types import Completion, SampleRequest, SamplingSettings, WeightStream
 
 if TYPE_CHECKING:
     import torch
-
-PROBE_PROMPT_TOKENS = 160  # vLLM's largest default block is 128 tokens
-PROBE_NEW_TOKENS = 16
 
 
 class SyncedSampler:
@@ -61,30 +60,39 @@ class SyncedSampler:
         self._proven = False
         self.weights_version = None
         checked = _Checked(weights)
-        self._sampler.update_weights(checked)
+        self._sampler.update_weights(checked, version)
         checked.raise_faults()
         errors = self._probe_errors(weights, version)
-        mean, largest = self._max_over_ranks(sum(errors) / len(errors)), self._max_over_ranks(max(errors))
+        mean = self._max_over_ranks(max((sum(e) / len(e) for e in errors), key=_nan_is_largest))
+        largest = self._max_over_ranks(max(itertools.chain.from_iterable(errors), key=_nan_is_largest))
         if not mean <= self._tolerance:  # a NaN must not pass
             raise WeightSyncError(
                 f"after the update to version {version} the sampler's log-probabilities differ from the trainer's by "
-                f"{mean:.3g} on average ({largest:.3g} at most) over {len(errors)} probe tokens; "
+                f"{mean:.3g} on average ({largest:.3g} at most) over {len(errors[0])} probe tokens; "
                 f"rollout.sync_tolerance is {self._tolerance:g}"
             )
+        self._sampler.accept_weights()
         self._proven = True
         self.weights_version = version
         return {"sync/mean_logprob_error": mean, "sync/max_logprob_error": largest}
 
-    def _probe_errors(self, weights: WeightStream, version: int) -> list[float]:
+    def _probe_errors(self, weights: WeightStream, version: int) -> list[list[float]]:
+        """Of each engine and probe token."""
         request = SampleRequest(self._probe_ids, derive_seed(self._seed, "probe", version))
         settings = SamplingSettings(max_new_tokens=PROBE_NEW_TOKENS)  # no stop ids: as many tokens on every rank
-        completion = self._sampler.generate([request], settings)[0]
-        trainer = weights.token_logprobs(self._probe_ids + completion.token_ids, len(self._probe_ids))
-        return [abs(a - b) for a, b in zip(trainer, completion.logprobs, strict=True)]
+        errors: list[list[float]] = []
+        for completion in self._sampler.probe(request, settings):
+            trainer = weights.token_logprobs(self._probe_ids + completion.token_ids, len(self._probe_ids))
+            errors.append([abs(a - b) for a, b in zip(trainer, completion.logprobs, strict=True)])
+        return errors
 
     def close(self) -> None:
         self._proven = False
         self._sampler.close()
+
+
+def _nan_is_largest(value: float) -> float:
+    return math.inf if math.isnan(value) else value
 
 
 class _Checked:

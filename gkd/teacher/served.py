@@ -6,12 +6,12 @@ Legend: H_t the teacher's hidden size, n_i completion tokens of rollout i.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from safetensors import SafetensorError
 
 from gkd.errors import TeacherError
+from gkd.serving.threads import map_in_threads
 from gkd.teacher.replicas import Replicas
 from gkd.teacher.serving.head import head_from_bytes
 from gkd.types import OutputHead, Rollout, TeacherScores
@@ -28,7 +28,6 @@ class ServedTeacher:
         self._replicas, self._device = replicas, device
         self._dtype: torch.dtype = getattr(torch, replicas.served.dtype)
         self._head = self._fetch_head()
-        self._threads = ThreadPoolExecutor(replicas.requests_at_once, thread_name_prefix="served teacher")
 
     def score(self, rollouts: Sequence[Rollout]) -> TeacherScores:
         """Hidden states after the final norm, [n_i, H_t] for each rollout, in the served dtype.
@@ -39,12 +38,12 @@ class ServedTeacher:
         scored = [i for i, rollout in enumerate(rollouts) if rollout.completion_ids]
         scored.sort(key=lambda i: len(rollouts[i].token_ids), reverse=True)  # the longest must not come last
         try:
-            for i, states in zip(scored, self._threads.map(self._states, [rollouts[i] for i in scored]), strict=True):
-                hidden[i] = states.to(self._device)
+            answers = map_in_threads(self._states, [rollouts[i] for i in scored], self._replicas.requests_at_once)
         except BaseException:
-            self._threads.shutdown(wait=False, cancel_futures=True)
             self._replicas.close()
             raise
+        for i, states in zip(scored, answers, strict=True):
+            hidden[i] = states.to(self._device)
         return TeacherScores(hidden, self._head)
 
     def _states(self, rollout: Rollout) -> torch.Tensor:

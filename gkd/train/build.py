@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,25 +11,35 @@ from gkd.config import Config, Launch, cache_folder
 from gkd.data import PromptData, PromptSet, load_prompts, pack
 from gkd.errors import ConfigError, DataError
 from gkd.evaluate.heldout import HeldoutEvaluation, MeasuresDivergence, heldout_requests, heldout_rollouts
-from gkd.evaluate.samples import greedy_settings, sample_requests
+from gkd.evaluate.samples import AnswerScoring, greedy_settings, sample_requests
 from gkd.models import (
     check_tokenizer_pair,
+    empty_model,
     end_token_ids,
+    inject_lora,
     load_causal_lm,
     load_tokenizer,
+    lora_targets,
     make_student_from_layers,
     model_fingerprint,
     pad_token_id,
     read_config,
     read_generation_config,
     resolve_model,
+    use_float32_adapters,
     use_packed_attention,
+    use_short_attention,
     verify_head,
 )
+from gkd.rollout.ahead import SampleAhead
+from gkd.rollout.base import Sampler
 from gkd.rollout.completion_cache import CompletionCache
 from gkd.rollout.mixture import MixtureRollouts, teacher_requests
 from gkd.rollout.offline import SamplerSpec, cache_for, complete, start_sampler
-from gkd.rollout.sync import PROBE_NEW_TOKENS, PROBE_PROMPT_TOKENS, SyncedSampler, probe_prompt
+from gkd.rollout.served import ServedSampler, check_served_sampler, check_student_is_served
+from gkd.rollout.serving.protocol import architecture_digest
+from gkd.rollout.sync import SyncedSampler, probe_prompt
+from gkd.seeding import derive_seed
 from gkd.teacher.base import Teacher
 from gkd.teacher.cache import CachedTeacher
 from gkd.teacher.local import LocalTeacher, whole
@@ -38,7 +48,7 @@ from gkd.teacher.served import ServedTeacher
 from gkd.teacher.sharded import sharded
 from gkd.train.checkpoint import Checkpointer, find_resume_step
 from gkd.train.deepspeed_config import deepspeed_config
-from gkd.train.distributed import compute_device, from_main, max_over_ranks
+from gkd.train.distributed import compute_device, from_main, max_over_ranks, sum_all, sum_over_ranks
 from gkd.train.engine import Phase, StudentEngine
 from gkd.train.run_folder import RunFolder
 from gkd.types import Prompt, Rollout, SampleRequest, SamplingSettings, TeacherScores, TokenBatch
@@ -91,6 +101,10 @@ def locate_models(config: Config, folder: RunFolder, launch: Launch) -> Models:
         from_main(_check_served_model(config, teacher_path) if launch.is_main else None)
     student_path = from_main(_student_path(config, folder, teacher_path) if launch.is_main else None)
     student_config = read_config(student_path, revision=_student_revision(config))
+    if config.rollout.placement == "served" and launch.is_main:
+        check_student_is_served(check_served_sampler(config), config.rollout, architecture_digest(student_config))
+    if config.student.lora is not None:
+        lora_targets(empty_model(student_config), config.student.lora)
     teacher_config = read_config(teacher_path, revision=config.teacher.revision, key="teacher.model")
     tokenizer = load_tokenizer(student_path, revision=_student_revision(config), key="student.model")
     teacher_tokenizer = load_tokenizer(teacher_path, revision=config.teacher.revision, key="teacher.model")
@@ -110,7 +124,7 @@ def locate_models(config: Config, folder: RunFolder, launch: Launch) -> Models:
         valid_vocab=check_tokenizer_pair(
             tokenizer, teacher_tokenizer, _vocabulary_rows(student_config), _vocabulary_rows(teacher_config)
         ),
-        max_model_tokens=max(longest, PROBE_PROMPT_TOKENS + PROBE_NEW_TOKENS),
+        max_model_tokens=config.longest_sampled,
     )
 
 
@@ -262,6 +276,7 @@ def _build_scoring_teacher(config: Config, models: Models, launch: Launch) -> Te
         models.teacher_path, config.teacher.dtype, revision=config.teacher.revision, key="teacher.model"
     )
     verify_head(model, "teacher.model")
+    use_short_attention(model)
     is_sharded = config.teacher.placement == "sharded" and launch.world_size > 1
     return LocalTeacher(
         model,
@@ -278,35 +293,60 @@ def _largest_count(count: int) -> int:
 
 
 def build_student(config: Config, models: Models, launch: Launch, phase: Phase) -> StudentEngine:
-    """Float32 master weights; compute is in student.dtype."""
-    model: Any = load_causal_lm(models.student_path, "float32", revision=_student_revision(config), key="student.model")
+    """Float32 master weights of what is trained; compute is in student.dtype, and so are frozen weights."""
+    lora = config.student.lora
+    dtype = "float32" if lora is None else config.student.dtype
+    model: Any = load_causal_lm(models.student_path, dtype, revision=_student_revision(config), key="student.model")
     model.to(compute_device(launch))
     verify_head(model, "student.model")
-    if config.optim.micro_batch_tokens is not None:
+    if config.optim.micro_batch_tokens is None:
+        use_short_attention(model)
+    else:
         use_packed_attention(model, "optim.micro_batch_tokens")
+    if lora is not None:
+        inject_lora(model, lora, seed=derive_seed(config.run.seed, "lora"))
+        use_float32_adapters(model)
     model.train()
     return StudentEngine(model, config, launch, valid_vocab=models.valid_vocab, phase=phase)
 
 
-def build_sampler(config: Config, models: Models, prompts: Prompts) -> SyncedSampler:
-    """One engine a rank. It generates nothing until the student's weights are in it and proven."""
+def build_sampler(config: Config, models: Models, prompts: Prompts, launch: Launch) -> SyncedSampler:
+    """It generates nothing until the student's weights are in it and proven."""
     probe = probe_prompt(prompt.token_ids for prompt in prompts.train.prompts)
+    if config.rollout.placement == "served":
+        sampler: Sampler = ServedSampler(config, is_main=launch.is_main, from_main=from_main)
+    else:
+        sampler = _start_own_sampler(config, models, launch)
     return SyncedSampler(
-        start_sampler(sampler_spec(config, models, models.student_path, config.student.dtype)),
-        probe_ids=probe,
-        tolerance=config.sync_tolerance,
-        seed=config.run.seed,
-        max_over_ranks=max_over_ranks,
+        sampler, probe_ids=probe, tolerance=config.sync_tolerance, seed=config.run.seed, max_over_ranks=max_over_ranks
     )
 
 
-def build_rollouts(config: Config, models: Models, sampler: SyncedSampler, texts: TeacherTexts) -> MixtureRollouts:
-    return MixtureRollouts(
+def _start_own_sampler(config: Config, models: Models, launch: Launch) -> Sampler:
+    """One engine a rank."""
+    spec = sampler_spec(config, models, models.student_path, config.student.dtype)
+    return start_sampler(replace(spec, lora=config.sampler_lora(compute_device(launch).type)))
+
+
+def build_rollouts(
+    config: Config, models: Models, sampler: SyncedSampler, texts: TeacherTexts, data: PromptData
+) -> MixtureRollouts | SampleAhead:
+    rollouts = MixtureRollouts(
         sampler,
         mixture=config.mixture,
         settings=sampling_settings(config, models),
         seed=config.run.seed,
         teacher_completion=texts.sampled.get,
+        staleness=config.rollout.staleness,
+    )
+    if config.rollout.staleness == 0:
+        return rollouts
+    return SampleAhead(
+        rollouts,
+        batch=data.batch,
+        last_step=config.run.steps - 1,
+        staleness=config.rollout.staleness,
+        sum_over_ranks=sum_all,
     )
 
 
@@ -362,4 +402,17 @@ def build_heldout(
         pack=packer(config, models, "token_mean"),
         rank=launch.rank,
         world_size=launch.world_size,
+        sum_over_ranks=sum_over_ranks,
+    )
+
+
+def build_answer_scoring(
+    config: Config, models: Models, *, teacher: Teacher, student: MeasuresDivergence
+) -> AnswerScoring:
+    return AnswerScoring(
+        teacher=teacher,
+        student=student,
+        pack=packer(config, models, "token_mean"),
+        decode=models.decode,
+        valid_vocab=models.valid_vocab,
     )

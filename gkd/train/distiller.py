@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import time
@@ -13,7 +14,8 @@ from gkd.config import Config, Launch, load_config, make_config
 from gkd.data.formats import read_rows
 from gkd.environment import prepare_process
 from gkd.errors import RunInterruptedError
-from gkd.monitor import HeldoutSample, Monitor, RunSummary, loss_curve, read_metrics, time_totals
+from gkd.monitor import HeldoutSample, JsonlSink, Monitor, RunSummary, loss_curve, read_metrics, time_totals
+from gkd.monitor.text import write_atomically
 from gkd.train.rank_log import rank_log
 from gkd.train.run_folder import RunFolder, library_versions, write_json
 
@@ -67,7 +69,7 @@ class Distiller:
         distributed.end_process()
 
     def check(self) -> None:
-        """Checks what can be checked without torch: the data files, and the servers of a served teacher.
+        """Checks what can be checked without torch: the data files, and the servers of a served teacher or sampler.
 
         Raises DataError with file:line, or ConfigError.
         """
@@ -82,6 +84,10 @@ class Distiller:
             from gkd.teacher.replicas import check_served_teacher
 
             check_served_teacher(self.config)
+        if self.config.rollout.placement == "served":
+            from gkd.rollout.served import check_served_sampler
+
+            check_served_sampler(self.config)
 
     def _train(self, folder: RunFolder, resume: bool, started: float) -> RunSummary:
         from gkd.train import build, distributed  # torch and DeepSpeed load here, after the cheap checks
@@ -115,12 +121,15 @@ class _Run:
         self.data = build.prompt_data(config, prompts, launch)
         self.texts = build.teacher_texts(config, models, prompts, self.data, launch, monitor.note)
         monitor.note(f"starting the sampler ({config.rollout.engine}), the student (DeepSpeed) and the teacher")
-        self.sampler = build.build_sampler(config, models, prompts)
+        self.sampler = build.build_sampler(config, models, prompts, launch)
         self.student = build.build_student(config, models, launch, monitor.phase)
         self.teacher = build.build_teacher(config, models, launch)
         self.heldout = build.build_heldout(
             config, models, prompts, self.texts, teacher=self.teacher, student=self.student, launch=launch
         )
+        writes_positions = launch.is_main and self.heldout is not None
+        self.positions = JsonlSink(folder.positions) if writes_positions else None
+        self.answer_scoring = build.build_answer_scoring(config, models, teacher=self.teacher, student=self.student)
         self.checkpoints = build.build_checkpoints(config, folder, launch, self.student)
         self.interruption = Interruption()
 
@@ -130,8 +139,10 @@ class _Run:
             self.checkpoints.load(start_step)
             self.monitor.note(f"resumed at step {start_step}")
         self.sampler.load_weights(self.student.weights(), version=start_step)
+        if self.positions is not None:
+            self.positions.truncate_after(start_step or -1)  # a new run measures step 0 again
         if start_step == 0:
-            before = self._snapshot()
+            before = self._snapshot(0, self.folder.tokens_before)
             if self.launch.is_main:
                 write_json(self.folder.before, before)
 
@@ -139,17 +150,22 @@ class _Run:
         from gkd.train import build
         from gkd.train.loop import train_loop
 
-        train_loop(
-            data=self.data,
-            rollout=build.build_rollouts(self.config, self.models, self.sampler, self.texts),
-            teacher=self.teacher,
-            student=self.student,
-            pack=build.packer(self.config, self.models, self.config.objective.reduction),
-            measure=_measure,
-            evaluate=self._evaluate,
-            monitor=self.monitor,
-            save=self._save,
-        )
+        rollouts = build.build_rollouts(self.config, self.models, self.sampler, self.texts, self.data)
+        try:
+            train_loop(
+                data=self.data,
+                rollout=rollouts,
+                teacher=self.teacher,
+                student=self.student,
+                pack=build.packer(self.config, self.models, self.config.objective.reduction),
+                measure=_measure,
+                evaluate=self._evaluate,
+                monitor=self.monitor,
+                save=self._save,
+            )
+        except BaseException:
+            rollouts.close()  # or it would go on sampling for later steps
+            raise
 
     def _save(self, steps_done: int) -> None:
         """A checkpoint where one is due. Raises RunInterruptedError after one if the run was asked to stop."""
@@ -160,29 +176,54 @@ class _Run:
 
     def finish(self, started: float) -> RunSummary:
         """Measures the end, writes the result and the summary, and stops the sampler. Collective."""
-        after = self._snapshot()
+        after = self._snapshot(self.config.run.steps, self.folder.tokens_after)
         before = json.loads(self.folder.before.read_text()) if self.launch.is_main else after
         summary = self._summarise(before, after, time.monotonic() - started)
         self._export(summary)
         if self.launch.is_main:
             summary.write_summary_json(self.folder.summary)
             summary.write_samples_markdown(self.folder.samples)
+        if self.positions is not None:
+            self.positions.close()
         self.sampler.close()
         return summary
 
-    def _snapshot(self) -> dict[str, Any]:
-        """Held-out divergences, and on the main rank greedy answers to a few held-out prompts."""
-        heldout = self.heldout.measure() if self.heldout is not None else {}
-        return {"heldout": heldout, "answers": self._answers() if self.launch.is_main else []}
+    def _snapshot(self, steps_done: int, tokens_path: Path) -> dict[str, Any]:
+        """Held-out divergences, and on the main rank greedy answers to a few held-out prompts. Collective.
+
+        The answers go into `tokens_path`, token by token.
+        """
+        heldout = self._measure_heldout(steps_done)
+        answers = self._answers() if self.launch.is_main else []
+        self._score_answers(answers, tokens_path)
+        return {"heldout": heldout, "answers": [self._text(ids) for ids in answers]}
+
+    def _measure_heldout(self, steps_done: int) -> Metrics:
+        """The means; what they are made of by position goes into the run folder."""
+        if self.heldout is None:
+            return {}
+        figures = self.heldout.measure()
+        if self.positions is not None:
+            self.positions.log(steps_done, figures.as_record())
+        return figures.means
+
+    def _score_answers(self, answers: Sequence[Sequence[int]], path: Path) -> None:
+        from gkd.evaluate.samples import answer_rollouts
+
+        if not self._shown_prompts():
+            return
+        scored = self.answer_scoring.measure(answer_rollouts(self._shown_prompts(), answers))
+        if self.launch.is_main:
+            write_atomically(path, scored.model_dump_json().encode())
 
     def _shown_prompts(self) -> Sequence[Any]:
         return () if self.prompts.heldout is None else self.prompts.heldout.prompts[: self.config.eval.samples]
 
-    def _answers(self) -> list[str]:
+    def _answers(self) -> list[Sequence[int]]:
         from gkd.train import build
 
         requests, settings = build.shown_requests(self.config, self.models, self._shown_prompts())
-        return [self._text(c.token_ids) for c in self.sampler.generate(requests, settings)]
+        return [c.token_ids for c in self.sampler.generate(requests, settings)]
 
     def _text(self, token_ids: Sequence[int]) -> str:
         return self.models.decode(token_ids, skip_special_tokens=True).strip()
@@ -190,7 +231,7 @@ class _Run:
     def _evaluate(self, steps_done: int) -> Metrics:
         every = self.config.eval.every
         due = every and steps_done % every == 0 and steps_done < self.config.run.steps
-        return self.heldout.measure() if due and self.heldout is not None else {}
+        return self._measure_heldout(steps_done) if due else {}
 
     def _summarise(self, before: dict[str, Any], after: dict[str, Any], wall_s: float) -> RunSummary:
         from gkd.train import build
@@ -222,9 +263,9 @@ class _Run:
         """Every rank streams, as gathering is collective; the main rank writes."""
         from gkd.models import ModelCard, save_final
 
-        weights = self.student.weights()
+        weights, adapter = self.student.whole_weights(), self.student.adapter_weights()
         if not self.launch.is_main:
-            for _ in weights:
+            for _ in itertools.chain(weights, adapter):
                 pass
             return
         config = self.config
@@ -236,9 +277,10 @@ class _Run:
             data=config.data.train,
             steps=config.run.steps,
             versions=library_versions(),
+            lora=config.student.lora,
             heldout=summary.heldout,
         )
-        save_final(self.folder.final, weights, self.models.student_path, config.student.dtype, card)
+        save_final(self.folder.final, weights, self.models.student_path, config.student.dtype, card, adapter=adapter)
 
 
 def _measure(rollouts: Sequence[Rollout]) -> Metrics:

@@ -6,18 +6,19 @@ Legend: B rows, T positions, N scored tokens of a micro-batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from gkd.config import Config, Launch, ObjectiveConfig
+from gkd.models.lora import LeavingWeight, adapter_weights, whole_weights
 from gkd.objectives.mismatch import MismatchSums, mismatch_means
 from gkd.train.deepspeed_config import deepspeed_config
 from gkd.train.distributed import compute_device, max_over_ranks, sum_over_ranks
 from gkd.train.guards import FiniteGuard
-from gkd.train.module import BYPRODUCTS, DivergenceSums, StudentModule, mean_divergences
+from gkd.train.module import BYPRODUCTS, DivergenceSums, StudentModule, token_divergences
 from gkd.train.optimizer import make_optimizer, make_schedule
 from gkd.types import OutputHead, TokenBatch, WeightStream
 
@@ -39,7 +40,10 @@ class StudentEngine:
         settings = deepspeed_config(config, launch.world_size)
         if config.student.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._whole = whole_weights(model)
+        self._adapter = adapter_weights(model)
+        # what is frozen is in the student's own folder, and in no checkpoint
+        self._is_partly_frozen = not all(parameter.requires_grad for parameter in model.parameters())
         module = StudentModule(model, config.objective, valid_vocab, getattr(torch, config.student.dtype))
         own_optimizer = "optimizer" not in settings
         optimizer = make_optimizer(module, config.optim) if own_optimizer else None
@@ -47,7 +51,12 @@ class StudentEngine:
         if optimizer is not None and "scheduler" not in settings:
             schedule = make_schedule(optimizer, config.optim, config.run.steps)
         self._engine: Any = deepspeed.initialize(
-            model=module, optimizer=optimizer, lr_scheduler=schedule, config=settings, dist_init_required=False
+            model=module,
+            model_parameters=[p for p in module.parameters() if p.requires_grad],  # pyright: ignore
+            optimizer=optimizer,
+            lr_scheduler=schedule,
+            config=settings,
+            dist_init_required=False,
         )[0]
         self._guard = FiniteGuard(module, enabled=not settings.get("fp16", {}).get("enabled"))
 
@@ -104,12 +113,12 @@ class StudentEngine:
     # ---- evaluation
 
     @torch.no_grad()
-    def divergences(
+    def token_divergences(
         self, micro_batches: Sequence[TokenBatch], teacher_head: OutputHead, objective: ObjectiveConfig
-    ) -> dict[str, float]:
-        """See `mean_divergences`."""
+    ) -> list[dict[str, torch.Tensor]]:
+        """See `gkd.train.module.token_divergences`."""
         self._engine.eval()
-        return mean_divergences(self._engine, micro_batches, teacher_head, objective, self._device)
+        return token_divergences(self._engine, micro_batches, teacher_head, objective, self._device)
 
     @torch.no_grad()
     def token_logprobs(self, token_ids: Sequence[int], start: int) -> list[float]:
@@ -131,39 +140,48 @@ class StudentEngine:
     # ---- weights and state
 
     def weights(self) -> WeightStream:
-        return _EngineWeights(self)
+        """What the sampler is given: every weight, or the adapter alone where it applies one itself."""
+        applies_adapter = self._config.sampler_lora(self._device.type) is not None
+        return self.adapter_weights() if applies_adapter else self.whole_weights()
 
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Full shapes, also of sharded parameters; Hugging Face names."""
-        return {self._names[id(p)]: tuple(getattr(p, "ds_shape", p.shape)) for p in self._engine.module.parameters()}
+    def whole_weights(self) -> WeightStream:
+        """Every weight of the student, adapters merged; Hugging Face names."""
+        return _EngineWeights(self, self._whole)
 
-    def stream_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, full parameter), one gathered at a time; a tied head comes once."""
+    def adapter_weights(self) -> WeightStream:
+        """The adapter's weights by their names in peft's files; none without LoRA."""
+        return _EngineWeights(self, self._adapter)
+
+    def stream(self, weights: Mapping[str, LeavingWeight]) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, full tensor), the parameters of one gathered at a time."""
         import deepspeed
 
         sharded = self._engine.zero_optimization_partition_weights()
-        for parameter in self._engine.module.parameters():
-            gathered = deepspeed.zero.GatheredParameters([parameter]) if sharded else nullcontext()
+        for name, weight in weights.items():
+            gathered = deepspeed.zero.GatheredParameters(list(weight.parameters)) if sharded else nullcontext()
             with gathered:
-                yield self._names[id(parameter)], parameter.detach()
+                yield name, weight.value()
 
     def save_state(self, folder: str) -> None:
-        self._engine.save_checkpoint(folder, tag="engine", save_latest=False)
+        self._engine.save_checkpoint(
+            folder, tag="engine", save_latest=False, exclude_frozen_parameters=self._is_partly_frozen
+        )
 
     def load_state(self, folder: str) -> None:
-        self._engine.load_checkpoint(folder, tag="engine")
+        self._engine.load_checkpoint(folder, tag="engine", load_module_strict=not self._is_partly_frozen)
 
 
 class _EngineWeights:
     """Implements `WeightStream`."""
 
-    def __init__(self, engine: StudentEngine) -> None:
+    def __init__(self, engine: StudentEngine, weights: Mapping[str, LeavingWeight]) -> None:
         self._engine = engine
-        self.shapes = engine.parameter_shapes()
+        self._weights = weights
+        self.shapes = {name: weight.shape for name, weight in weights.items()}
         self.token_logprobs = engine.token_logprobs
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return self._engine.stream_parameters()
+        return self._engine.stream(self._weights)
 
 
 class _StepSums:
@@ -175,7 +193,7 @@ class _StepSums:
         self._largest_log_ratio = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, sums: DivergenceSums) -> None:
-        self.values += torch.cat([sums.loss.detach()[None].double(), sums.byproducts.double(), sums.mismatch])
+        self.values += torch.cat([sums.loss.detach()[None].double(), sums.byproducts.double().sum(1), sums.mismatch])
         self._largest_log_ratio = torch.maximum(self._largest_log_ratio, sums.largest_log_ratio)
 
     def metrics(self, total_weight: float, scored_tokens: float) -> dict[str, float]:

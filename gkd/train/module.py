@@ -17,18 +17,26 @@ from gkd.models import backbone_of, output_head, packed_inputs
 from gkd.objectives.mismatch import importance_weights, log_ratios, mismatch_sums
 from gkd.ops import linear_divergence
 from gkd.ops.token_logprobs import token_logprobs
-from gkd.train.distributed import sum_over_ranks
 from gkd.types import OutputHead, TokenBatch
 
-# By-products of the loss, in the order of `DivergenceSums.byproducts`.
-BYPRODUCTS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")
+# By-products of the loss, in the order of `DivergenceSums.byproducts`: the objective's own divergence and what
+# `gkd.objectives.byproducts` measures beside it, and the student's log-probability of the label.
+BYPRODUCTS = (
+    "divergence",
+    "forward_kl",
+    "reverse_kl",
+    "student_entropy",
+    "teacher_entropy",
+    "top1_agreement",
+    "label_logprob",
+)
 
 
 class DivergenceSums(NamedTuple):
-    """Sums over the scored tokens of one micro-batch. A tuple, as ZeRO-3 looks for tensors in nothing else."""
+    """Of the scored tokens of one micro-batch. A tuple, as ZeRO-3 looks for tensors in nothing else."""
 
     loss: torch.Tensor  # scalar: sum of weight x loss, differentiable
-    byproducts: torch.Tensor  # [len(BYPRODUCTS)]: plain sums over tokens, detached
+    byproducts: torch.Tensor  # [len(BYPRODUCTS), N]: of each token, detached
     mismatch: torch.Tensor  # [len(MismatchSums._fields)] float64: sums over the tokens sampled from the student
     largest_log_ratio: torch.Tensor  # scalar float64: their largest |log(p_trainer / p_sampler)|
 
@@ -97,8 +105,8 @@ class DivergenceHead(nn.Module):
             chunk_bytes=None if objective.chunk_mib is None else objective.chunk_mib << 20,
             byproducts=True,
         )
-        sums = torch.stack([byproducts[name].sum() for name in BYPRODUCTS])
-        return DivergenceSums(loss, sums, *_mismatch(byproducts["label_logprob"], batch))
+        measured = torch.stack([byproducts[name] for name in BYPRODUCTS])  # [len(BYPRODUCTS), N]
+        return DivergenceSums(loss, measured, *_mismatch(byproducts["label_logprob"], batch))
 
     def _logprobs(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Natural log-probabilities [N] of `labels` [N], over the student's whole vocabulary."""
@@ -114,6 +122,13 @@ def _mismatch(logprobs: torch.Tensor, batch: TokenBatch) -> tuple[torch.Tensor, 
     return torch.stack(mismatch_sums(log_ratio, sampled)), largest
 
 
+def _without_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Keeps a frozen head out of checkpoints under all of its names; DeepSpeed leaves out the first."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            state.pop(prefix + name, None)
+
+
 class StudentModule(nn.Module):
     """`forward` is the only entrance: what shards parameters hooks it."""
 
@@ -121,6 +136,7 @@ class StudentModule(nn.Module):
         super().__init__()
         self.model = model
         self.divergence_head = DivergenceHead(output_head(model), objective, valid_vocab, dtype)
+        self.register_state_dict_post_hook(_without_frozen)
 
     def forward(
         self, batch: TokenBatch, teacher_head: OutputHead | None = None, objective: ObjectiveConfig | None = None
@@ -136,23 +152,19 @@ class StudentModule(nn.Module):
         return self.divergence_head(hidden, batch, teacher_head, objective)
 
 
-def mean_divergences(
+def token_divergences(
     forward: Callable[..., Any],
     micro_batches: Sequence[TokenBatch],
     teacher_head: OutputHead,
     objective: ObjectiveConfig,
     device: torch.device,
-) -> dict[str, float]:
-    """Means over the scored tokens of all ranks: the objective's divergence under its own name, and the by-products.
+) -> list[dict[str, torch.Tensor]]:
+    """For each micro-batch {name: [N]} of BYPRODUCTS, on `device`; `divergence` is that of `objective`.
 
     `forward` is a StudentModule, or what wraps it.
     """
-    sums = torch.zeros(2 + len(BYPRODUCTS), dtype=torch.float64, device=device)
+    measured = []
     for micro_batch in micro_batches:
         result: DivergenceSums = forward(micro_batch.to(device), teacher_head, objective)
-        sums[0] += micro_batch.scored_tokens
-        sums[1] += result.loss
-        sums[2:] += result.byproducts
-    scored_tokens, *totals = sum_over_ranks(sums).tolist()
-    means = [total / max(scored_tokens, 1.0) for total in totals]
-    return {objective.kind: means[0], **dict(zip(BYPRODUCTS, means[1:], strict=True))}
+        measured.append(dict(zip(BYPRODUCTS, result.byproducts, strict=True)))
+    return measured

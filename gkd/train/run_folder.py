@@ -1,6 +1,7 @@
 """The folder of a run: who may use it, and what is written into it at the start.
 
-config.resolved.json  environment.json  metrics.jsonl  samples.md  summary.json  logs/rank_N.log
+config.resolved.json  environment.json  metrics.jsonl  heldout_positions.jsonl  samples.md  summary.json
+samples/tokens_before.json  samples/tokens_after.json  logs/rank_N.log
 checkpoints/step_N  final/
 """
 
@@ -28,11 +29,13 @@ _WRITTEN_BY_A_RUN = (
     "environment.json",
     "metrics.jsonl",
     "before.json",
+    "heldout_positions.jsonl",
     "summary.json",
     "samples.md",
     "report.html",
     "report.loss.png",
     "report.time.png",
+    "report.positions.png",
     "eval.json",
     "eval.md",
     "samples",
@@ -55,6 +58,9 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.samples = path / "samples.md"
         self.before = path / "before.json"
+        self.positions = path / "heldout_positions.jsonl"
+        self.tokens_before = path / "samples" / "tokens_before.json"
+        self.tokens_after = path / "samples" / "tokens_after.json"
         self.checkpoints = path / "checkpoints"
         self.logs = path / "logs"
         self.student_init = path / "student_init"

@@ -29,6 +29,14 @@ def test_torchrun_with_student_and_teacher_at_zero_3_equals_one_process(
     one, other = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
     assert other["heldout_forward_kl_before"] == pytest.approx(one["heldout_forward_kl_before"], rel=1e-5)
     assert other["heldout_forward_kl_after"] == pytest.approx(one["heldout_forward_kl_after"], rel=1e-2)
+    tokens = [json.loads((tmp_path / name / "samples" / "tokens_before.json").read_text()) for name in ("one", "two")]
+    for answer, same in zip(tokens[0]["answers"], tokens[1]["answers"], strict=True):
+        assert [token["id"] for token in same["tokens"]] == [token["id"] for token in answer["tokens"]]
+        values = [token["forward_kl"] for token in answer["tokens"]]
+        assert [token["forward_kl"] for token in same["tokens"]] == pytest.approx(values, rel=1e-4)
+    profiles = [read_metrics(tmp_path / name, "heldout_positions.jsonl")[0] for name in ("one", "two")]
+    assert profiles[1]["tokens"] == profiles[0]["tokens"]
+    assert profiles[1]["forward_kl"] == pytest.approx(profiles[0]["forward_kl"], rel=1e-4)
 
     resumed = check(torchrun(2, ["-m", "gkd", "train", two, "run.steps=4", "optim.micro_batch_size=2", "--resume"]))
     assert "resumed at step 3" in resumed.stdout

@@ -32,6 +32,15 @@ def test_resume_is_bitwise(make_run_config: MakeConfig, tmp_path: Path) -> None:
         assert torch.equal(tensor, again[name]), name
     assert without_times(tmp_path / "whole") == without_times(tmp_path / "halves")
 
+    positions = [read_metrics(tmp_path / name, "heldout_positions.jsonl") for name in ("whole", "halves")]
+    assert [[record["step"] for record in records] for records in positions] == [[0, 6], [0, 3, 6]]
+    assert positions[0] == positions[1][::2]
+    for moment in ("before", "after"):
+        first, second = (tmp_path / name / "samples" / f"tokens_{moment}.json" for name in ("whole", "halves"))
+        assert first.read_bytes() == second.read_bytes()
+    page = Path(check(run_gkd(["report", tmp_path / "halves"])).stdout.splitlines()[0]).read_text()
+    assert page.count(" data-strip=") == 1 and page.count(" data-answer=") == 4, "two answers, before and after"
+
 
 @pytest.mark.slow
 def test_a_second_run_reads_the_scores_of_the_first(

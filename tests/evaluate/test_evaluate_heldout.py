@@ -16,7 +16,7 @@ from gkd.evaluate.heldout import HeldoutEvaluation, heldout_requests, heldout_ro
 from gkd.evaluate.samples import greedy_settings, sample_requests
 from gkd.models import load_causal_lm
 from gkd.teacher.local import LocalTeacher
-from gkd.train.module import StudentModule, mean_divergences
+from gkd.train.module import StudentModule, token_divergences
 from gkd.types import Completion, OutputHead, Prompt, SamplingSettings, TokenBatch
 
 PROMPTS = [Prompt(i, (5 + i, 6, 7), f"p{i}") for i in range(5)]
@@ -38,12 +38,13 @@ class Counter:
         self.micro_batches = 0
         self.tokens = 0
 
-    def divergences(
+    def token_divergences(
         self, micro_batches: Sequence[TokenBatch], teacher_head: OutputHead, objective: ObjectiveConfig
-    ) -> dict[str, float]:
+    ) -> list[dict[str, torch.Tensor]]:
         self.micro_batches += len(micro_batches)
         self.tokens += sum(batch.scored_tokens for batch in micro_batches)
-        return {"forward_kl": 1.0, "reverse_kl": 2.0, "jsd": 3.0}
+        names = ("divergence", "forward_kl", "reverse_kl")
+        return [dict.fromkeys(names, torch.ones(batch.scored_tokens)) for batch in micro_batches]
 
 
 class PlainStudent:
@@ -53,10 +54,10 @@ class PlainStudent:
         self._module = StudentModule(model, OBJECTIVE, 259, torch.float32)
 
     @torch.no_grad()
-    def divergences(
+    def token_divergences(
         self, micro_batches: Sequence[TokenBatch], teacher_head: OutputHead, objective: ObjectiveConfig
-    ) -> dict[str, float]:
-        return mean_divergences(self._module, micro_batches, teacher_head, objective, torch.device("cpu"))
+    ) -> list[dict[str, torch.Tensor]]:
+        return token_divergences(self._module, micro_batches, teacher_head, objective, torch.device("cpu"))
 
 
 def test_ranks_share_the_rows_and_forward_as_often(teacher: LocalTeacher) -> None:
@@ -72,7 +73,9 @@ def test_figures_are_means_over_tokens_from_full_logits(teacher: LocalTeacher, t
     model = load_causal_lm(str(tiny_student), "float32")
     student = PlainStudent(model)
     rollouts = heldout_rollouts(PROMPTS, COMPLETIONS)
-    measured = HeldoutEvaluation(rollouts, teacher=teacher, student=student, pack=PACK, rank=0, world_size=1).measure()
+    measured = (
+        HeldoutEvaluation(rollouts, teacher=teacher, student=student, pack=PACK, rank=0, world_size=1).measure().means
+    )
     total, tokens = torch.zeros(3, dtype=torch.float64), 0
     for rollout in rollouts:
         ids, span = torch.tensor([rollout.token_ids]), slice(len(rollout.draw.prompt.token_ids) - 1, -1)

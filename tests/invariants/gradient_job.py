@@ -83,7 +83,7 @@ def run_split(
     if packed:
         use_packed_attention(student, "optim.micro_batch_tokens")
     engine = StudentEngine(student, config, launch, valid_vocab=259)
-    old = {name: tensor.clone() for name, tensor in engine.stream_parameters()}
+    old = {name: tensor.clone() for name, tensor in engine.whole_weights()}
     mine = rollouts[launch.rank :: launch.world_size]
     scores = teacher.score(mine)
     batches = pack(
@@ -96,7 +96,7 @@ def run_split(
         reduction=config.objective.reduction,
     )
     stats = engine.step(batches, scores.head, step=0)
-    gradients = {name: (old[name] - tensor) / LR for name, tensor in engine.stream_parameters()}
+    gradients = {name: (old[name] - tensor) / LR for name, tensor in engine.whole_weights()}
     return gradients, stats
 
 

@@ -33,7 +33,7 @@ def main() -> None:
         }
     )
     engine = StudentEngine(load_causal_lm(folder, "float32"), config, launch, valid_vocab=259)
-    old = {name: tensor.clone() for name, tensor in engine.stream_parameters()}
+    old = {name: tensor.clone() for name, tensor in engine.whole_weights()}
     teacher = LocalTeacher(
         load_causal_lm(folder, "float32"), device=torch.device("cpu"), micro_batch_size=4, pad_token_id=0
     )
@@ -46,7 +46,7 @@ def main() -> None:
         engine.step(batches, scores.head, step=4)
     except NonFiniteError as error:
         print(f"{launch.rank}: {error}", flush=True)
-    unchanged = all(torch.equal(old[name], tensor) for name, tensor in engine.stream_parameters())
+    unchanged = all(torch.equal(old[name], tensor) for name, tensor in engine.whole_weights())
     print(f"{launch.rank}: unchanged {unchanged}", flush=True)
     distributed.end_process()
 

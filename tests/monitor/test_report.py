@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from chromium import EXECUTABLE, Chromium
-from run_folders import FIRST_BATCH, HOSTILE, SAMPLES, make_record, make_run, write_json
+from run_folders import FIRST_BATCH, HOSTILE, SAMPLES, make_positions, make_record, make_run, write_json, write_tokens
 
 from gkd.errors import RunFolderError
 from gkd.monitor import METRICS, HeldoutSample, RunSummary
@@ -22,8 +22,10 @@ from gkd.monitor.report import read_runs, render_report, write_figures, write_re
 from gkd.monitor.report.charts import chart_sections, heldout_charts, run_payload
 from gkd.monitor.report.data import is_finished, parse_samples, read_run
 from gkd.monitor.report.render import batch_tokens, config_differences, config_rows, facts, heldout_rows, time_parts
+from gkd.monitor.report.tokens import LEVELS, MAX_TOKENS, level_titles, strips, token_spans, visible
 from gkd.monitor.text import clean
 
+CROOKED = {"step": 0, "bucket_tokens": 1, "tokens": [1], "forward_kl": [1], "reverse_kl": [1], "jsd": []}
 REPORT_FOLDER = Path(chart_module.__file__).parent
 
 
@@ -88,6 +90,7 @@ def test_a_run_that_goes_on_has_a_torn_last_line_and_no_end(tmp_path: Path) -> N
     assert not run.finished and run.steps_done == 12 and len(run.metrics["loss"]) == 12
     assert run.heldout["heldout/jsd"].after is None and run.samples == () and run.early_answers
     page = Page(render_report([run]))
+    assert SAMPLES[0].prompt in page.text and run.answer_tokens.keys() == {"before"}
     assert "12 of 40" in page.text and "not finished" in page.text and "before the first step" in page.text
 
 
@@ -118,6 +121,19 @@ def test_metrics_alone_are_a_run(tmp_path: Path) -> None:
         ({"metrics.jsonl": '{"loss": 1}\n{"step": 1}\n'}, "metrics.jsonl:1: not a metrics record"),
         ({"metrics.jsonl": '{"step": 0}\n', "summary.json": "{"}, "summary.json: not a JSON object"),
         ({"metrics.jsonl": '{"step": 0}\n', "before.json": "[]"}, "before.json: not a JSON object"),
+        ({"metrics.jsonl": '{"step": 0}\n', "heldout_positions.jsonl": '{"step": 7}\n'}, "step 7 is damaged"),
+        (
+            {"metrics.jsonl": '{"step": 0}\n', "heldout_positions.jsonl": json.dumps(CROOKED) + "\n"},
+            "columns of different lengths",
+        ),
+        (
+            {"metrics.jsonl": '{"step": 0}\n', "samples/tokens_before.json": "{"},
+            "not the tokens of answers (Invalid JSON",
+        ),
+        (
+            {"metrics.jsonl": '{"step": 0}\n', "samples/tokens_before.json": '{"format": 2, "answers": []}'},
+            "tokens_before.json: not the tokens of answers (format: ",
+        ),
     ],
 )
 def test_what_is_no_run_is_named(tmp_path: Path, files: dict[str, str] | None, message: str) -> None:
@@ -125,6 +141,7 @@ def test_what_is_no_run_is_named(tmp_path: Path, files: dict[str, str] | None, m
     if files is not None:
         folder.mkdir()
         for name, text in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text)
     with pytest.raises(RunFolderError) as error:
         read_runs([folder])
@@ -165,11 +182,25 @@ def test_every_metric_that_was_recorded_is_drawn_once(tmp_path: Path) -> None:
     assert "Other" not in sections
     charts = [*heldout_charts([run]), *(chart for members in sections.values() for chart in members)]
     drawn = [line.name for chart in charts for line in chart.lines]
-    assert sorted(drawn) == sorted(set(METRICS) - chart_module._LEFT_OUT | {"staleness"})
+    assert sorted(drawn) == sorted(set(METRICS) - chart_module._LEFT_OUT)
     payload = run_payload(run)
     assert payload["metrics"].keys() == set(drawn), "and nothing is sent that is not drawn"
     assert all(payload["axes"][line.axes] for chart in charts for line in chart.lines)
-    assert payload["metrics"]["staleness"] == [-1, 0]
+    assert payload["metrics"]["rollout/staleness"] == [1, 1]
+
+
+def test_staleness_is_as_recorded_or_by_the_weights_versions(tmp_path: Path) -> None:
+    versions = [0, 0, 1, 1]
+    for name, record in (("recorded", {"rollout/staleness": 0.5}), ("not", {})):
+        lines = [{"step": step, "weights_version": version, **record} for step, version in enumerate(versions)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs = read_runs([tmp_path / "recorded", tmp_path / "not"])
+    payloads = [run_payload(run)["metrics"]["rollout/staleness"] for run in runs]
+    assert payloads == [[0.5] * 4, [0, 1, 1, 2]]
+    for chosen in (runs, runs[:1], runs[1:]):
+        (chart,) = chart_sections(chosen)["Mixture and weights"]
+        assert chart.title.startswith("Staleness of the sampler's weights") and len(chart.lines) == len(chosen)
 
 
 def test_several_runs_are_laid_over_one_another(tmp_path: Path) -> None:
@@ -196,6 +227,75 @@ def test_the_facts_of_a_run(run_folder: Path) -> None:
     changed = {row.key: row.default for row in config_rows(run) if row.default}
     assert changed.keys() <= {"run.name", "run.dir", "run.steps", "student.model", "data.train", "teacher.model"}
     assert any("learning rate" in row.meaning for row in config_rows(run) if row.key == "optim.lr")
+
+
+def test_a_strip_has_a_row_a_measure_and_one_scale(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", 12, total_steps=40)]
+    first, second = strips(read_runs(folders))
+    assert first.rows == ["before", "step 10", "step 20", "step 30", "after"] and second.rows == ["before", "step 10"]
+    assert (first.columns, first.last_token, len(first.cells)) == (24, 48, 5 * 24)
+    assert max(cell.opacity for strip in (first, second) for cell in strip.cells) == 1
+    assert first.figures[1].tokens == "3 to 4" and first.ends == ["before", "after"]
+    lines = (folders[0] / "heldout_positions.jsonl").read_text().splitlines()
+    assert first.figures[1].means == [json.loads(lines[place])["forward_kl"][1] for place in (0, -1)]
+    page = Page(render_report(read_runs(folders)))
+    assert sum("data-strip" in attributes for _, attributes in page.tags) == 2
+
+
+def test_a_strip_of_many_measures_shows_some_of_them_and_the_newest_of_a_step(run_folder: Path) -> None:
+    with (run_folder / "heldout_positions.jsonl").open("w") as file:
+        for record in [*(make_positions(step) for step in range(0, 1000, 5)), make_positions(40, seed=9)]:
+            file.write(json.dumps(record | {"jsd": [None] * 24}) + "\n")
+    run = read_run(run_folder)
+    assert len(run.positions) == 200 and run.positions[8].means["forward_kl"] == make_positions(40, 9)["forward_kl"]
+    (strip,) = strips([run])
+    assert len(strip.rows) == 16 and (strip.rows[0], strip.rows[-1]) == ("before", "step 995")
+
+
+def test_tokens_are_shown_with_their_levels(run_folder: Path) -> None:
+    run = read_run(run_folder)
+    for moment, sample_text in (("before", SAMPLES[0].student_before), ("after", SAMPLES[0].student_after)):
+        tokens = run.answer_tokens[moment][0].tokens
+        assert "".join(token.text for token in tokens) == sample_text
+        for token, span in zip(tokens, token_spans(tokens), strict=True):
+            assert span.level is not None and token.forward_kl is not None
+            assert (span.level == 0 or token.forward_kl >= LEVELS[span.level - 1]) and span.level <= 6
+            assert span.level == 6 or token.forward_kl < LEVELS[span.level]
+    assert len(level_titles()) == len(LEVELS) + 1
+    page = Page(render_report([run]))
+    spans = [a for tag, a in page.tags if tag == "span" and (a.get("class") or "").startswith("token ")]
+    shown = sum(len(answer.tokens) for answers in run.answer_tokens.values() for answer in answers)
+    assert len(spans) == shown + len(level_titles()) and len(page.payload["answers"]) == 3, "one answer is empty"
+    assert sum(map(len, page.payload["answers"])) == shown
+
+
+def test_what_cannot_be_seen_is_marked() -> None:
+    shown = {
+        " the": " the",
+        " ": "·",
+        "  ": "··",
+        "\n\n": "⏎\n⏎\n",
+        "\n a": "⏎\n a",
+        "": "<7>",
+        "\x1b": "<7>",
+        "\t": "····",
+    }
+    assert {text: visible(text, 7) for text in shown} == shown
+
+
+def test_an_answer_without_end_is_cut(run_folder: Path) -> None:
+    write_tokens(run_folder / "samples" / "tokens_after.json", [("p", "word " * 2000)], seed=0)
+    page = Page(render_report([read_run(run_folder)]))
+    assert f"… and {2000 + 1 - MAX_TOKENS} more tokens" in page.text
+    assert max(map(len, page.payload["answers"])) == MAX_TOKENS
+
+
+def test_runs_without_tokens_and_positions_are_shown_as_text(run_folder: Path) -> None:
+    for name in ("heldout_positions.jsonl", "samples/tokens_before.json", "samples/tokens_after.json"):
+        (run_folder / name).unlink()
+    page = Page(render_report([read_run(run_folder)]))
+    assert SAMPLES[0].student_after in page.text and "nats of forward" not in page.text
+    assert not any("data-strip" in attributes or "data-answer" in attributes for _, attributes in page.tags)
 
 
 def test_long_runs_keep_their_peaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,9 +374,11 @@ def test_pictures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     runs = read_runs([make_run(tmp_path / "a_$x$", 20, name="a"), make_run(tmp_path / "b", 1)])
     paths = write_figures(runs, tmp_path / "out.html")
-    assert [path.name for path in paths] == ["out.loss.png", "out.time.png"]
+    assert [path.name for path in paths] == ["out.loss.png", "out.time.png", "out.positions.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
     assert write_figures(runs[1:], tmp_path / "out.html") == paths
+    (tmp_path / "b" / "heldout_positions.jsonl").unlink()
+    assert write_figures(read_runs([tmp_path / "b"]), tmp_path / "out.html") == paths[:2]
 
 
 # ---- in a browser ------------------------------------------------------------------------------------------------
@@ -404,6 +506,99 @@ def test_keys_read_off(browser: Chromium, run_folder: Path) -> None:
     browser.settle()
     assert browser.evaluate(f"({LOSS}).querySelector('.at').textContent") == "step 38"
     assert browser.evaluate("document.getElementById('spoken').textContent").startswith("step 38: Loss ")
+
+
+TOKENS = "[...document.querySelectorAll('.answer.after .token')]"
+POPUP = "document.getElementById('popup')"
+
+
+def center(browser: Chromium, element: str) -> list[float]:
+    """Of an element, once it is in view."""
+    return browser.evaluate(
+        f"(() => {{ const e = {element}; e.scrollIntoView({{block: 'center'}});"
+        " const b = e.getBoundingClientRect(); return [b.left + b.width / 2, b.top + b.height / 2]; })()"
+    )
+
+
+def press(browser: Chromium, selector: str, key: str) -> None:
+    event = f"new KeyboardEvent('keydown', {{key: '{key}', bubbles: true}})"
+    browser.evaluate(f"document.querySelector('{selector}').dispatchEvent({event})")
+    browser.settle()
+
+
+@in_browser
+@pytest.mark.parametrize(("width", "mobile"), [(1280, False), (390, True)])
+def test_a_token_tells_its_numbers(browser: Chromium, run_folder: Path, width: int, mobile: bool) -> None:
+    open_report(browser, [run_folder], width=width, mobile=mobile)
+    token = read_run(run_folder).answer_tokens["after"][0].tokens[2]
+    assert browser.evaluate(f"{POPUP}.hidden")
+    if mobile:  # one after the other
+        browser.call("Emulation.setTouchEmulationEnabled", enabled=True)
+        for group in ("before", "after"):
+            touch = dict(
+                zip("xy", center(browser, f"[...document.querySelectorAll('.{group} .token')][2]"), strict=True)
+            )
+            browser.call("Input.synthesizeTapGesture", **touch)
+    else:
+        browser.mouse("mouseMoved", *center(browser, f"{TOKENS}[2]"))
+    browser.settle()
+    shown = browser.evaluate(f"{POPUP}.innerText")
+    assert token.text in shown and f"forward KL {float(f'{token.forward_kl:.4g}'):.3f}" in shown
+    assert "<b>" in shown and "50.0 %" in shown and browser.evaluate(f"{POPUP}.querySelectorAll('td').length") == 10
+    left, right = browser.evaluate(
+        f"(() => {{ const b = {POPUP}.getBoundingClientRect(); return [b.left, b.right]; }})()"
+    )
+    assert 0 <= left < right <= width
+    if not mobile:
+        browser.mouse("mouseMoved", 1, 1)
+        browser.settle()
+        assert browser.evaluate(f"{POPUP}.hidden")
+    assert browser.console == []
+
+
+@in_browser
+def test_keys_go_from_token_to_token_and_through_a_strip(browser: Chromium, run_folder: Path) -> None:
+    open_report(browser, [run_folder])
+    tokens = read_run(run_folder).answer_tokens["after"][0].tokens
+    for key, expected in (("ArrowRight", tokens[0]), ("ArrowRight", tokens[1]), ("End", tokens[-1])):
+        press(browser, ".answer.after .tokens", key)
+        assert browser.evaluate(f"{POPUP}.querySelector('b').textContent") == expected.text
+    assert "the teacher's most likely" in browser.evaluate("document.getElementById('spoken').textContent")
+    press(browser, ".answer.after .tokens", "Escape")
+    assert browser.evaluate(f"{POPUP}.hidden")
+    for key, title in (
+        ("ArrowRight", "before, tokens 1 to 2"),
+        ("ArrowDown", "step 10, tokens 1 to 2"),
+        ("ArrowUp", "before, tokens 1 to 2"),
+        ("ArrowUp", "before, tokens 1 to 2"),
+        ("End", "after, tokens 47 to 48"),
+    ):
+        press(browser, "[data-strip]", key)
+        assert browser.evaluate(f"{POPUP}.querySelector('b').textContent") == title
+    assert "mean of 41 tokens" in browser.evaluate(f"{POPUP}.innerText")
+    assert browser.console == []
+
+
+@in_browser
+def test_leaving_an_answer_late_keeps_the_popup_of_another(browser: Chromium, run_folder: Path) -> None:
+    open_report(browser, [run_folder])
+    browser.evaluate("document.querySelector('.answer.before .tokens').focus()")
+    press(browser, ".answer.before .tokens", "ArrowRight")
+    browser.mouse("mouseMoved", *center(browser, f"{TOKENS}[2]"))
+    browser.evaluate("document.activeElement.blur()")
+    browser.settle()
+    assert not browser.evaluate(f"{POPUP}.hidden")
+    current = browser.evaluate("[...document.querySelectorAll('.current')].map(token => token.textContent)")
+    assert current == [read_run(run_folder).answer_tokens["after"][0].tokens[2].text]
+
+
+@in_browser
+def test_hostile_tokens_are_only_shown(browser: Chromium, tmp_path: Path) -> None:
+    open_report(browser, [hostile_run(tmp_path / "x")])
+    press(browser, ".tokens", "ArrowRight")
+    assert browser.evaluate(f"{POPUP}.querySelector('b').textContent") == "<script>alert(1)</script>"
+    assert browser.evaluate("document.querySelectorAll('.tokens script, .popup script, .popup img').length") == 0
+    assert browser.console == [] and len(browser.requests) == 1
 
 
 @in_browser

@@ -23,7 +23,7 @@ def model(tiny_student: Path) -> PreTrainedModel:
 
 @pytest.fixture(autouse=True)
 def own_weights(sampler: Sampler, model: PreTrainedModel) -> None:
-    sampler.update_weights((name, p.detach()) for name, p in model.named_parameters())
+    sampler.update_weights(((name, p.detach()) for name, p in model.named_parameters()), version=0)
 
 
 def requests(first_seed: int = 0) -> list[SampleRequest]:
@@ -95,7 +95,7 @@ def test_new_weights_reach_cached_prefixes(sampler: Sampler, model: PreTrainedMo
     long = SampleRequest(tuple(3 + (7 * i) % 250 for i in range(200)), 1)
     before = sampler.generate([long], SamplingSettings(4))[0]
     changed = {name: p.detach() * (1.3 if "mlp" in name else 1.0) for name, p in model.named_parameters()}
-    sampler.update_weights(changed.items())
+    sampler.update_weights(changed.items(), version=1)
     after = sampler.generate([long], SamplingSettings(4))[0]
     other = AutoModelForCausalLM.from_config(model.config).eval()
     other.load_state_dict(changed, strict=False)

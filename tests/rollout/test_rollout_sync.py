@@ -119,11 +119,14 @@ class DeafSampler:
     """Takes weights and keeps its own."""
 
     def __init__(self, sampler: Sampler) -> None:
-        self.generate, self.close = sampler.generate, sampler.close
+        self.generate, self.probe, self.close = sampler.generate, sampler.probe, sampler.close
 
-    def update_weights(self, weights: Pairs) -> None:
+    def update_weights(self, weights: Pairs, version: int) -> None:
         for _ in weights:
             pass
+
+    def accept_weights(self) -> None:
+        raise AssertionError("weights that are not proven were accepted")
 
 
 def test_a_fault_on_another_rank_stops_this_one(sampler: Sampler, model: PreTrainedModel) -> None:

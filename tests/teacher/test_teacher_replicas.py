@@ -13,10 +13,11 @@ from teacher_servers import Answer, FakeServer, rollout
 
 from gkd.config import TeacherConfig
 from gkd.errors import ConfigError, TeacherError
+from gkd.serving.protocol import read_token
 from gkd.teacher.replicas import Replicas
 from gkd.teacher.served import ServedTeacher
 from gkd.teacher.serving.head import head_from_bytes, head_to_bytes
-from gkd.teacher.serving.protocol import PROTOCOL_VERSION, ServedModel, read_token
+from gkd.teacher.serving.protocol import PROTOCOL_VERSION, ServedModel
 from gkd.types import OutputHead
 
 HIDDEN, ROWS = 8, 20

@@ -19,7 +19,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {  # heading -> what its metrics' names 
     "Optimizer": ("lr", "grad_norm"),
     "Throughput": ("tokens",),
     "Time of a step": ("time",),
-    "Mixture and weights": ("mixture", "staleness", "mismatch", "sync"),
+    "Mixture and weights": ("mixture", "rollout", "mismatch", "sync"),
 }
 _CHART_TITLES = {
     "loss": "Loss",
@@ -32,17 +32,16 @@ _CHART_TITLES = {
     "tokens": "Tokens",
     "time": "Time by phase",
     "mixture": "Who wrote the step's samples",
-    "staleness": "Staleness of the sampler's weights",
+    "rollout": "Staleness of the sampler's weights",
     "mismatch": "Trainer against sampler, on the step's own samples",
     "sync": "Trainer against sampler, on the probe",
 }
 _LEFT_OUT = {"step", "time/train_s", "time/step_s", "weights_version"}  # sums of others, or shown as staleness
 _ONLY_IF_USED = {"mixture/student", "mixture/teacher", "mixture/dataset"}  # a source without a sample says nothing
 _LABELS = {"agreement/top1": "agreement"}
-_EXACT = {"lr", "staleness", "heldout"}
+_EXACT = {"lr", "rollout", "heldout"}
 _STACKED = {"time", "mixture"}
-_STALENESS = "staleness"
-_STALENESS_MEANING = "steps: optimizer steps between the weights that sampled the step's completions and the newest"
+_STALENESS = "rollout/staleness"  # where a run did not record it, by its weights' versions
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,8 @@ def chart_sections(runs: Sequence[RunData]) -> dict[str, list[Chart]]:
     names = [name for name in METRICS if any(name in run.metrics for run in runs)]
     names += sorted({name for run in runs for name in run.metrics} - METRICS.keys())
     names = [name for name in names if name not in _ONLY_IF_USED or any(any(run.metrics.get(name, ())) for run in runs)]
-    names += [_STALENESS] if any("weights_version" in run.metrics for run in runs) else []
+    if _STALENESS not in names and any("weights_version" in run.metrics for run in runs):
+        names.append(_STALENESS)
     groups: dict[tuple[str, str], list[str]] = {}
     for name in names:
         if name not in _LEFT_OUT and not name.startswith("heldout/"):
@@ -97,8 +97,7 @@ def chart_sections(runs: Sequence[RunData]) -> dict[str, list[Chart]]:
 
 def describe(name: str) -> tuple[str, str]:
     """(unit, meaning) of a metric; empty for one that this version does not know."""
-    description = _STALENESS_MEANING if name == _STALENESS else METRICS.get(name, ": ")
-    unit, meaning = description.split(": ", 1)
+    unit, meaning = METRICS.get(name, ": ").split(": ", 1)
     return unit, meaning
 
 
@@ -119,7 +118,7 @@ def run_payload(run: RunData) -> dict[str, Any]:
     """A run's numbers for the page's script: `axes` and `metrics`, short enough to draw and to send."""
     columns = {name: column for name, column in run.metrics.items() if not name.startswith("heldout/")}
     versions = run.metrics.get("weights_version")
-    if versions is not None:
+    if versions is not None and _STALENESS not in columns:
         pairs = zip(run.steps, versions, strict=True)
         columns[_STALENESS] = [None if version is None else step - version for step, version in pairs]
     columns = {name: column for name, column in columns.items() if name not in _LEFT_OUT}

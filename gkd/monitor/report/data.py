@@ -6,17 +6,21 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from gkd.errors import RunFolderError
+from gkd.evaluate.answer_tokens import Answer, AnswerTokens
 from gkd.monitor.monitor import FIRST_BATCH_FILE, METRICS_FILE
 from gkd.monitor.sinks import read_metrics
 from gkd.monitor.summary import HeldoutSample, time_totals
 
 Column = list[float | None]  # one value a record; None: not finite, or not in that record
+_POSITION_MEANS = ("forward_kl", "reverse_kl", "jsd")
 _FENCE = re.compile(r"(`{3,})text")
 
 
@@ -39,11 +43,25 @@ class HeldoutCurve:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PositionProfile:
+    """Held-out divergences by position in the completion, after `steps_done` optimizer steps.
+
+    Bucket i holds the tokens i * bucket_tokens + 1 to (i + 1) * bucket_tokens; `tokens[i]` of them were measured.
+    """
+
+    steps_done: int
+    bucket_tokens: int
+    tokens: list[int]
+    means: dict[str, Column]  # forward_kl and so on, in nats
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunData:
     """What a run folder tells. `steps` and each column of `metrics` have one entry a record, oldest first.
 
     `samples` are there once the run has ended; `early_answers` are the student's before the first step, and there
-    from then on. `time_s` is keyed by phase, in seconds, over all sessions of a resumed run.
+    from then on. `answer_tokens` has the student's answers "before" and "after", in the samples' order, as far as the
+    run wrote them. `time_s` is keyed by phase, in seconds, over all sessions of a resumed run.
     """
 
     folder: Path
@@ -58,6 +76,8 @@ class RunData:
     finished: bool
     samples: tuple[HeldoutSample, ...] = ()
     early_answers: tuple[str, ...] = ()
+    positions: tuple[PositionProfile, ...] = ()  # oldest first
+    answer_tokens: Mapping[str, tuple[Answer, ...]] = field(default_factory=dict)
     first_batch: str = ""
 
     @property
@@ -116,6 +136,11 @@ def read_run(folder: Path) -> RunData:
         finished=finished,
         samples=parse_samples(_text(folder / "samples.md")) if finished else (),
         early_answers=tuple(map(str, answers)) if isinstance(answers, list) else (),
+        positions=_read_positions(folder / "heldout_positions.jsonl"),
+        answer_tokens={
+            moment: _read_answer_tokens(folder / "samples" / f"tokens_{moment}.json")
+            for moment in ("before", "after")[: 1 + finished]
+        },
         first_batch=_text(folder / FIRST_BATCH_FILE),
     )
 
@@ -186,6 +211,47 @@ def _read_records(folder: Path) -> list[dict[str, Any]]:
     if not records:
         raise RunFolderError(f"{path}: no step is recorded yet")
     return records
+
+
+def _read_positions(path: Path) -> tuple[PositionProfile, ...]:
+    """What was measured last after each number of steps, all with the same buckets; () for a run without the file."""
+    if not path.is_file():
+        return ()
+    profiles: dict[int, PositionProfile] = {}
+    for record in read_metrics(path):
+        try:
+            profile = _position_profile(record)
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunFolderError(f"{path}: the record of step {record['step']} is damaged ({error!r})") from error
+        profiles[profile.steps_done] = profile
+    if len({(profile.bucket_tokens, len(profile.tokens)) for profile in profiles.values()}) > 1:
+        raise RunFolderError(f"{path}: its records have different buckets")
+    return tuple(profiles[step] for step in sorted(profiles))
+
+
+def _position_profile(record: Mapping[str, Any]) -> PositionProfile:
+    """Raises KeyError, TypeError or ValueError for a record that is not one."""
+    tokens = [int(count) for count in record["tokens"]]
+    means = {name: [_number(mean) for mean in record[name]] for name in _POSITION_MEANS}
+    if not tokens or any(len(column) != len(tokens) for column in means.values()):
+        raise ValueError("columns of different lengths")
+    return PositionProfile(
+        steps_done=record["step"], bucket_tokens=int(record["bucket_tokens"]), tokens=tokens, means=means
+    )
+
+
+def _read_answer_tokens(path: Path) -> tuple[Answer, ...]:
+    """() for a run without the file."""
+    if not path.is_file():
+        return ()
+    try:
+        return AnswerTokens.model_validate_json(path.read_bytes()).answers
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise RunFolderError(
+            f"{path}: not the tokens of answers ({place + ': ' if place else ''}{first['msg']})"
+        ) from None
 
 
 def _columns(records: Sequence[Mapping[str, Any]]) -> dict[str, Column]:

@@ -1,4 +1,4 @@
-"""The two pictures beside a report, for where HTML cannot go: loss and divergences, and the time split."""
+"""The pictures beside a report, for where HTML cannot go: losses, time split, and the divergence by position."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from gkd.monitor.report.charts import PHASE_TITLES, metric_label
 from gkd.monitor.report.data import Column, RunData
+from gkd.monitor.report.tokens import chosen_profiles, moment, strip_maximum
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,14 +18,18 @@ _SIZE_INCHES, _DPI = (10.0, 4.2), 150
 
 
 def write_figures(runs: Sequence[RunData], report: Path) -> list[Path]:
-    """Writes `<report>.loss.png` and `<report>.time.png` beside the report; returns their paths.
+    """Writes `<report>.loss.png` and `<report>.time.png` beside the report, and if positions were measured
+    `<report>.positions.png`; returns their paths.
 
     Raises ImportError without matplotlib, OSError if a file cannot be written.
     """
     from matplotlib.figure import Figure  # not pyplot: no state of the process is touched, no display is wanted
 
     paths = []
-    for what, draw in (("loss", _draw_loss), ("time", _draw_time)):
+    pictures = {"loss": _draw_loss, "time": _draw_time}
+    if any(run.positions for run in runs):
+        pictures["positions"] = _draw_positions
+    for what, draw in pictures.items():
         figure = Figure(figsize=_SIZE_INCHES, dpi=_DPI, layout="constrained")
         draw(figure, runs)
         paths.append(report.with_name(f"{report.stem}.{what}.png"))
@@ -69,8 +74,39 @@ def _draw_time(figure: Figure, runs: Sequence[RunData]) -> None:
         axes.legend(frameon=False, ncols=3, loc="lower center")
 
 
+def _draw_positions(figure: Figure, runs: Sequence[RunData]) -> None:
+    """A strip a run, one below the other, all on one scale."""
+    from matplotlib.colors import PowerNorm
+
+    measured = [run for run in runs if run.positions]
+    rows = sum(len(chosen_profiles(run)) for run in measured)
+    figure.set_size_inches(_SIZE_INCHES[0], max(_SIZE_INCHES[1], 0.3 * rows + len(measured)))
+    strips = figure.subplots(len(measured), 1, squeeze=False)[:, 0]
+    image = None
+    for axes, run in zip(strips, measured, strict=True):
+        profiles = chosen_profiles(run)
+        last = len(profiles[0].tokens) * profiles[0].bucket_tokens
+        image = axes.imshow(
+            [_with_gaps(profile.means["forward_kl"]) for profile in profiles],
+            aspect="auto",
+            interpolation="nearest",
+            cmap="inferno_r",
+            norm=PowerNorm(0.5, vmin=0, vmax=strip_maximum(runs) or 1),
+            extent=(0.5, last + 0.5, len(profiles) - 0.5, -0.5),
+        )
+        axes.set_yticks(range(len(profiles)), [moment(run, profile) for profile in profiles])
+        axes.set_title(f"forward KL by position: {_plain(run.label)}" if len(runs) > 1 else "forward KL by position")
+    strips[-1].set_xlabel("token of the completion")
+    assert image is not None  # one run at least has positions
+    figure.colorbar(image, ax=list(strips), label="nats")
+
+
+def _with_gaps(column: Column) -> list[float]:
+    return [float("nan") if value is None else value for value in column]
+
+
 def _plot(axes: Axes, run: RunData, column: Column, colour: str, label: str) -> None:
-    values = [float("nan") if value is None else value for value in column]
+    values = _with_gaps(column)
     marker = "o" if len(values) < 3 else None
     axes.plot(run.steps[: len(values)], values, color=colour, marker=marker, lw=1.3, label=_plain(label))
 

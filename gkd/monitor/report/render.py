@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from itertools import count
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, StrictUndefined
 
 from gkd.config import describe_keys
+from gkd.evaluate.answer_tokens import AnswerToken
 from gkd.monitor.report.charts import (
     COLOURS,
     DIVERGENCE_TITLES,
@@ -30,12 +31,22 @@ from gkd.monitor.report.charts import (
     run_payload,
 )
 from gkd.monitor.report.data import RunData, flatten
+from gkd.monitor.report.tokens import (
+    MAX_TOKENS,
+    level_titles,
+    strip_maximum,
+    strip_payload,
+    strips,
+    token_payload,
+    token_spans,
+)
 from gkd.monitor.text import clean, format_duration, format_rate, format_value, write_atomically
 
 _OUTSIDE = "load, evaluate, save"
 _NAMES = {"run.name", "run.dir"}  # differ between any two runs
 _OUTLINE = {"learning rate": "optim.lr", "batch": "optim.batch_size", "sampler": "rollout.engine"}
 _ABSENT = "–"
+_SCRIPTS = ("numbers.js", "report.js", "tokens.js")  # of one script element, in this order
 
 
 class Fact(NamedTuple):
@@ -72,6 +83,7 @@ class Answer:
     who: str
     text: str
     kind: str  # teacher, before or after: how it is coloured
+    tokens: tuple[AnswerToken, ...] = ()  # if the run scored them
 
 
 class ConfigRow(NamedTuple):
@@ -95,32 +107,45 @@ def write_report(runs: Sequence[RunData], path: Path, version: str = "") -> None
 
 def render_report(runs: Sequence[RunData], version: str = "") -> str:
     """The whole page for one run or several."""
-    script, style = _file("numbers.js") + _file("report.js"), _file("report.css")
+    script, style = "".join(map(_file, _SCRIPTS)), _file("report.css")
     heldout, sections = heldout_charts(runs), chart_sections(runs)
     charts = [*heldout, *(chart for members in sections.values() for chart in members)]
+    samples = sample_groups(runs)
+    early = [(run.label, groups) for run in runs if (groups := early_answers(run))]
+    groups = [*samples, *(group for _, members in early for group in members)]
+    answers = [answer for _, members in groups for answer in members]  # in the order of the page
     number = count()  # in the order of `charts`
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(clean=lambda value: clean(str(value)), duration=format_duration)
-    return environment.from_string(_file("template.html")).render(
-        policy=_policy(script, style),
-        script=script,
-        style=style,
-        data=_script_json(_payload(runs, charts)),
-        runs=runs,
-        title=" · ".join(run.label for run in runs),
-        version=version,
-        outlines=[outline(run) for run in runs],
-        facts=[facts(run) for run in runs],
-        heldout=heldout_rows(runs),
-        heldout_charts=[(next(number), chart) for chart in heldout],
-        sections={heading: [(next(number), chart) for chart in members] for heading, members in sections.items()},
-        times=time_parts(runs),
-        samples=sample_groups(runs),
-        batches=[list(batch_tokens(run.first_batch)) for run in runs],
-        differences=config_differences(runs),
-        configs=[config_rows(run) for run in runs],
-        environments=[[(key, _shown(value)) for key, value in flatten(run.environment).items()] for run in runs],
-        colours=COLOURS,
+    return (
+        _environment()
+        .from_string(_file("template.html"))
+        .render(
+            policy=_policy(script, style),
+            script=script,
+            style=style,
+            data=_script_json(_payload(runs, charts, answers)),
+            runs=runs,
+            title=" · ".join(run.label for run in runs),
+            version=version,
+            outlines=[outline(run) for run in runs],
+            facts=[facts(run) for run in runs],
+            heldout=heldout_rows(runs),
+            heldout_charts=[(next(number), chart) for chart in heldout],
+            sections={heading: [(next(number), chart) for chart in members] for heading, members in sections.items()},
+            times=time_parts(runs),
+            samples=samples,
+            early=early,
+            answer_number=count().__next__,  # as in the data: of the answers that have tokens
+            has_tokens=any(answer.tokens for answer in answers),
+            levels=level_titles(),
+            max_tokens=MAX_TOKENS,
+            strips=strips(runs),
+            strip_maximum=f"{strip_maximum(runs):.3g}",
+            batches=[list(batch_tokens(run.first_batch)) for run in runs],
+            differences=config_differences(runs),
+            configs=[config_rows(run) for run in runs],
+            environments=[[(key, _shown(value)) for key, value in flatten(run.environment).items()] for run in runs],
+            colours=COLOURS,
+        )
     )
 
 
@@ -198,16 +223,31 @@ def time_parts(runs: Sequence[RunData]) -> list[list[TimePart]]:
 
 def sample_groups(runs: Sequence[RunData]) -> list[tuple[str, list[Answer]]]:
     """(prompt, answers) with the answers of all runs to it side by side; the same text by the same is there once."""
-    groups: dict[str, dict[tuple[str, str], list[str]]] = {}
+    groups: dict[str, dict[Answer, list[str]]] = {}
     for run in runs:
         for sample in run.samples:
             groups.setdefault(sample.prompt, {})
     for place, kind in enumerate(("teacher", "before", "after"), start=1):
         for run in runs:
-            for sample in run.samples:
-                groups[sample.prompt].setdefault((kind, sample[place]), []).append(run.label)
+            for number, sample in enumerate(run.samples):
+                answer = _answer(run, kind, number, sample[place])
+                groups[sample.prompt].setdefault(answer, []).append(run.label)
+    alone = len(runs) == 1
     return [
-        (prompt, [_answer(*item, alone=len(runs) == 1) for item in found.items()]) for prompt, found in groups.items()
+        (prompt, [answer if alone else _named(answer, labels) for answer, labels in found.items()])
+        for prompt, found in groups.items()
+    ]
+
+
+def early_answers(run: RunData) -> list[tuple[str, list[Answer]]]:
+    """(prompt, the student's answer before the first step), for a run that has not ended."""
+    if run.samples:
+        return []
+    scored = [answer.prompt for answer in run.answer_tokens.get("before", ())]
+    prompts = scored or [f"held-out prompt {number}" for number in range(1, len(run.early_answers) + 1)]
+    return [
+        (prompt, [_answer(run, "before", number, text)])
+        for number, (prompt, text) in enumerate(zip(prompts, run.early_answers, strict=False))
     ]
 
 
@@ -238,10 +278,22 @@ def batch_tokens(text: str) -> Iterator[BatchToken]:
         yield BatchToken(re.sub(r"\\(.)", r"\1", bracketed or bare), bool(bracketed))
 
 
-def _answer(what: tuple[str, str], labels: Sequence[str], *, alone: bool) -> Answer:
-    kind, text = what
-    who = "teacher" if kind == "teacher" else f"student {kind}"
-    return Answer(who if alone else f"{who}, {' and '.join(labels)}", text, kind)
+def _answer(run: RunData, kind: str, number: int, text: str) -> Answer:
+    scored = run.answer_tokens.get(kind, ())
+    tokens = scored[number].tokens if number < len(scored) else ()
+    return Answer("teacher" if kind == "teacher" else f"student {kind}", text, kind, tokens)
+
+
+def _named(answer: Answer, labels: Sequence[str]) -> Answer:
+    return replace(answer, who=f"{answer.who}, {' and '.join(labels)}")
+
+
+def _environment() -> Environment:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(
+        clean=lambda value: clean(str(value)), duration=format_duration, spans=token_spans, value=format_value
+    )
+    return environment
 
 
 def _heldout_fact(run: RunData) -> Fact:
@@ -252,8 +304,13 @@ def _heldout_fact(run: RunData) -> Fact:
     return Fact(f"held-out {row.divergence}", f"{row.before} → {row.after}", f"nats a token, {note}")
 
 
-def _payload(runs: Sequence[RunData], charts: Sequence[Chart]) -> dict[str, Any]:
-    return {"runs": [run_payload(run) for run in runs], "charts": [asdict(chart) for chart in charts]}
+def _payload(runs: Sequence[RunData], charts: Sequence[Chart], answers: Sequence[Answer]) -> dict[str, Any]:
+    return {
+        "runs": [run_payload(run) for run in runs],
+        "charts": [asdict(chart) for chart in charts],
+        "strips": strip_payload(runs),
+        "answers": [token_payload(answer.tokens) for answer in answers if answer.tokens],
+    }
 
 
 def _script_json(value: Mapping[str, Any]) -> str:

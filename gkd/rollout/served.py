@@ -1,0 +1,229 @@
+"""A sampler in processes of its own: `gkd serve-sampler` generates, on this machine or on others."""
+
+from __future__ import annotations
+
+import math
+import os
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from gkd.config import Config, RolloutConfig
+from gkd.errors import ConfigError, SamplerError, WeightSyncError
+from gkd.rollout.serving import protocol
+from gkd.rollout.serving.protocol import CompletionQuery, ServedSamplerModel
+from gkd.serving.replicas import (
+    NoServerLeftError,
+    Replica,
+    ReplicaPool,
+    Role,
+    ServerFailedError,
+    ServerRefusedError,
+    host_options,
+)
+from gkd.serving.threads import map_in_threads
+from gkd.types import Completion, SampleRequest, SamplingSettings
+
+if TYPE_CHECKING:
+    import torch
+
+FromMain = Callable[[Any], Any]
+
+
+class ServedSampler:
+    """Implements `Sampler` with requests to the servers of rollout.addresses, one a completion, many at once.
+
+    Every rank generates; the main rank sends the weights. A server that fails, or misses an update, gets no work until
+    an update has reached it whole. `from_main` hands the main rank's value to all.
+    """
+
+    def __init__(self, config: Config, *, is_main: bool, from_main: FromMain) -> None:
+        """Raises ConfigError as `check_served_sampler` does."""
+        self._pool, self._served = _connect(config)
+        self._is_main, self._from_main = is_main, from_main
+        self._sender: Any = None
+        if is_main:
+            from gkd.rollout.weight_transfer import WeightSender
+
+            self._sender = WeightSender(self._pool, dtype=self._served.dtype, timeout_s=config.rollout.timeout_s)
+        self._update, self._version = "", -1
+        self._holding: list[Replica] = []
+
+    def generate(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[Completion]:
+        """Raises SamplerError if no server is left that completes a request, or if one answers something else."""
+        version, attempts = self._version, max(2, len(self._pool.replicas))
+
+        def complete(request: SampleRequest) -> Completion:
+            try:
+                return self._pool.attempt(lambda r: self._complete(r, request, settings, version), attempts)
+            except NoServerLeftError as error:
+                raise SamplerError(f"no served sampler is left that completes a prompt: {error}") from None
+
+        return map_in_threads(complete, requests, self._pool.requests_at_once)
+
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Raises WeightSyncError, on all ranks, if not one server took all of them."""
+        self._version = version
+        if self._is_main:
+            self._update = uuid.uuid4().hex
+            self._holding = self._sender.send(weights, self._update, version)
+        else:
+            for _ in weights:  # takes part in gathering them
+                pass
+        self._agree(version)
+
+    def probe(self, request: SampleRequest, settings: SamplingSettings) -> list[Completion]:
+        """By every server that holds the weights; one that does not answer is set aside.
+
+        Raises SamplerError, on all ranks, if one answers something else than was asked, or if none answers.
+        """
+        mine = self._probe_all(request, settings) if self._is_main else None
+        answers, reason = self._from_main(mine)
+        if not answers:
+            raise SamplerError(f"no served sampler could be probed: {reason}")
+        return answers
+
+    def _probe_all(self, request: SampleRequest, settings: SamplingSettings) -> tuple[list[Completion], str]:
+        """The answers; or none, and why: the other ranks have to know it too."""
+        answers: list[Completion] = []
+        reasons: list[str] = []
+        for replica in list(self._holding):
+            try:
+                answers.append(self._complete(replica, request, settings, self._version, is_probe=True))
+            except (httpx.HTTPError, ServerFailedError) as error:
+                reasons.append(f"{replica.address}: {self._pool.reason(error)}")
+                self._pool.set_down(replica, reasons[-1])
+                self._holding.remove(replica)
+            except SamplerError as error:
+                return [], str(error)
+        return answers, "; ".join(reasons)
+
+    def accept_weights(self) -> None:
+        """Raises WeightSyncError, on all ranks, if no server is left to accept them."""
+        if self._is_main:
+            self._holding = self._sender.post(self._holding, protocol.ACCEPT_PATH, {"update": self._update})
+        self._agree(self._version)
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def _agree(self, version: int) -> None:
+        """The same servers on all ranks: those that hold the weights; the others get no work."""
+        mine = None
+        if self._is_main:
+            mine = [replica.address for replica in self._holding], "; ".join(self._sender.failures.values())
+        addresses, reasons = self._from_main(mine)
+        if not addresses:
+            raise WeightSyncError(f"no served sampler took the weights of version {version}: {reasons}")
+        for replica in self._pool.replicas:
+            if replica.address in addresses:
+                self._pool.take_back(replica)
+            else:
+                self._pool.set_down(replica, f"{replica.address}: it has no weights of version {version}")
+
+    def _complete(
+        self,
+        replica: Replica,
+        request: SampleRequest,
+        settings: SamplingSettings,
+        version: int,
+        *,
+        is_probe: bool = False,
+    ) -> Completion:
+        query = CompletionQuery.of(settings, seed=request.seed, weights_version=version, is_probe=is_probe)
+        limit_bytes = settings.max_new_tokens * protocol.BYTES_A_TOKEN
+        try:
+            headers, body = self._pool.post_token_ids(
+                replica, protocol.COMPLETIONS_PATH, query.params, request.prompt_ids, limit_bytes + 1
+            )
+        except ServerRefusedError as error:
+            if error.status == protocol.CONFLICT:  # it was restarted, say
+                raise ServerFailedError(str(error)) from None
+            raise SamplerError(f"{replica.address}: {error}") from None
+        if headers.get(protocol.VERSION_HEADER) != str(version):
+            answered = headers.get(protocol.VERSION_HEADER)
+            raise SamplerError(f"{replica.address}: sampled from weights of version {answered!r}, not {version}")
+        try:
+            if len(body) > limit_bytes:
+                raise ValueError(f"more than the {settings.max_new_tokens} tokens that were asked for")
+            return protocol.completion_from_bytes(body, headers.get(protocol.FINISH_REASON_HEADER))
+        except ValueError as error:
+            raise SamplerError(f"{replica.address}: {error}") from None
+
+
+def check_served_sampler(config: Config) -> ServedSamplerModel:
+    """Asks the servers what they serve, and whether it fits the run. Raises ConfigError; loads nothing."""
+    pool, served = _connect(config)
+    pool.close()
+    return served
+
+
+def check_student_is_served(served: ServedSamplerModel, config: RolloutConfig, architecture: str) -> None:
+    """Raises ConfigError unless the servers' model has the student's architecture."""
+    if served.architecture != architecture:
+        raise ConfigError(
+            f"rollout.addresses: {', '.join(config.addresses or ())} serves {served.model} ({served.architecture}), "
+            f"which has another architecture than the student ({architecture}); serve the student's own model, with "
+            "--layers where student.init.layers cuts it"
+        )
+
+
+def _connect(config: Config) -> tuple[ReplicaPool, ServedSamplerModel]:
+    role = Role("rollout", "sampler", protocol.DESCRIPTION_PATH, lambda address: _start_command(config, address))
+    pool = ReplicaPool(config.rollout, role, cool_down_s=math.inf)
+    try:
+        described = [pool.describe(r, ServedSamplerModel, protocol.PROTOCOL_VERSION) for r in pool.replicas]
+        pool.check_agreement(described, ("architecture", "dtype", "vocabulary_rows"))
+        for replica, served in zip(pool.replicas, described, strict=True):
+            _check(config, replica.address, served)
+    except BaseException:
+        pool.close()
+        raise
+    return pool, described[0]
+
+
+def _check(config: Config, address: str, served: ServedSamplerModel) -> None:
+    start, wanted = _start_command(config, address), config.rollout.weight_transfer
+    if served.dtype != config.student.dtype:
+        raise ConfigError(
+            f"rollout.addresses: {address} samples in {served.dtype}, but student.dtype is {config.student.dtype}; "
+            f"start it with: {start}"
+        )
+    if served.max_tokens < config.longest_sampled:
+        raise ConfigError(
+            f"rollout.addresses: {address} takes {served.max_tokens} tokens, but a sequence or a probe can reach "
+            f"{config.longest_sampled}; start it with --max-model-tokens {config.longest_sampled} or more"
+        )
+    if wanted not in ("auto", served.weight_transfer):
+        raise ConfigError(
+            f"rollout.weight_transfer: {wanted}, but {address} takes weights by {served.weight_transfer}; start it "
+            f"with: {start} --weight-transfer {wanted}, or set this to auto"
+        )
+    _check_transfer(address, served)
+
+
+def _check_transfer(address: str, served: ServedSamplerModel) -> None:
+    if served.weight_transfer == "file" and not os.access(served.weights_folder or "", os.W_OK):
+        raise ConfigError(
+            f"rollout.weight_transfer: {address} looks for weights in {served.weights_folder}, which cannot be written "
+            "here; start it with --weight-transfer gloo, or with a --weights-folder that both sides have"
+        )
+    if served.weight_transfer == "nccl":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                f"rollout.weight_transfer: {address} takes weights by nccl, which needs CUDA here too; start it with "
+                "--weight-transfer gloo"
+            )
+
+
+def _start_command(config: Config, address: str) -> str:
+    student = config.student
+    layers = "" if student.init is None else f" --layers {str(student.init.layers).strip('[]').replace(' ', '')}"
+    port = urlsplit(address).port or protocol.DEFAULT_PORT
+    model = student.model or config.teacher.model
+    return f"gkd serve-sampler {model}{layers} --dtype {student.dtype}{host_options(address)} --port {port}"

@@ -1,0 +1,164 @@
+"""vLLM behind a served sampler: completions with weights of a known version, which come from a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from gkd.errors import ModelError, SamplerError
+from gkd.rollout.serving.protocol import CompletionQuery, Transfer
+from gkd.rollout.vllm_engine import (
+    VllmSettings,
+    completion_of,
+    drop_prefix_cache,
+    refresh_tied_head,
+    start_vllm,
+    vllm_request,
+    without_dynamo_on_cpu,
+)
+from gkd.serving.engine import EngineThread
+from gkd.types import Completion, SampleRequest
+
+
+class NotHeldError(Exception):
+    """The engine does not hold the weights, or is not in the update, that a request is for."""
+
+
+@dataclass(frozen=True)
+class VersionedCompletion:
+    completion: Completion
+    weights_version: int
+
+
+@dataclass
+class _Weights:
+    """What came with one update. Complete: finished with all pieces. Accepted: proven by the trainer."""
+
+    update: str
+    version: int
+    pieces: int = 0
+    is_complete: bool = False
+    is_accepted: bool = False
+
+
+class SamplerEngine:
+    """vLLM in a thread of this process. Updates wait for completions under way; completions wait for updates."""
+
+    def __init__(
+        self, model: str, settings: VllmSettings, transfer: Transfer, *, on_failure: Callable[[], None]
+    ) -> None:
+        """Returns when the engine is ready. Raises ModelError if vLLM is not installed or cannot run the model.
+
+        `on_failure` is called, from the engine's thread, if the engine dies later.
+        """
+        self._weights: _Weights | None = None  # the engine thread's own
+        self._is_updating = False
+        self._thread = EngineThread(
+            lambda: self._start(model, settings, transfer), _finished, name="sampler engine", on_failure=on_failure
+        )
+        self.max_tokens = self._thread.max_tokens
+        self.close = self._thread.close
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive
+
+    def complete(self, prompt_ids: tuple[int, ...], query: CompletionQuery) -> Future[VersionedCompletion]:
+        """Fails with NotHeldError unless the weights are of the query's version, and accepted or only probed."""
+        request = SampleRequest(prompt_ids, query.seed)
+
+        def prepare() -> tuple[Any, Any]:
+            held = self._weights
+            if held is None or not held.is_complete or not (held.is_accepted or query.is_probe):
+                raise NotHeldError("the sampler holds no complete, proven weights; it does not generate")
+            if held.version != query.weights_version:
+                raise NotHeldError(f"the sampler holds version {held.version}, not {query.weights_version}")
+            return vllm_request(request, query.settings)
+
+        return self._thread.submit(prepare)
+
+    # ---- updates; each of these fails with NotHeldError out of turn
+
+    def connect(self, info: dict[str, Any]) -> Future[None]:
+        """Tells the weight-transfer engine of the trainer, or where its files are."""
+        return self._thread.run_alone(
+            lambda engine: engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": info})
+        )
+
+    def start_update(self, update: str, version: int) -> Future[None]:
+        """From here on nothing is completed. An update that was not finished is given up."""
+
+        def start(engine: Any) -> None:
+            self._weights = None
+            if self._is_updating:
+                self._is_updating = False
+                engine.collective_rpc("finish_weight_update")
+            engine.collective_rpc("start_weight_update")
+            self._is_updating = True
+            self._weights = _Weights(update, version)
+
+        return self._thread.run_alone(start)
+
+    def receive_piece(self, update: str, piece: dict[str, Any]) -> Future[None]:
+        def receive(engine: Any) -> None:
+            weights = self._in_update(update)
+            try:
+                engine.collective_rpc("update_weights", kwargs={"update_info": piece})
+            except Exception:
+                self._weights, self._is_updating = None, False  # vLLM has given the update up
+                raise
+            weights.pieces += 1
+
+        return self._thread.run_alone(receive)
+
+    def finish_update(self, update: str, pieces: int) -> Future[None]:
+        def finish(engine: Any) -> None:
+            weights = self._in_update(update)
+            if weights.pieces != pieces:
+                raise NotHeldError(f"{weights.pieces} of {pieces} pieces of the update have arrived")
+            self._is_updating = False
+            engine.collective_rpc("finish_weight_update")
+            engine.set_weight_version(str(weights.version))
+            engine.apply_model(refresh_tied_head)
+            drop_prefix_cache(engine)
+            weights.is_complete = True
+
+        return self._thread.run_alone(finish)
+
+    def accept(self, update: str) -> Future[None]:
+        def accept(_: Any) -> None:
+            if self._weights is None or self._weights.update != update or not self._weights.is_complete:
+                raise NotHeldError("these weights are not the ones that the sampler holds")
+            self._weights.is_accepted = True
+
+        return self._thread.run_alone(accept)
+
+    def _in_update(self, update: str) -> _Weights:
+        if self._weights is None or self._weights.update != update or self._weights.is_complete:
+            raise NotHeldError("the sampler is not in this update")
+        return self._weights
+
+    def _start(self, model: str, settings: VllmSettings, transfer: Transfer) -> Any:
+        try:
+            from vllm.config import WeightTransferConfig
+
+            from gkd.rollout.serving.transfer import register_engines
+        except ImportError as error:
+            raise ModelError(f"vLLM cannot be imported ({error}); install gkd[cuda] or gkd[cpu]") from error
+        register_engines()
+        try:
+            self._llm = start_vllm(model, settings, weight_transfer_config=WeightTransferConfig(backend=transfer))
+        except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise ModelError(f"vLLM cannot serve {model}: {reason}") from error
+        without_dynamo_on_cpu().__enter__()  # for as long as this process lives
+        return self._llm.llm_engine
+
+
+def _finished(output: Any) -> VersionedCompletion:
+    versions = {span.version for span in output.outputs[0].weight_versions or ()}
+    if len(versions) != 1:
+        raise SamplerError(f"a completion was sampled from weights of {len(versions)} versions, not of one")
+    return VersionedCompletion(completion_of(output.outputs[0]), int(versions.pop()))

@@ -1,0 +1,110 @@
+"""ASGI applications of a few routes behind one token. Nothing of vLLM's own server is exposed."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import AsyncIterator, Sequence
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+import numpy as np
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from gkd.serving.protocol import TOKEN_ID_BYTES, TOKEN_ID_FORMAT
+
+if TYPE_CHECKING:
+    from starlette.routing import BaseRoute
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+_PIECE_BYTES = 1 << 20
+_BODY_TIMEOUT_S = 60.0  # a client that stops in the middle of its request
+
+
+def make_app(routes: Sequence[BaseRoute]) -> ASGIApp:
+    """Errors are JSON; a RuntimeError is the engine's, status 500."""
+    return Starlette(
+        routes=routes,
+        exception_handlers={HTTPException: _as_json, RuntimeError: _engine_failed},  # pyright: ignore
+    )
+
+
+class TokenGuard:
+    """Outside of everything else, so that there is no route it does not cover."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app, self._expected = app, f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or self._is_allowed(scope):
+            await self._app(scope, receive, send)
+            return
+        refusal = _error(HTTPStatus.UNAUTHORIZED, "this server asks for a token: Authorization: Bearer TOKEN")
+        await refusal(scope, receive, send)
+
+    def _is_allowed(self, scope: Scope) -> bool:
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
+
+
+def bad_request(message: str) -> HTTPException:
+    return HTTPException(HTTPStatus.BAD_REQUEST, message)
+
+
+async def read_body(request: Request, limit_bytes: int, limit: str) -> bytes:
+    """The whole body; status 413, whose message is `limit`, for one of more than `limit_bytes`."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(_BODY_TIMEOUT_S):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > limit_bytes:
+                    raise HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, limit)
+    except TimeoutError:
+        raise HTTPException(HTTPStatus.REQUEST_TIMEOUT, f"no whole request in {_BODY_TIMEOUT_S:g} s") from None
+    except ClientDisconnect:
+        raise bad_request("the request ended early") from None
+    return bytes(body)
+
+
+async def read_token_ids(request: Request, *, max_tokens: int, vocabulary_rows: int) -> list[int]:
+    """One sequence; status 400 or 413 for anything else than up to `max_tokens` ids of the vocabulary."""
+    limit_bytes = TOKEN_ID_BYTES * max_tokens
+    limit = (
+        f"a sequence has at most {max_tokens} tokens ({limit_bytes} bytes); start the server with a larger "
+        "--max-model-tokens, if the model can"
+    )
+    body = await read_body(request, limit_bytes, limit)
+    if not body or len(body) % TOKEN_ID_BYTES:
+        raise bad_request(f"{len(body)} bytes are no token ids: one or more little-endian int32 expected")
+    ids = np.frombuffer(body, TOKEN_ID_FORMAT)
+    if ids.min() < 0 or ids.max() >= vocabulary_rows:
+        wrong = next(int(token_id) for token_id in ids if not 0 <= token_id < vocabulary_rows)
+        raise bad_request(f"there is no token id {wrong}; the model has {vocabulary_rows}")
+    return ids.tolist()
+
+
+def bytes_response(data: memoryview, headers: dict[str, str]) -> Response:
+    """In pieces, so that a slow reader holds up no more than one of them in the socket's buffer."""
+
+    async def pieces() -> AsyncIterator[memoryview]:
+        for start in range(0, len(data), _PIECE_BYTES):
+            yield data[start : start + _PIECE_BYTES]
+
+    length = {"content-length": str(len(data))}
+    return StreamingResponse(pieces(), media_type="application/octet-stream", headers=headers | length)
+
+
+def _error(status: int, message: str) -> JSONResponse:
+    return JSONResponse({"error": message}, status_code=status)
+
+
+async def _as_json(request: Request, error: HTTPException) -> Response:
+    return _error(error.status_code, error.detail)
+
+
+async def _engine_failed(request: Request, error: RuntimeError) -> Response:
+    return _error(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))

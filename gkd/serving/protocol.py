@@ -1,0 +1,40 @@
+"""What all of gkd's servers and their clients agree on. Nothing heavy is imported here.
+
+Token ids travel as little-endian int32. Errors are JSON: {"error": "..."}. With a token, every request carries
+`Authorization: Bearer TOKEN`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from gkd.errors import ConfigError
+
+TOKEN_ID_FORMAT = "<i4"  # numpy's name of little-endian int32
+TOKEN_ID_BYTES = 4
+TOKEN_VARIABLE = "GKD_SERVER_TOKEN"
+_SHORTEST_TOKEN = 16
+
+
+def read_token(file: str | Path | None, key: str) -> str | None:
+    """The token in `file`, else in $GKD_SERVER_TOKEN, else None. It never stands on a command line, which others see.
+
+    Raises ConfigError, starting with `key` or the variable's name, for a file that cannot be read or a weak token.
+    """
+    origin, text = TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE)
+    if file is not None:
+        origin = key
+        try:
+            text = Path(file).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{key}: cannot read {file}: {error}") from None
+    if text is None:
+        return None
+    token = text.strip()
+    if len(token) < _SHORTEST_TOKEN or not all("!" <= character <= "~" for character in token):
+        raise ConfigError(
+            f"{origin}: a token is at least {_SHORTEST_TOKEN} printable ASCII characters without spaces; "
+            "make one with `openssl rand -hex 32`"
+        )
+    return token

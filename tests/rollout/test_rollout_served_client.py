@@ -1,0 +1,170 @@
+"""What a client makes of samplers that lie or fail, and which configs are refused."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from teacher_servers import Answer, FakeServer
+
+from gkd.config import make_config
+from gkd.errors import ConfigError, SamplerError
+from gkd.rollout.served import ServedSampler, check_served_sampler, check_student_is_served
+from gkd.rollout.serving.protocol import (
+    PROTOCOL_VERSION,
+    CompletionQuery,
+    ServedSamplerModel,
+    completion_from_bytes,
+    completion_to_bytes,
+)
+from gkd.types import Completion, SampleRequest, SamplingSettings
+
+SERVED = ServedSamplerModel(
+    protocol=PROTOCOL_VERSION, model="m", architecture="a" * 16, dtype="float32", vocabulary_rows=20, max_tokens=176,
+    weight_transfer="gloo", weights_folder=None, process="p",
+)  # fmt: skip
+COMPLETION = Completion((3, 4, 2), (-0.5, -1.25, -0.125), "stop")
+REQUEST = SampleRequest((5, 6), 7)
+MakeServer = Callable[..., FakeServer]
+
+
+def description(**changes: Any) -> Answer:
+    return 200, {}, json.dumps(SERVED.model_dump() | changes).encode()
+
+
+def answer(body: bytes = completion_to_bytes(COMPLETION), **headers: str) -> Answer:
+    right = {"x-gkd-weights-version": "4", "x-gkd-finish-reason": "stop"}
+    return 200, right | {name.replace("_", "-"): value for name, value in headers.items()}, body
+
+
+@pytest.fixture
+def make_server() -> Iterator[MakeServer]:
+    """A server that answers right, but for what is given."""
+    started: list[FakeServer] = []
+
+    def make(completion: Answer = answer(), sampler: Answer = description()) -> FakeServer:  # noqa: B008
+        started.append(FakeServer({"/sampler": sampler, "/completions": completion}))
+        return started[-1]
+
+    yield make
+    for server in started:
+        server.close()
+
+
+def config(*servers: FakeServer, **rollout: Any) -> Any:
+    keys = {"placement": "served", "addresses": [server.address for server in servers], "timeout_s": 0.5,
+            "max_new_tokens": 8} | rollout  # fmt: skip
+    return make_config(
+        {"teacher": {"model": "t"}, "student": {"model": "s", "dtype": "float32"},
+         "data": {"train": "d", "max_prompt_tokens": 16}, "rollout": keys}
+    )  # fmt: skip
+
+
+def generate(*servers: FakeServer) -> list[Completion]:
+    sampler = ServedSampler(config(*servers), is_main=False, from_main=lambda value: value)
+    sampler._version = 4
+    return sampler.generate([REQUEST], SamplingSettings(8))
+
+
+def test_what_a_server_sends_is_what_comes_out(make_server: MakeServer) -> None:
+    assert generate(make_server()) == [COMPLETION]
+    assert completion_from_bytes(completion_to_bytes(COMPLETION), "stop") == COMPLETION
+
+
+def test_settings_survive_the_way() -> None:
+    settings = SamplingSettings(9, 0.7, 0.1 + 0.2, 5, (2, 1_000_000))
+    query = CompletionQuery.of(settings, seed=2**63 - 1, weights_version=3, is_probe=True)
+    again = CompletionQuery.model_validate(query.params)
+    assert again == query and again.settings == settings
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("completion", "message"),
+    [
+        (answer(x_gkd_weights_version="3"), "sampled from weights of version '3', not 4"),
+        (answer(x_gkd_finish_reason="tired"), "that is no completion"),
+        (answer(completion_to_bytes(COMPLETION)[:-2]), "that is no completion"),
+        (answer(b""), "that is no completion"),
+        (answer(completion_to_bytes(Completion((3,), (float("nan"),), "stop"))), "not finite"),
+        (answer(struct.pack("<9i", *range(9)) + bytes(36)), "more than the 8 tokens"),
+        ((400, {}, b'{"error": "there is no token id 12"}'), "status 400: there is no token id 12"),
+    ],
+)
+def test_a_lie_stops_the_run_at_once(make_server: MakeServer, completion: Answer, message: str) -> None:
+    server, other = make_server(completion), make_server(completion)
+    with pytest.raises(SamplerError, match=message):
+        generate(server, other)
+    assert (server.requests + other.requests).count("/completions") == 1, "no second attempt"
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("completion", "reason"),
+    [
+        ((500, {}, b'{"error": "the engine failed"}'), "status 500: the engine failed"),
+        ((409, {}, b'{"error": "holds version 3"}'), "status 409: holds version 3"),
+        ((200, {"x-sleep": "2"}, b""), r"no answer within rollout\.timeout_s"),
+    ],
+)
+def test_a_server_that_fails_gets_no_further_work(make_server: MakeServer, completion: Answer, reason: str) -> None:
+    broken, good = make_server(completion), make_server()
+    sampler = ServedSampler(config(broken, good), is_main=False, from_main=lambda value: value)
+    sampler._version = 4
+    for _ in range(3):
+        assert sampler.generate([REQUEST, REQUEST], SamplingSettings(8)) == [COMPLETION, COMPLETION]
+    assert 1 <= broken.requests.count("/completions") <= 2 and good.requests.count("/completions") == 6
+    alone = make_server(completion)
+    with pytest.raises(SamplerError, match=f"no served sampler is left.*{alone.address}: .*{reason}"):
+        generate(alone)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        ((200, {}, b"<html>"), "is no gkd sampler"),
+        (description(weight_transfer="pigeon"), "is no gkd sampler"),
+        (description(protocol=2), "version 2 of the protocol"),
+        (description(dtype="bfloat16"), "samples in bfloat16, but student.dtype is float32"),
+        (description(max_tokens=175), "a probe can reach 176; start it with --max-model-tokens 176"),
+        (description(weight_transfer="file", weights_folder="/no/such"), "cannot be written here"),
+        (description(weight_transfer="nccl"), "needs CUDA here too"),
+        ((401, {}, b"{}"), r"rollout\.token_file: .* asks for its token"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_a_config_error(
+    make_server: MakeServer, sampler: Answer, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=message):
+        check_served_sampler(config(make_server(sampler=sampler)))
+
+
+@pytest.mark.fault
+def test_servers_and_students_that_differ_are_named(make_server: MakeServer) -> None:
+    one, other = make_server(), make_server(sampler=description(architecture="b" * 16))
+    with pytest.raises(ConfigError, match=f"{one.address} and {other.address} serve different models: architecture"):
+        check_served_sampler(config(one, other))
+    with pytest.raises(ConfigError, match=r"has another architecture than the student \(b{16}\); .* --layers"):
+        check_student_is_served(SERVED, config(one).rollout, "b" * 16)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "message"),
+    [
+        ({"staleness": 1}, r"rollout\.staleness: 1 needs a sampler that works while the trainer does"),
+        ({"placement": "served"}, r"rollout\.addresses: a served sampler needs at least one"),
+        ({"placement": "served", "addresses": ["localhost:1"]}, "not of the form"),
+        ({"placement": "served", "addresses": ["http://a:1"], "engine": "transformers"}, r"rollout\.engine: "),
+        ({"addresses": ["http://a:1"]}, r"rollout\.addresses: is for rollout\.placement: served, which is local"),
+        ({"placement": "served", "addresses": ["http://a:1"], "lora_sync": "adapter"}, r"rollout\.lora_sync: "),
+    ],
+)
+def test_config(rollout: dict[str, Any], message: str) -> None:
+    values = {"teacher": {"model": "t"}, "student": {"model": "s", "lora": {}}, "data": {"train": "d"}}
+    with pytest.raises(ConfigError, match=message):
+        make_config({**values, "rollout": rollout})
