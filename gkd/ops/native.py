@@ -2,7 +2,7 @@
 
 Legend: N rows (tokens), V vocabulary, K slots of a teacher's support. `torch.ops.gkd.score_rows` computes what it is
 given memory for. Its schema is in kernels/shared/op.h, the layout of `stats` [N, 5] and `sums` [N, 3] in
-kernels/shared/spec.h. The two ops for a teacher's top k, on a CPU only, are declared in kernels/shared/topk.h.
+kernels/shared/spec.h. The two ops for a teacher's top k are declared in kernels/shared/topk.h.
 """
 
 from __future__ import annotations
@@ -103,11 +103,6 @@ def score_rows(
         gradient,
         byproducts,
     )
-
-
-def supports_topk(*tensors: Tensor) -> bool:
-    """Whether there are kernels for a teacher's top k, for matrices of these devices, dtypes and strides."""
-    return tensors[0].device.type == "cpu" and supports(*tensors)
 
 
 def topk_log_probs(

@@ -122,7 +122,7 @@ class _TopkDivergence(torch.autograd.Function):
 @torch.no_grad()
 def student_topk_log_probs(student_logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """`gkd.objectives.topk.student_topk_log_probs`, natively where there is a kernel for it."""
-    if not native.supports_topk(student_logits):
+    if not native.supports(student_logits):
         return reference.student_topk_log_probs(student_logits, ids, temperature)
     new = {"dtype": working_dtype(student_logits), "device": student_logits.device}
     on_k = torch.empty(ids.shape, **new)  # [N, K]
@@ -144,7 +144,7 @@ def write_topk_gradient(
 ) -> None:
     """`gkd.objectives.topk.write_topk_gradient`, natively where there is a kernel for it."""
     factors = gradient_on_k, off_k_factor, logsumexp
-    if not native.supports_topk(student_logits, out):
+    if not native.supports(student_logits, out):
         reference.write_topk_gradient(student_logits, ids, *factors, temperature, out)
         return
     on_k, off_k, logsumexp = (tensor.to(working_dtype(student_logits)).contiguous() for tensor in factors)

@@ -20,7 +20,7 @@ constexpr int kMemoryThreads = 512;
 inline void check(cudaError_t error, const char* doing) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // or the next call would find it
-  throw std::runtime_error(std::string("gkd::score_rows: ") + doing + ": " + cudaGetErrorString(error));
+  throw std::runtime_error(std::string("gkd: ") + doing + ": " + cudaGetErrorString(error));
 }
 
 inline int attribute(cudaDeviceAttr which, int index) {

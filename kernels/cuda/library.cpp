@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "rows.h"
+#include "topk.h"
 
 namespace gkd {
 namespace {
@@ -46,8 +47,36 @@ void score_rows(Tensor student, Tensor teacher, int64_t kind, double parameter, 
   run_of(job.kind)(job, current_stream(device));
 }
 
+void topk_log_probs(Tensor student, Tensor ids, double temperature, Tensor on_k, Tensor tail, Tensor logsumexp) {
+  const TopkRows rows = topk_rows(student, ids, temperature);
+  require(rows.student.dtype != Dtype::float64, "on CUDA logits must be float16, bfloat16 or float32, not float64");
+  const int64_t n = rows.rows;
+  const TopkLogProbs<float> job{rows, real_vector<float>(on_k, n * rows.slots), real_vector<float>(tail, n),
+                                real_vector<float>(logsumexp, n)};
+  const int32_t device = student.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  cuda::run_topk_log_probs(job, current_stream(device));
+}
+
+void topk_gradient(Tensor student, Tensor ids, double temperature, Tensor on_k, Tensor off_k, Tensor logsumexp,
+                   Tensor gradient) {
+  const TopkRows rows = topk_rows(student, ids, temperature);
+  require(rows.student.dtype != Dtype::float64 && dtype_of(gradient) != Dtype::float64,
+          "on CUDA logits and gradient must be float16, bfloat16 or float32, not float64");
+  const int64_t n = rows.rows;
+  const TopkGradient<float> job{rows, real_vector<float>(on_k, n * rows.slots), real_vector<float>(off_k, n),
+                                real_vector<float>(logsumexp, n), matrix_of(gradient, n, rows.columns)};
+  const int32_t device = student.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  cuda::run_topk_gradient(job, current_stream(device));
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(gkd, CUDA, m) { m.impl("score_rows", TORCH_BOX(&score_rows)); }
+STABLE_TORCH_LIBRARY_IMPL(gkd, CUDA, m) {
+  m.impl("score_rows", TORCH_BOX(&score_rows));
+  m.impl("topk_log_probs", TORCH_BOX(&topk_log_probs));
+  m.impl("topk_gradient", TORCH_BOX(&topk_gradient));
+}
 
 }  // namespace gkd

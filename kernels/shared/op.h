@@ -11,6 +11,7 @@
 #include <string>
 
 #include "job.h"
+#include "topk.h"
 
 namespace gkd {
 
@@ -96,5 +97,19 @@ struct Arguments {
     return job;
   }
 };
+
+inline TopkRows topk_rows(const Tensor& student, const Tensor& ids, double temperature) {
+  const int64_t rows = student.size(0), columns = student.size(1);
+  require(columns > 0, "an empty vocabulary");
+  require(ids.dim() == 2, "ids must be [rows, slots]");
+  const int64_t slots = ids.size(1);
+  const int64_t* memory = vector_of<int64_t>(ids, rows * slots, ScalarType::Long);
+  return {matrix_of(student, rows, columns), memory, rows, columns, slots, temperature};
+}
+
+template <class S>
+S* real_vector(const Tensor& tensor, int64_t count) {
+  return vector_of<S>(tensor, count, sizeof(S) == 8 ? ScalarType::Double : ScalarType::Float);
+}
 
 }  // namespace gkd

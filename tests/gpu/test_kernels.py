@@ -201,3 +201,22 @@ def test_linear_divergence(dtype: torch.dtype, softcap: float | None) -> None:
     torch.testing.assert_close(loss.double().cpu(), want, rtol=1e-4, atol=0)
     for got, expected in zip(torch.autograd.grad(loss, variables), torch.autograd.grad(want, wide), strict=True):
         assert relative(got.cpu(), expected) < max(5e-3 if dtype == torch.bfloat16 else 1e-3, ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("vocabulary", [7, 32003, 151643])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_topk_divergence(dtype: torch.dtype, vocabulary: int) -> None:
+    student, teacher = logits(6, vocabulary, dtype)
+    log_probs, ids = teacher.float().log_softmax(-1).topk(min(20, vocabulary))
+    ids[2, 1:], ids[3] = -1, -1
+    weights = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 2.0], device="cuda")
+    options = {"kind": "jsd", "temperature": 1.3, "weights": weights}
+    student.requires_grad_()
+    loss = gkd.topk_divergence(student, ids, log_probs, **options)
+    wide = student.detach().double().cpu().requires_grad_()
+    options["weights"] = weights.cpu().double()
+    want = gkd.topk_divergence(wide, ids.cpu(), log_probs.double().cpu(), **options)
+    torch.testing.assert_close(loss.double().cpu(), want, rtol=1e-5, atol=1e-6)
+    (got,), (expected,) = torch.autograd.grad(loss, student), torch.autograd.grad(want, wide)
+    assert relative(got.cpu(), expected) < ROUNDING[dtype]
+    assert got[3:5].abs().max() == 0

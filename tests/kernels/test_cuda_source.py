@@ -16,24 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulated import DTYPES, Matrix, Rows, check_gradient, compile_emulation, random_rows
 from torch import Tensor
 
 from gkd.objectives import BYPRODUCTS, KINDS, Divergence, HardLabels, score_rows
 
-ROOT = Path(__file__).parents[2]
-EMULATION = ROOT / "tests" / "kernels" / "cuda_emulation"
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # in the order of enum Dtype
-HALVES = DTYPES[:2]
 NAN = float("nan")
 INF = float("inf")
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiles C++")
-
-
-class Matrix(ctypes.Structure):
-    """kernels/shared/job.h"""
-
-    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int), ("row_stride", ctypes.c_int64)]
 
 
 VECTORS = ("alive", "row_scale", "labels", "hard_weight", "given_stats", "given_sums", "stats", "sums", "value")
@@ -48,51 +39,6 @@ class Job(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("parameter", "temperature", "scale")),
         *((name, ctypes.c_void_p) for name in (*VECTORS, "byproducts")),
     ]
-
-
-def compile_emulation(target: Path, *options: str, kernels: Path = ROOT / "kernels") -> None:
-    header = f'-DGKD_EMULATED_DEVICE="{EMULATION / "device.cuh"}"'
-    sources = [str(path) for path in sorted(EMULATION.glob("*.cpp"))]
-    # like a GPU's compiler, fuse products and sums
-    flags = ["-std=c++20", "-O1", "-march=native", "-ffp-contract=fast", "-Wall", "-Wno-unknown-pragmas"]
-    flags += ["-I", str(kernels / "cuda")]
-    subprocess.run(["g++", *flags, header, *options, *sources, "-o", str(target)], check=True)
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    target = tmp_path_factory.mktemp("emulation") / "rows.so"
-    compile_emulation(target, "-shared", "-fPIC")
-    library = ctypes.CDLL(str(target))
-    library.gkd_run_rows.restype = ctypes.c_char_p
-    assert library.gkd_job_bytes() == ctypes.sizeof(Job)
-    return library
-
-
-@dataclass
-class Rows:
-    """Matrices where a kernel meets them: inside a larger memory of NaN, at an offset, with a row stride."""
-
-    view: Tensor  # [N, V]
-    memory: Tensor  # flat
-
-    @classmethod
-    def place(cls, values: Tensor, dtype: torch.dtype, offset: int = 0, stride: int | None = None) -> Rows:
-        n_rows, columns = values.shape
-        stride = columns if stride is None else stride
-        memory = torch.full((64 + offset + n_rows * stride + columns + 64,), NAN, dtype=dtype)
-        start = 32 + offset + (-memory.data_ptr() // memory.itemsize) % 8  # offset 0 is aligned to 8 elements
-        view = memory.as_strided((n_rows, columns), (stride, 1), start)
-        view.copy_(values)
-        return cls(view, memory)
-
-    def matrix(self) -> Matrix:
-        return Matrix(self.view.data_ptr(), DTYPES.index(self.view.dtype), self.view.stride(0))
-
-    def others_untouched(self) -> bool:
-        """Whether all but the view is NaN still. Overwrites the view."""
-        self.view.fill_(NAN)
-        return bool(self.memory.isnan().all())
 
 
 @dataclass(frozen=True)
@@ -146,12 +92,6 @@ def emulate(
     return outputs
 
 
-def random_rows(n_rows: int, columns: int, seed: int = 0, spread: float = 3.0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = torch.randn(2, n_rows, columns, generator=generator) * spread
-    return student, teacher
-
-
 def spec_of(kind: str, temperature: float = 2.0) -> Divergence:
     return Divergence(kind, beta=0.3, alpha=0.3, temperature=temperature, scale_by_temperature_squared=True)
 
@@ -170,10 +110,8 @@ def check_value(got: Tensor, want: Tensor, rtol: float = 3e-6) -> None:
     torch.testing.assert_close(got.double(), want, rtol=rtol, atol=1e-9, equal_nan=True)
 
 
-def check_gradient(got: Tensor, want: Tensor, tolerance: float = 1e-5, atol: float = 1e-9) -> None:
-    """Float gradients to 1e-5 of their norm, narrower ones as well as rounding allows."""
-    rounding = float((want.to(got.dtype).double() - want).norm())
-    assert float((got.double() - want).norm()) <= 1.02 * rounding + tolerance * float(want.norm()) + atol
+def test_the_job_is_laid_out_as_in_c(library: ctypes.CDLL) -> None:
+    assert library.gkd_job_bytes() == ctypes.sizeof(Job)
 
 
 # ---- values and gradients

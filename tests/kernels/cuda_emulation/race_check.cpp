@@ -38,10 +38,31 @@ std::string run_case(const Case& c) {
   return error.empty() ? emulation::run_rows(job, {c.ranks, 2, 1}) : error;
 }
 
+std::string run_topk_case(Dtype dtype) {
+  constexpr int kSlots = 5;
+  std::vector<char> logits(kRows * kColumns * (dtype == Dtype::float32 ? 4 : 2));
+  for (size_t i = 0; i < logits.size(); ++i) logits[i] = char(i * 7 % 61);
+  std::vector<int64_t> ids{3, 900, -1, 31, 32, -1, -1, -1, -1, -1};  // the second row has none
+  std::vector<float> on_k(kRows * kSlots), tail(kRows), logsumexp(kRows), off_k(kRows, 0.5f);
+  const Matrix student{logits.data(), dtype, kColumns};
+  const TopkRows rows{student, ids.data(), kRows, kColumns, kSlots, 2.0};
+  for (const int blocks : {1, 2}) {
+    std::string error = emulation::run_topk_log_probs({rows, on_k.data(), tail.data(), logsumexp.data()}, blocks, 0);
+    if (!error.empty()) return error;
+    error = emulation::run_topk_gradient({rows, on_k.data(), off_k.data(), logsumexp.data(), student}, blocks, 1);
+    if (!error.empty()) return error;
+  }
+  return "";
+}
+
 }  // namespace
 
 int main() {
   using enum Dtype;
+  for (const Dtype dtype : {bfloat16, float32}) {
+    const std::string error = run_topk_case(dtype);
+    if (!error.empty()) return std::printf("%s\n", error.c_str()), 1;
+  }
   for (const Kind kind : {Kind::forward_kl, Kind::jsd}) {
     for (const int ranks : {0, 1, 2, 4}) {
       for (const bool extras : {false, true}) {

@@ -22,9 +22,31 @@ std::string run_rows(const Job<float>& job, const Choice& choice) {
   return "an unknown kind";
 }
 
+std::string run_topk_log_probs(const TopkLogProbs<float>& job, int blocks, uint32_t seed) {
+  const Grid grid{blocks, kThreads, 1, topk_shared_bytes<kThreads>(job.columns), seed};
+  if (job.student.dtype == Dtype::float32) return run(grid, [&] { topk_log_probs_kernel<4, kThreads>(job); });
+  return run(grid, [&] { topk_log_probs_kernel<8, kThreads>(job); });
+}
+
+std::string run_topk_gradient(const TopkGradient<float>& job, int blocks, uint32_t seed) {
+  const Grid grid{blocks, kThreads, 1, 0, seed};
+  if (job.student.dtype == Dtype::float32) return run(grid, [&] { topk_gradient_kernel<4, kThreads>(job); });
+  return run(grid, [&] { topk_gradient_kernel<8, kThreads>(job); });
+}
+
 }  // namespace gkd::emulation
 
 // For ctypes.
+extern "C" const char* gkd_run_topk_log_probs(const gkd::TopkLogProbs<float>* job, int blocks, uint32_t seed) {
+  static std::string error;
+  error = gkd::emulation::run_topk_log_probs(*job, blocks, seed);
+  return error.c_str();
+}
+extern "C" const char* gkd_run_topk_gradient(const gkd::TopkGradient<float>* job, int blocks, uint32_t seed) {
+  static std::string error;
+  error = gkd::emulation::run_topk_gradient(*job, blocks, seed);
+  return error.c_str();
+}
 extern "C" int gkd_job_bytes() { return int(sizeof(gkd::Job<float>)); }
 extern "C" const char* gkd_run_rows(const gkd::Job<float>* job, int ranks, int blocks, uint32_t seed) {
   static std::string error;

@@ -3,6 +3,7 @@
 
 #include "emulation.h"
 #include "plan.cuh"
+#include "topk.cuh"
 
 namespace gkd::emulation {
 
@@ -30,5 +31,9 @@ std::string run_rows(const Job<float>& job, const Choice& choice) {
 }
 
 std::string run_rows(const Job<float>& job, const Choice& choice);
+
+// By `blocks` blocks that take turns at the rows.
+std::string run_topk_log_probs(const TopkLogProbs<float>& job, int blocks, uint32_t seed);
+std::string run_topk_gradient(const TopkGradient<float>& job, int blocks, uint32_t seed);
 
 }  // namespace gkd::emulation
