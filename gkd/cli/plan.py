@@ -32,6 +32,10 @@ def plan_command(
         typer.Option(help="Where the teacher is. Default: teacher.placement."),
     ] = None,
     teacher_gpus: Annotated[int, typer.Option(help="Further devices, of a served teacher.")] = 8,
+    sampler_gpus: Annotated[
+        int | None,
+        typer.Option(help="Further devices, of a served sampler, a server each. Default: one a rollout.addresses."),
+    ] = None,
     price_per_gpu_hour: Annotated[float | None, typer.Option(min=0.0, help="In any currency.")] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Also on 1 to 4096 devices.")] = False,
     plot: Annotated[Path | None, typer.Option(help="PNG of the sweep.")] = None,
@@ -53,12 +57,15 @@ def plan_command(
     placement = teacher or resolved.teacher.placement
     if placement == "served" and teacher_gpus < 1:
         raise ConfigError(f"--teacher-gpus: {teacher_gpus} must be at least 1")
+    if sampler_gpus is not None and sampler_gpus < 1:
+        raise ConfigError(f"--sampler-gpus: {sampler_gpus} must be at least 1")
     asked = make_setup(
         resolved,
         student_model,
         teacher_model,
         device,
         devices,
+        sampler_replicas=sampler_gpus,
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         teacher_placement=placement,

@@ -56,8 +56,8 @@ METRICS: dict[str, str] = {  # name -> "unit: meaning"
     "grad_norm": "norm: of the whole gradient, before clipping",
     "lr": "rate: learning rate of the step",
     "weights_version": "count: optimizer steps behind the weights that the step's completions were sampled from",
-    "rollout/staleness": "count: optimizer steps behind the newest weights that the student's samples of the step were, "
-    "on average; with `rollout.staleness` only",
+    "rollout/staleness": "count: optimizer steps behind the newest weights that the student's samples of the step "
+    "were, on average; with `rollout.staleness` only",
     "heldout/forward_kl": "nats: KL(teacher || student), mean over the held-out prompts' scored tokens",
     "heldout/reverse_kl": "nats: KL(student || teacher), mean over the held-out prompts' scored tokens",
     "heldout/jsd": "nats: Jensen-Shannon divergence at beta 0.5, mean over the held-out prompts' scored tokens",

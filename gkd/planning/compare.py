@@ -14,7 +14,7 @@ from gkd.planning.time import TimePlan
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds a step by phase, predicted and measured."""
+    """Seconds a step by phase, as a run's timers see them, predicted and measured."""
 
     origin: str
     predicted_s: Mapping[str, float]
@@ -54,7 +54,7 @@ def compare_summary(plan: TimePlan, summary: Mapping[str, Any], origin: str) -> 
         if not isinstance(seconds, int | float) or seconds <= 0:
             raise DataError(f"{origin}: no `time/{phase}_s`; expected a run's summary.json or a record of one")
         measured[phase] = seconds / steps
-    return Comparison(origin, {phase: plan.phase_s(phase) for phase in plan.phases}, measured)
+    return Comparison(origin, plan.timed_s, measured)
 
 
 def _summary(path: Path) -> dict[str, Any]:

@@ -52,11 +52,12 @@ class Device:
 GPU_EFFICIENCY = Efficiency(sample=0.6, score=0.5, train=0.4, optimizer=0.7, sync=0.5, link=0.75)
 GPU_DECODE_EAGER_S, GPU_DECODE_GRAPH_S = 0.015, 0.003  # ASSUMPTION: vLLM's scheduler and launches a step
 
-# Fitted, one number a phase, given the rates below, to the recorded quickstart in benchmarks/results/plan_cpu.json
-# (2 x86 cores with AMX, shared with other work). docs/scaling.md shows what error they leave on runs that they were
-# not fitted to.
+# Made by benchmarks/fit_planner.py from `fitted_to` of benchmarks/results/plan_cpu.json, a quickstart on 2 x86 cores
+# with AMX: the rates of gkd/planning/measure.py beside the run, and given those one efficiency a phase. docs/scaling.md
+# shows what error they leave on runs that they were not fitted to.
 # ASSUMPTION: link.
-CPU_EFFICIENCY = Efficiency(sample=0.24, score=0.23, train=0.17, optimizer=0.97, sync=0.081, link=0.5)
+CPU_BF16_FLOPS_PER_S, CPU_BANDWIDTH_BYTES_PER_S = 1.4e12, 15.5 * GB
+CPU_EFFICIENCY = Efficiency(sample=0.326, score=0.39, train=0.258, optimizer=1.14, sync=0.124, link=0.5)
 
 DEVICES: dict[str, Device] = {
     # NVIDIA H100 SXM5 data sheet: 989.4 TFLOP/s bf16 dense, 80 GB HBM3 at 3.35 TB/s, NVLink 900 GB/s both ways.
@@ -78,14 +79,14 @@ DEVICES: dict[str, Device] = {
     # ASSUMPTION, as servers differ: 8 in a node with 1 TB, which share 4 x 200 Gb/s.
     "l40s": Device("l40s", 362e12, 48 * GB, 864 * GB, 32 * GB, 12.5 * GB, 32 * GB, 8, 1000 * GB,
                    GPU_EFFICIENCY, GPU_DECODE_EAGER_S, GPU_DECODE_GRAPH_S),
-    # Measured by gkd/planning/measure.py on 2 x86 cores with AMX (a virtual machine with 24 GiB) while it was quiet:
-    # bf16 matmul and copy. One machine is one device. ASSUMPTION: 10 Gb/s of network.
-    "cpu": Device("cpu", 1.4e12, 25.7 * GB, 15.5 * GB, 1.25 * GB, 1.25 * GB, 15.5 * GB, 1, 25.7 * GB,
-                  CPU_EFFICIENCY, 0.0, 0.0),
+    # A virtual machine with 24 GiB. One machine is one device. ASSUMPTION: 10 Gb/s of network.
+    "cpu": Device("cpu", CPU_BF16_FLOPS_PER_S, 25.7 * GB, CPU_BANDWIDTH_BYTES_PER_S, 1.25 * GB, 1.25 * GB,
+                  CPU_BANDWIDTH_BYTES_PER_S, 1, 25.7 * GB, CPU_EFFICIENCY, 0.0, 0.0),
 }  # fmt: skip
 
 # Tiers of a machine's life that no data sheet tells. All ASSUMPTIONS, printed with every plan.
 USABLE_MEMORY_SHARE = 0.92  # the rest: CUDA context, NCCL, fragmentation
+SERVED_SAMPLER_SHARE = 0.9  # of its GPU, for vLLM: the default of `gkd serve-sampler`
 RING_LATENCY_S = 15e-6  # of a ring, a node that it passes
 HOST_BANDWIDTH_BYTES_PER_S = 100 * GB  # a device's share of its host's memory, for an optimizer that is offloaded
 

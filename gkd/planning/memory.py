@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gkd.planning.devices import USABLE_MEMORY_SHARE
+from gkd.planning.devices import SERVED_SAMPLER_SHARE, USABLE_MEMORY_SHARE
 from gkd.planning.models import DTYPE_BYTES
 from gkd.planning.setup import Setup
 
@@ -16,6 +16,7 @@ PHASES = ("sample", "score", "train", "sync")
 # DeepSpeed's defaults, in elements: reduce_bucket_size, stage3_max_live_parameters
 REDUCE_BUCKET_ELEMENTS = 5e8
 LIVE_PARAMETERS = 1e9
+SYNC_PIECE_BYTES = float(128 << 20)  # of gkd.rollout.weight_transfer, which would import torch
 
 Bytes = dict[str, float]
 
@@ -92,10 +93,11 @@ def memory_plan(setup: Setup) -> MemoryPlan:
 
 def student_state(setup: Setup) -> tuple[Bytes, Bytes]:
     """(device, host): weights, gradients, Adam's two moments and ZeRO's buffers of one rank."""
-    count, stage = setup.student.parameters, setup.zero_stage
+    count, stage = setup.trained_parameters, setup.zero_stage
     weight = 2 if setup.half_weights else 4
     shard = count / setup.devices if stage else count
-    weights = weight * (shard if stage == 3 else count)
+    whole_weights = weight * count + setup.frozen_bytes
+    weights = whole_weights / setup.devices if stage == 3 else whole_weights
     gradients = 4 * shard if stage >= 2 else weight * count
     masters = 0.0 if stage in (0, 3) and not (setup.half_weights or setup.offload_optimizer) else 4 * shard
     optimizer = {"student master copy": masters, "Adam moments": 8 * shard}
@@ -112,7 +114,8 @@ def student_state(setup: Setup) -> tuple[Bytes, Bytes]:
     if stage >= 2:
         device["ZeRO reduce bucket"] = 4 * min(count, REDUCE_BUCKET_ELEMENTS)
     if stage == 3:
-        device["ZeRO gathered weights"] = weight * min(count, LIVE_PARAMETERS)
+        gathered_share = min(1.0, LIVE_PARAMETERS / setup.held_parameters)
+        device["ZeRO gathered weights"] = whole_weights * gathered_share
     return {k: v for k, v in device.items() if v}, {k: v for k, v in host.items() if v}
 
 
@@ -141,8 +144,11 @@ def _served(setup: Setup) -> float:
 
 
 def _sampler(setup: Setup) -> tuple[Bytes, float]:
-    """(resident bytes, room for keys and values in them)."""
+    """(resident bytes of a training device, room for keys and values where the sampler is)."""
     weights = setup.student.parameters * DTYPE_BYTES[setup.student_dtype] / setup.sampler_devices
+    if setup.sampler_replicas:
+        own = SERVED_SAMPLER_SHARE * setup.device.memory_bytes - weights
+        return {}, setup.kv_cache_bytes if setup.device.is_cpu else own
     if setup.vllm and not setup.device.is_cpu:
         reserved = setup.sampler_memory_share * setup.device.memory_bytes
         return {"sampler, reserved": reserved}, reserved - weights
@@ -175,13 +181,15 @@ def _training(setup: Setup) -> Bytes:
     student, tokens = setup.student, setup.micro_batch_size * setup.longest_tokens
     scored = setup.micro_batch_size * setup.max_new_tokens
     logits = min(setup.chunk_bytes, 4.0 * scored * student.vocabulary)
-    casts = 2.0 * student.matrix_parameters(student.experts) if setup.autocast else 0.0
+    matrices = setup.adapter_parameters or student.matrix_parameters(student.experts)
+    casts = 2.0 * matrices if setup.autocast else 0.0
     head_cast = 2.0 * student.embedding_parameters if setup.student_dtype != "float32" else 0.0
+    head = 0.0 if setup.adapter_parameters else 4.0 * student.embedding_parameters + head_cast
     items = {
         "activations": tokens * student.activation_bytes(setup.student_dtype, setup.checkpointing),
         "autocast copies of weights": casts,  # held by the graph at every ZeRO stage
         "loss, logits of two sides": 2 * logits,
-        "loss, head and its gradient": 4.0 * student.embedding_parameters + head_cast,
+        "loss, head and its gradient": head,
         "loss, gradient of hidden states": 4.0 * scored * student.hidden,
         "teacher hidden states": _teacher_states(setup),
     }
@@ -189,8 +197,17 @@ def _training(setup: Setup) -> Bytes:
 
 
 def _sync(setup: Setup) -> Bytes:
-    """One parameter travels at a time: gathered whole if sharded, and cast."""
-    largest = setup.student.largest_tensor_parameters
-    gathered = 4.0 * largest if setup.zero_stage == 3 else 0.0
-    items = {"gathered parameter": gathered, "cast parameter": float(largest * DTYPE_BYTES[setup.student_dtype])}
+    """One parameter travels at a time: gathered whole if sharded, merged with its adapter, and cast.
+
+    A served sampler is sent pieces instead, of cast parameters.
+    """
+    if setup.sampler_applies_adapter:
+        return {}
+    largest, width = setup.student.largest_tensor_parameters, DTYPE_BYTES[setup.student_dtype]
+    held = float(width if setup.adapter_parameters else 4)
+    cast = float(largest * width)
+    items = {
+        "gathered parameter": held * largest if setup.zero_stage == 3 else 0.0,
+        "cast parameter": max(cast, SYNC_PIECE_BYTES) if setup.sampler_replicas else cast,
+    }
     return {name: value for name, value in items.items() if value}

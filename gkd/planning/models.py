@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gkd.config import Config, cache_folder
-from gkd.errors import ModelError
+from gkd.config import Config, LoraConfig, cache_folder
+from gkd.errors import ConfigError, ModelError
 from gkd.json_files import read_json_object
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -68,6 +68,29 @@ class Architecture:
     def attention_matrix_parameters(self) -> int:
         """Of one layer's four projections, without biases."""
         return 2 * self.hidden * self.query_width + 2 * self.hidden * self.kv_width
+
+    @property
+    def _linear_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """(inputs, outputs, how many) of the linear modules by transformers' names, without head and experts."""
+        hidden, query, kv, dense = self.hidden, self.query_width, self.kv_width, self.layers - self.moe_layers
+        attention = {"q_proj": (hidden, query), "k_proj": (hidden, kv), "v_proj": (hidden, kv),
+                     "o_proj": (query, hidden)}  # fmt: skip
+        mlp = {"gate_proj": (hidden, self.intermediate), "up_proj": (hidden, self.intermediate),
+               "down_proj": (self.intermediate, hidden)}  # fmt: skip
+        shapes = {name: (*shape, self.layers) for name, shape in attention.items()}
+        return shapes | ({name: (*shape, dense) for name, shape in mlp.items()} if dense else {})
+
+    def adapter_parameters(self, lora: LoraConfig) -> int:
+        """Of LoRA's two factors beside each target. Raises ConfigError for a target that is not planned for."""
+        shapes = self._linear_shapes
+        targets = list(shapes) if lora.target_modules == "all-linear" else lora.target_modules
+        for target in targets:
+            if target not in shapes:
+                raise ConfigError(
+                    f"student.lora.target_modules: {target!r} of {self.name} is not planned for; known: "
+                    f"{', '.join(shapes)}"
+                )
+        return sum(lora.rank * (inputs + outputs) * count for inputs, outputs, count in (shapes[t] for t in targets))
 
     def matrix_parameters(self, experts: float) -> float:
         """Of all layers' matrices, with that many experts (of all, or those that a token visits) in each MoE layer."""

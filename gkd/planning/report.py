@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -100,7 +100,7 @@ def _setup_json(setup: Setup) -> dict[str, Any]:
         "devices", "all_devices", "batch_size", "micro_batch_size", "scoring_micro_batch_size", "zero_stage",
         "offload_optimizer", "offload_parameters", "checkpointing", "student_dtype", "teacher_dtype", "prompt_tokens",
         "completion_tokens", "max_prompt_tokens", "max_new_tokens", "student_share", "sampler_memory_share",
-        "teacher_placement", "teacher_devices", "sampler_devices",
+        "teacher_placement", "teacher_devices", "sampler_devices", "sampler_replicas", "staleness",
     )  # fmt: skip
     return {"device": setup.device.name, **{name: getattr(setup, name) for name in names}}
 
@@ -134,18 +134,33 @@ def _suggestion_json(suggestion: Suggestion | None) -> dict[str, Any] | None:
 def _time_json(report: Report) -> dict[str, Any]:
     plan = time_plan(report.used)
     price = report.price_a_device_hour
-    phase, cause = plan.bottleneck
     return {
         "step_s": plan.step_s,
         "phase_s": {phase: plan.phase_s(phase) for phase in plan.phases},
         "cause_s": {phase: dict(parts) for phase, parts in plan.phases.items()},
-        "bottleneck": {"phase": phase, "cause": cause},
+        "bottleneck": _bottleneck_json(plan),
+        "with_staleness": {
+            str(staleness): {"step_s": variant.step_s, "bottleneck": _bottleneck_json(variant)}
+            for staleness, variant in _by_staleness(report.used, plan).items()
+        },
         "tokens_a_step": plan.tokens_a_step,
         "tokens_a_day": plan.tokens_a_day,
         "price_a_million_tokens": None
         if price is None
         else plan.cost_of_a_million_tokens(price, report.used.all_devices),
     }
+
+
+def _bottleneck_json(plan: TimePlan) -> dict[str, str]:
+    return dict(zip(("phase", "cause"), plan.bottleneck, strict=True))
+
+
+def _by_staleness(setup: Setup, plan: TimePlan) -> dict[int, TimePlan]:
+    """`plan` with the phases one after another, and with sampling ahead, where a served sampler allows that."""
+    variants = {0: replace(plan, overlaps=False)}
+    if setup.sampler_replicas:
+        variants[setup.staleness or 1] = replace(plan, overlaps=True)
+    return variants
 
 
 def _sweep_json(sweep: Sweep) -> dict[str, Any]:
@@ -161,7 +176,7 @@ def _sweep_json(sweep: Sweep) -> dict[str, Any]:
                 "step_s": point.time.step_s,
                 "tokens_a_s": point.tokens_a_s,
                 "efficiency": point.efficiency,
-                "bottleneck": dict(zip(("phase", "cause"), point.time.bottleneck, strict=True)),
+                "bottleneck": _bottleneck_json(point.time),
             }
             for point in sweep.points
         ],
@@ -193,7 +208,7 @@ def render(report: Report, console: Console) -> None:
     _verdict(report, asked, console)
     used, plan = report.used, time_plan(report.used)
     whose = "" if report.suggestion is None else ", with the change above"
-    console.print(_time_table(plan, f"seconds of a step{whose}"))
+    console.print(_time_table(used, plan, f"seconds of a step{whose}"))
     _totals(report, used, plan, console)
     console.print(_link_table(used, plan, f"what one training device sends or receives{whose}"))
     for sweep in report.sweeps:
@@ -221,8 +236,12 @@ def _head(report: Report, console: Console) -> None:
     _line(
         console,
         f"on       {where}, ZeRO-{setup.zero_stage}, {setup.batch_size} sequences a step, "
-        f"{setup.micro_batch_size} a micro-batch, {setup.student_share:.0%} sampled by the student\n",
+        f"{setup.micro_batch_size} a micro-batch, {setup.student_share:.0%} sampled by the student",
     )
+    if setup.sampler_replicas:
+        own = f"{setup.sampler_replicas} x {setup.device.name} of its own"
+        _line(console, f"sampler  {own}, rollout.staleness={setup.staleness}")
+    console.print()
 
 
 def _table(title: str, columns: Sequence[tuple[str, bool]]) -> Table:
@@ -276,15 +295,18 @@ def _verdict(report: Report, plan: MemoryPlan, console: Console) -> None:
     console.print()
 
 
-def _time_table(plan: TimePlan, title: str) -> Table:
+def _time_table(used: Setup, plan: TimePlan, title: str) -> Table:
     table = _table(title, [("", False), ("s", True), ("share", True), ("of which most", False)])
     for phase, parts in plan.phases.items():
         cause = max(parts, key=lambda name: parts[name])
         seconds = plan.phase_s(phase)
         shown = f"{cause} {parts[cause]:.3g} s" if seconds else ""
         table.add_row(phase, f"{seconds:.3g}", f"{seconds / plan.step_s:.0%}", shown)
-    phase, cause = plan.bottleneck
-    table.add_row("step", f"{plan.step_s:.3g}", "100%", f"limited by {phase}: {cause}", style="bold")
+    for staleness, variant in _by_staleness(used, plan).items():
+        name = f"step, rollout.staleness={staleness}" if used.sampler_replicas else "step"
+        limit = f"limited by {': '.join(variant.bottleneck)}"
+        share = f"{variant.step_s / plan.step_s:.0%}"
+        table.add_row(name, f"{variant.step_s:.3g}", share, limit, style="bold" if variant == plan else "")
     return table
 
 

@@ -13,13 +13,13 @@ from gkd.train.deepspeed_config import deepspeed_config
 
 Placement = Literal["local", "sharded", "served"]
 NOT_BUILT: dict[str, str] = {  # what the engine cannot do yet, by what of a Setup asks for it
-    "tensor_parallel": "a sampler whose weights are split over several devices"
+    "tensor_parallel": "a sampler whose weights are split over several devices (a served one has a device a server)"
 }
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A run on `devices` equal training devices, one rank each; a served teacher has further devices of its own."""
+    """A run on `devices` equal training devices, one rank each; what is served has further devices of its own."""
 
     student: Architecture
     teacher: Architecture
@@ -42,13 +42,17 @@ class Setup:
     student_share: float  # of the completions that the student samples (lambda)
     vllm: bool
     sampler_sequences: int  # at most, at once
-    sampler_memory_share: float  # of a GPU, reserved by vLLM
+    sampler_memory_share: float  # of a training GPU, reserved by vLLM
     kv_cache_bytes: float  # of vLLM on a CPU
     decode_overhead_s: float  # the sampler's own time a step
     chunk_bytes: float
     teacher_placement: Placement = "local"
     teacher_devices: int = 0  # of a served teacher
     sampler_devices: int = 1  # that one sampler is split over
+    sampler_replicas: int = 0  # servers of a served sampler, a device each; 0: every rank has a sampler of its own
+    staleness: int = 0  # steps that a served sampler works ahead of training
+    adapter_parameters: int = 0  # of LoRA, beside a frozen student; 0: all of the student is trained
+    sampler_applies_adapter: bool = False  # and is sent nothing else; otherwise merged weights
 
     @property
     def longest_tokens(self) -> int:
@@ -66,8 +70,9 @@ class Setup:
 
     @property
     def sampled_sequences(self) -> float:
-        """Sequences of a step that one rank's sampler completes, on average; at least one if it has any."""
-        return max(1.0, self.local_sequences * self.student_share) if self.student_share else 0.0
+        """Sequences of a step that one sampler completes, on average; at least one if it has any."""
+        samplers = self.sampler_replicas or self.devices
+        return max(1.0, self.batch_size / samplers * self.student_share) if self.student_share else 0.0
 
     @property
     def scored_tokens(self) -> float:
@@ -81,7 +86,22 @@ class Setup:
 
     @property
     def all_devices(self) -> int:
-        return self.devices + (self.teacher_devices if self.teacher_placement == "served" else 0)
+        served_teacher = self.teacher_devices if self.teacher_placement == "served" else 0
+        return self.devices + served_teacher + self.sampler_replicas
+
+    @property
+    def trained_parameters(self) -> int:
+        return self.adapter_parameters or self.student.parameters
+
+    @property
+    def held_parameters(self) -> int:
+        """Of the student, with LoRA's."""
+        return self.student.parameters + self.adapter_parameters
+
+    @property
+    def frozen_bytes(self) -> float:
+        """Of the whole student under LoRA: frozen weights are kept in the dtype of compute."""
+        return float(self.student.parameters * DTYPE_BYTES[self.student_dtype]) if self.adapter_parameters else 0.0
 
     @property
     def autocast(self) -> bool:
@@ -109,8 +129,12 @@ def make_setup(
     completion_tokens: float | None = None,
     teacher_placement: Placement = "local",
     teacher_devices: int = 0,
+    sampler_replicas: int | None = None,
 ) -> Setup:
-    """Raises ConfigError for a batch that does not divide, or lengths beyond the config's limits."""
+    """`sampler_replicas`: servers of a served sampler; None: as many as the config has addresses.
+
+    Raises ConfigError for a batch that does not divide, or lengths beyond the config's limits.
+    """
     if devices < 1:
         raise ConfigError(f"--gpus: {devices} must be at least 1")
     config.check_world_size(devices)
@@ -120,6 +144,9 @@ def make_setup(
     if any(offload) and zero["stage"] == 0:
         raise ConfigError("deepspeed.config: zero_optimization offloads, which needs a stage of at least 1")
     chunk_mib = config.objective.chunk_mib
+    if sampler_replicas is None:
+        sampler_replicas = len(config.rollout.addresses or ())
+    lora = config.student.lora
     return Setup(
         student=student,
         teacher=teacher,
@@ -141,7 +168,7 @@ def make_setup(
         completion_tokens=_mean("--completion-tokens", completion_tokens, config.rollout.max_new_tokens, 1.0),
         student_share=config.mixture.student,
         vllm=config.rollout.engine == "vllm",
-        sampler_sequences=config.rollout.max_num_seqs,
+        sampler_sequences=_sampler_sequences(config, devices, sampler_replicas),
         sampler_memory_share=config.rollout.gpu_memory_utilization,
         kv_cache_bytes=config.rollout.kv_cache_gib * 2**30,
         decode_overhead_s=device.decode_eager_s if config.rollout.enforce_eager else device.decode_graph_s,
@@ -149,7 +176,22 @@ def make_setup(
         chunk_bytes=float((chunk_mib or (128 if device.is_cpu else 1024)) << 20),
         teacher_placement=teacher_placement,
         teacher_devices=teacher_devices,
+        sampler_replicas=sampler_replicas,
+        staleness=config.rollout.staleness,
+        adapter_parameters=0 if lora is None else student.adapter_parameters(lora),
+        sampler_applies_adapter=not sampler_replicas and _sampler_applies_adapter(config, device),
     )
+
+
+def _sampler_sequences(config: Config, devices: int, sampler_replicas: int) -> int:
+    """A server is sent so many by each rank; it is taken to be started with the config's rollout.max_num_seqs."""
+    if not sampler_replicas:
+        return config.rollout.max_num_seqs
+    return min(config.rollout.max_num_seqs, devices * config.rollout.max_concurrency)
+
+
+def _sampler_applies_adapter(config: Config, device: Device) -> bool:
+    return config.sampler_lora("cpu" if device.is_cpu else "cuda") is not None
 
 
 def _micro_batch_size(config: Config) -> int:

@@ -23,8 +23,10 @@ _CHANGEABLE = (
     "offload_optimizer",
     "teacher_placement",
     "teacher_devices",
+    "sampler_replicas",
     "sampler_devices",
 )
+_OPTIONS = {"teacher_devices": "--teacher-gpus", "sampler_replicas": "--sampler-gpus"}  # of `gkd plan`
 _SAMPLER_SHARES = (0.6, 0.45, 0.3, 0.2, 0.15, 0.1, 0.07)
 _SERVED_WEIGHTS_SHARE = 0.8  # of a device; the rest is for activations and what every process takes
 _SAMPLER_SEQUENCES = 8  # a suggestion that leaves the sampler no room for these is no help
@@ -41,9 +43,13 @@ class Suggestion:
 
 
 def suggest(setup: Setup) -> Suggestion | None:
-    """The smallest change that fits; what is not built only if nothing else does. None if nothing fits at all."""
-    built = list(_candidates(setup))
-    for candidates in (built, [*_with(built, _elsewhere)], [*_with([*_with(built, _elsewhere)], _split)]):
+    """The smallest change that fits; further devices, then what is not built, only if nothing else does.
+
+    None if nothing fits at all.
+    """
+    here = list(_candidates(setup))
+    elsewhere = [*_with(here, _elsewhere)]
+    for candidates in (here, elsewhere, _with([*here, *elsewhere], _own_sampler), _with(elsewhere, _split)):
         fitting = [candidate for candidate in candidates if memory_plan(candidate).fits]
         if fitting:
             fewest = min(_distance(setup, candidate) for candidate in fitting)
@@ -108,6 +114,13 @@ def devices_for_teacher(setup: Setup) -> int:
     return 2 ** math.ceil(math.log2(max(1.0, setup.teacher_bytes / room)))
 
 
+def _own_sampler(setup: Setup) -> Iterator[Setup]:
+    """Samplers with devices of their own, instead of one beside each rank."""
+    for replicas in (1, 2, 4, 8):
+        if not setup.sampler_replicas and replicas <= setup.devices:
+            yield replace(setup, sampler_replicas=replicas)
+
+
 def _split(setup: Setup) -> Iterator[Setup]:
     for devices in (2, 4, 8):
         if devices <= min(setup.devices, setup.device.devices_a_node):
@@ -154,8 +167,8 @@ def _as_override(setup: Setup, name: str) -> str:
     if name == "teacher_placement":
         served = f" on {setup.teacher_devices} more devices" if value == "served" else ""
         return f"teacher.placement={value}{served}"
-    if name == "teacher_devices":
-        return f"--teacher-gpus {value}"
+    if name in _OPTIONS:
+        return f"{_OPTIONS[name]} {value}"
     keys = {
         "zero_stage": "deepspeed.zero_stage",
         "micro_batch_size": "optim.micro_batch_size",

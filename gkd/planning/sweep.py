@@ -53,15 +53,21 @@ def _has_work(setup: Setup, devices: int, mode: Mode) -> bool:
 
 
 def _on(setup: Setup, devices: int, mode: Mode) -> Setup:
-    """A micro-batch that does not divide a device's share is made smaller, as gkd would refuse it."""
+    """A micro-batch that does not divide a device's share is made smaller, as gkd would refuse it.
+
+    Servers grow with the training devices.
+    """
     batch = setup.batch_size if mode == "fixed batch" else max(1, round(setup.local_sequences)) * devices
     local = batch // devices
     micro = next(size for size in range(min(setup.micro_batch_size, local), 0, -1) if local % size == 0)
     point = replace(setup, devices=devices, batch_size=batch, micro_batch_size=micro)
-    if setup.teacher_placement != "served":
-        return point
-    share = round(setup.teacher_devices * devices / setup.devices)
-    return replace(point, teacher_devices=max(devices_for_teacher(setup), share))
+    growth = devices / setup.devices
+    if setup.sampler_replicas:
+        point = replace(point, sampler_replicas=max(1, round(setup.sampler_replicas * growth)))
+    if setup.teacher_placement == "served":
+        share = round(setup.teacher_devices * growth)
+        point = replace(point, teacher_devices=max(devices_for_teacher(setup), share))
+    return point
 
 
 def _rate(setup: Setup, plan: TimePlan) -> float:
@@ -99,7 +105,7 @@ def _excess(best: Point, point: Point, mode: Mode) -> tuple[str, str, float, flo
     scale = best.setup.devices / point.setup.devices if mode == "fixed batch" else 1.0
     causes = {
         (phase, cause): (seconds, scale * best.time.phases[phase].get(cause, 0.0))
-        for phase, parts in point.time.phases.items()
+        for phase, parts in point.time.waited_for.items()
         for cause, seconds in parts.items()
     }
     key = max(causes, key=lambda key: causes[key][0] - causes[key][1])

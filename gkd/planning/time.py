@@ -1,7 +1,8 @@
 """Seconds of a step by phase, as a roofline: work by what a device or a link can do, times an efficiency.
 
-Within a phase compute, memory and links add up: nothing is assumed to overlap. Lengths are means, unlike in memory.py.
-The phases have the names of `gkd.monitor.PHASES`, so that a prediction can be held against a run.
+Within a phase compute, memory and links add up: nothing is assumed to overlap there. Phases follow one another, but
+for a served sampler that works ahead: it samples while the step before is scored and trained on. Lengths are means,
+unlike in memory.py. The phases have the names of `gkd.monitor.PHASES`, so that a prediction can be held against a run.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ MICRO_BATCH_BYTES = 4 + 2 * 3 + 4 * 4
 OPTIMIZER_BYTES = 12 + 28
 PROBE_PROMPT_TOKENS, PROBE_NEW_TOKENS = 160, 16  # of gkd.rollout.sync, which would import more
 
+# Bytes a parameter of an adapted matrix, merged for a sync: read and written as float32, then once more for the sum.
+MERGE_BYTES = 2 + 4 + 4 + 4
+_WHILE_SAMPLING = ("score", "forward_backward", "optimizer")
+
 Seconds = dict[str, float]
 
 
@@ -43,23 +48,47 @@ class Link:
 
 @dataclass(frozen=True)
 class TimePlan:
-    """Seconds by phase and, within it, by cause."""
+    """Seconds of work by phase and, within it, by cause.
+
+    `overlaps`: a batch is sampled while the one before it is scored and trained on; the update of the weights waits for
+    both. More than one step ahead changes nothing of that while all batches take equally long.
+    """
 
     phases: Mapping[str, Seconds]
     links: tuple[Link, ...]
     tokens_a_step: float
+    overlaps: bool = False
 
     def phase_s(self, phase: str) -> float:
         return sum(self.phases[phase].values())
 
     @property
     def step_s(self) -> float:
-        return sum(self.phase_s(phase) for phase in self.phases)
+        return sum(self.timed_s.values())
+
+    @property
+    def timed_s(self) -> dict[str, float]:
+        """By phase, as a run's timers see it: ahead of training, all of sampling that is seen is a longer sync."""
+        seconds = {phase: self.phase_s(phase) for phase in self.phases}
+        if self.overlaps:
+            waiting = seconds["sample"] - sum(seconds[phase] for phase in _WHILE_SAMPLING)
+            seconds["sample"] = 0.0
+            seconds["sync"] += max(0.0, waiting)
+        return seconds
+
+    @property
+    def waited_for(self) -> Mapping[str, Seconds]:
+        """Of `phases` those that make a step longer."""
+        hidden: tuple[str, ...] = ()
+        if self.overlaps:
+            training_s = sum(self.phase_s(phase) for phase in _WHILE_SAMPLING)
+            hidden = _WHILE_SAMPLING if self.phase_s("sample") > training_s else ("sample",)
+        return {phase: parts for phase, parts in self.phases.items() if phase not in hidden}
 
     @property
     def bottleneck(self) -> tuple[str, str]:
-        """(phase, cause) of the most seconds."""
-        causes = {(phase, cause): s for phase, parts in self.phases.items() for cause, s in parts.items()}
+        """(phase, cause) of the most seconds, of what a step waits for."""
+        causes = {(phase, cause): s for phase, parts in self.waited_for.items() for cause, s in parts.items()}
         return max(causes, key=lambda key: causes[key])
 
     @property
@@ -73,7 +102,7 @@ class TimePlan:
 
 def time_plan(setup: Setup) -> TimePlan:
     """See TimePlan."""
-    links = (*_training_links(setup), *_teacher_links(setup), _sync_link(setup))
+    links = (*_training_links(setup), *_teacher_links(setup), *_sync_links(setup))
     phases = {
         "sample": sampling_s(setup),
         "score": scoring_s(setup),
@@ -84,7 +113,7 @@ def time_plan(setup: Setup) -> TimePlan:
     for link in links:
         phases[_PHASE_OF_LINK[link.name]][link.name] = link.seconds
     assert tuple(phases) == PHASES
-    return TimePlan(phases, links, setup.scored_tokens)
+    return TimePlan(phases, links, setup.scored_tokens, overlaps=setup.staleness > 0)
 
 
 # ---- phases
@@ -133,15 +162,19 @@ def scoring_s(setup: Setup) -> Seconds:
 
 
 def training_s(setup: Setup) -> Seconds:
-    """Forward, loss and backward: the backward costs two forwards, checkpointing one more."""
+    """Forward, loss and backward: the backward costs two forwards, of frozen weights one; checkpointing one more."""
     student, device, eff = setup.student, setup.device, setup.device.efficiency.train
     tokens = setup.local_sequences * setup.mean_tokens * PADDING
     scored = setup.local_sequences * setup.completion_tokens
-    backbone = tokens * student.forward_flops(setup.mean_tokens / 2) * (4 if setup.checkpointing else 3)
+    gradients = 1 if setup.adapter_parameters else 2  # of states alone, or of weights too
+    passes = 1 + gradients + (1 if setup.checkpointing else 0)
+    backbone = tokens * student.forward_flops(setup.mean_tokens / 2) * passes
+    backbone += tokens * 2 * setup.adapter_parameters * (passes + 1)  # these have a gradient of their own
     pairs = scored * student.vocabulary
-    # the student's logits, two products in the backward, and the teacher's logits
-    loss = 2.0 * pairs * (3 * student.hidden + setup.teacher.hidden)
-    traffic = setup.accumulation * MICRO_BATCH_BYTES * student.parameters
+    # the student's logits, a product for each gradient in the backward, and the teacher's logits
+    loss = 2.0 * pairs * ((1 + gradients) * student.hidden + setup.teacher.hidden)
+    # frozen weights are read once in each direction
+    traffic = setup.accumulation * (MICRO_BATCH_BYTES * setup.trained_parameters + 2 * setup.frozen_bytes)
     rate = _flops_per_s(setup, setup.student_dtype)
     return {
         "layers, compute": backbone / rate / eff,
@@ -152,7 +185,7 @@ def training_s(setup: Setup) -> Seconds:
 
 
 def optimizer_s(setup: Setup) -> Seconds:
-    count = setup.student.parameters / (setup.devices if setup.zero_stage else 1)
+    count = setup.trained_parameters / (setup.devices if setup.zero_stage else 1)
     eff, device = setup.device.efficiency.optimizer, setup.device
     if not setup.offload_optimizer:
         return {"memory": count * OPTIMIZER_BYTES / device.bandwidth_bytes_per_s / eff}
@@ -163,18 +196,24 @@ def optimizer_s(setup: Setup) -> Seconds:
 
 
 def syncing_s(setup: Setup) -> Seconds:
-    """Weights read in float32 and written in the sampler's dtype, then the probe: sampled, and scored."""
+    """Weights read in float32 and written in the sampler's dtype; then the probe, sampled and scored a server."""
     student, device, eff = setup.student, setup.device, setup.device.efficiency
-    copied = student.parameters * (4 + DTYPE_BYTES[setup.student_dtype])
+    copied = float(student.parameters * (4 + DTYPE_BYTES[setup.student_dtype]))
+    merged = MERGE_BYTES * student.matrix_parameters(student.experts) if setup.adapter_parameters else 0.0
+    if setup.sampler_applies_adapter:
+        copied, merged = 8.0 * setup.adapter_parameters, 0.0
     rate = _flops_per_s(setup, setup.student_dtype)
     read = student.weights_read_bytes(1, setup.student_dtype)
     decode = PROBE_NEW_TOKENS * read / device.bandwidth_bytes_per_s / eff.sample
     tokens = 2 * PROBE_PROMPT_TOKENS + PROBE_NEW_TOKENS
     compute = tokens * student.forward_flops(PROBE_PROMPT_TOKENS / 2) / rate
-    return {
+    probe = decode + compute / eff.train + PROBE_NEW_TOKENS * setup.decode_overhead_s
+    seconds = {
         "weights": copied / device.bandwidth_bytes_per_s / eff.sync,
-        "probe": decode + compute / eff.train + PROBE_NEW_TOKENS * setup.decode_overhead_s,
+        "merging adapters": merged / device.bandwidth_bytes_per_s / eff.optimizer,
+        "probe": max(1, setup.sampler_replicas) * probe,
     }
+    return {cause: value for cause, value in seconds.items() if value}
 
 
 def _flops_per_s(setup: Setup, dtype: str) -> float:
@@ -190,18 +229,19 @@ _PHASE_OF_LINK = {
     "updated weights": "optimizer",
     "teacher's weights": "score",
     "teacher's hidden states": "score",
+    "weights gathered": "sync",
     "weights to the sampler": "sync",
 }
 
 
 def _training_links(setup: Setup) -> list[Link]:
     """What ZeRO moves; a rank's bytes. Under autocast matrices travel in half precision, the rest in float32."""
-    student, stage = setup.student, setup.zero_stage
-    matrices = student.matrix_parameters(student.experts)
-    whole = 4.0 * student.parameters
-    halved = 2.0 * matrices + 4.0 * (student.parameters - matrices) if setup.autocast else whole
+    student, stage, trained = setup.student, setup.zero_stage, setup.trained_parameters
+    matrices = setup.adapter_parameters or student.matrix_parameters(student.experts)
+    whole = 4.0 * trained
+    halved = 2.0 * matrices + 4.0 * (trained - matrices) if setup.autocast else whole
     if setup.half_weights:
-        whole = halved = 2.0 * student.parameters
+        whole = halved = 2.0 * trained
     every = max(1.0, setup.accumulation)
     if stage == 0:  # a ring's all-reduce passes everything twice
         return [_collective(setup, "gradients", 2 * whole, 1)]
@@ -209,7 +249,9 @@ def _training_links(setup: Setup) -> list[Link]:
         times = every if stage == 2 else 1.0
         return [_collective(setup, "gradients", times * halved, times), _collective(setup, "updated weights", whole, 1)]
     return [
-        _collective(setup, "weights of the step", 2 * every * halved, 2 * every * student.layers),
+        _collective(
+            setup, "weights of the step", 2 * every * (halved + setup.frozen_bytes), 2 * every * student.layers
+        ),
         _collective(setup, "gradients", every * halved, every * student.layers),
     ]
 
@@ -228,12 +270,31 @@ def _teacher_links(setup: Setup) -> list[Link]:
     return [Link("teacher's hidden states", "device", states, 0.0), gathered]
 
 
-def _sync_link(setup: Setup) -> Link:
-    """Each rank's sampler takes the weights from its own rank; sharded ones are gathered one by one."""
-    name, student = "weights to the sampler", setup.student
-    if setup.zero_stage < 3 or setup.devices == 1:
-        return Link(name, "device", float(student.parameters * DTYPE_BYTES[setup.student_dtype]), 0.0)
-    return _collective(setup, name, 4.0 * student.parameters, student.tensors)
+def _sync_links(setup: Setup) -> list[Link]:
+    """Each rank's sampler takes the weights from its own rank; sharded ones are gathered one by one.
+
+    To served samplers the main rank sends them, to each its own copy; what is frozen is gathered as it is kept.
+    """
+    student, name = setup.student, "weights to the sampler"
+    kept = 4.0 * setup.trained_parameters + setup.frozen_bytes
+    sent = float(student.parameters * DTYPE_BYTES[setup.student_dtype])
+    if setup.sampler_applies_adapter:
+        kept = sent = 4.0 * setup.adapter_parameters
+    links: list[Link] = []
+    if setup.zero_stage == 3 and setup.devices > 1:
+        gathered = "weights gathered" if setup.sampler_replicas else name
+        links.append(_collective(setup, gathered, kept, student.tensors))
+    if setup.sampler_replicas:
+        links.append(_to_servers(setup, name, sent * setup.sampler_replicas))
+    return links or [Link(name, "device", sent, 0.0)]
+
+
+def _to_servers(setup: Setup, name: str, size_bytes: float) -> Link:
+    """From one training device; a server's is in the same node if all of the run's are."""
+    within = setup.all_devices <= setup.device.devices_a_node
+    rate = setup.device.node_link_bytes_per_s if within else setup.device.network_bytes_per_s
+    seconds = size_bytes / rate / setup.device.efficiency.link
+    return Link(name, "node" if within else "network", size_bytes, seconds)
 
 
 def _collective(setup: Setup, name: str, size_bytes: float, count: float) -> Link:

@@ -1,8 +1,8 @@
 """Two torchrun agents that find each other over c10d, on two machines: the losses of one process.
 
 The machines are network namespaces with a cable between them where this user may make such, else two loopback
-addresses. The sampler is served on one and the teacher on the other. Everything is float32 and prompts are completed one
-at a time, so that no sum depends on what else runs: the rollouts are the same in all runs.
+addresses. The sampler is served on one and the teacher on the other. Everything is float32 and prompts are completed
+one at a time, so that no sum depends on what else runs: the rollouts are the same in all runs.
 """
 
 from __future__ import annotations
@@ -27,16 +27,22 @@ from teacher_servers import TeacherServer, start_server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 STEPS = 5
+LOOPBACK = ("127.0.0.1", "127.0.0.2")
 CABLE = "gkd0"  # the interface in each namespace
 
 
 @dataclass(frozen=True)
 class Machine:
-    """`prefix` runs a command there; `variables` are its environment."""
+    """`prefix` runs a command there."""
 
     address: str
     prefix: tuple[str, ...]
-    variables: dict[str, str]
+
+    def free_port(self) -> int:
+        if self.address not in LOOPBACK:
+            return 29400  # nothing else is there
+        with socket.create_server((self.address, 0)) as listener:
+            return listener.getsockname()[1]
 
 
 def namespaces(cleaning: ExitStack) -> list[Machine]:
@@ -55,7 +61,7 @@ def namespaces(cleaning: ExitStack) -> list[Machine]:
         ip("-n", name, "address", "add", f"{address}/24", "dev", CABLE)
         for interface in ("lo", CABLE):
             ip("-n", name, "link", "set", interface, "up")
-        machines.append(Machine(address, ("ip", "netns", "exec", name), {"GLOO_SOCKET_IFNAME": CABLE}))
+        machines.append(Machine(address, ("ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={CABLE}")))
     return machines
 
 
@@ -65,7 +71,7 @@ def two_machines(cleaning: ExitStack) -> list[Machine]:
             return namespaces(cleaning)
     except subprocess.CalledProcessError:
         pass
-    return [Machine(address, (), {"GLOO_SOCKET_IFNAME": "lo"}) for address in ("127.0.0.1", "127.0.0.2")]
+    return [Machine(address, ("env", "GLOO_SOCKET_IFNAME=lo")) for address in LOOPBACK]
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ def start_on(
     machine: Machine, model: Path, folder: Path, *options: str, command: str = "serve-teacher"
 ) -> TeacherServer:
     words = ("--host", machine.address, "--dtype", "float32", "--max-model-tokens", "256", "--kv-cache-gib", "0.1")
-    return start_server(model, folder, *words, *options, command=command, prefix=machine.prefix, **machine.variables)
+    return start_server(model, folder, *words, *options, command=command, prefix=machine.prefix)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +131,7 @@ def one_process(cluster: Cluster) -> list[float]:
     """The losses of a run without a launcher, on the first machine."""
     machine = cluster.machines[0]
     command = [*machine.prefix, sys.executable, "-m", "gkd", "train", cluster.config("one")]
-    check(run(command, **machine.variables))
+    check(run(command))
     losses = cluster.losses("one")
     assert len(losses) == STEPS and abs(losses[0] - losses[-1]) > 1e-3, "it learns"
     return losses
@@ -133,24 +139,19 @@ def one_process(cluster: Cluster) -> list[float]:
 
 def two_agents(machines: Sequence[Machine], config: Path, *overrides: str) -> None:
     """One rank on each machine. Fails if either agent fails."""
-    endpoint = f"{machines[0].address}:{free_port(machines[0])}"
+    endpoint = f"{machines[0].address}:{machines[0].free_port()}"
 
     def agent(machine: Machine) -> subprocess.CompletedProcess[str]:
-        meeting = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint]
-        command = [sys.executable, "-m", "torch.distributed.run", *meeting, "--local_addr", machine.address]
+        is_first = machine is machines[0]  # torchrun would look for the endpoint among the host name's addresses
+        meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, "--rdzv_conf", f"is_host={is_first}"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+        command = [*launcher, *meeting, "--local_addr", machine.address]
         words = [*machine.prefix, *command, "-m", "gkd", "train", config, *overrides]
-        return run(words, **machine.variables)
+        return run(words)
 
     with ThreadPoolExecutor(2) as pool:
         for result in list(pool.map(agent, machines)):
             check(result)
-
-
-def free_port(machine: Machine) -> int:
-    if machine.prefix:
-        return 29400  # nothing else is there
-    with socket.create_server((machine.address, 0)) as listener:
-        return listener.getsockname()[1]
 
 
 def test_with_sampler_and_teacher_served(cluster: Cluster, one_process: list[float]) -> None:

@@ -17,11 +17,11 @@ KEYS = {
     "memory": "limit_bytes peak_bytes peak_phase resident_bytes phase_bytes phase_peak_bytes host_bytes "
     "host_limit_bytes sequences_at_once",
     "suggestion": "changes why not_built setup memory",
-    "time": "step_s phase_s cause_s bottleneck tokens_a_step tokens_a_day price_a_million_tokens",
+    "time": "step_s phase_s cause_s bottleneck with_staleness tokens_a_step tokens_a_day price_a_million_tokens",
     "setup": "device devices all_devices batch_size micro_batch_size scoring_micro_batch_size zero_stage "
     "offload_optimizer offload_parameters checkpointing student_dtype teacher_dtype prompt_tokens completion_tokens "
     "max_prompt_tokens max_new_tokens student_share sampler_memory_share teacher_placement teacher_devices "
-    "sampler_devices",
+    "sampler_devices sampler_replicas staleness",
 }
 
 
@@ -75,6 +75,13 @@ def test_the_quickstart_against_a_record() -> None:
     assert "measured / predicted" in plan("configs/quickstart.yaml", "--gpu", "cpu", "--against", record)
 
 
+def test_a_fit_to_another_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "environment.json").write_text(json.dumps({"command": ["gkd", "train", "configs/lora.yaml"]}))
+    result = run_python(["benchmarks/fit_planner.py", tmp_path / "summary.json"])
+    assert result.returncode == 2 and "expected a run of configs/quickstart.yaml" in result.stderr
+
+
 def test_measuring_this_machine() -> None:
     result = plan_json("configs/quickstart.yaml", "--gpu", "cpu", "--measure")
     values = {item["name"]: item["value"] for item in result["assumptions"]}
@@ -116,9 +123,27 @@ def test_the_configs_placement_is_what_is_planned() -> None:
     assert plan_json(PLANNED / "qwen3_8b_to_1.7b.yaml")["setup"]["teacher_placement"] == "local"
 
 
+def test_a_served_sampler_is_planned_with_and_without_sampling_ahead() -> None:
+    config = PLANNED / "qwen3_8b_to_1.7b.yaml"
+    addresses = "rollout.addresses=[http://10.0.0.1:8400,http://10.0.0.2:8400]"
+    served = ["--gpus", "8", "rollout.placement=served", addresses]
+    result = plan_json(config, *served, "rollout.staleness=2")
+    assert result["setup"]["sampler_replicas"] == 2 and result["setup"]["all_devices"] == 10
+    steps = result["time"]["with_staleness"]
+    assert list(steps) == ["0", "2"] and steps["2"]["step_s"] == result["time"]["step_s"] < steps["0"]["step_s"]
+    assert result["not_built"] == []
+    text = plan(config, *served[:2], "--sampler-gpus", "8")
+    assert "sampler  8 x h100 of its own, rollout.staleness=0" in text
+    for staleness in (0, 1):
+        assert f"step, rollout.staleness={staleness}" in text
+    assert text.count("limited by sample: weights and cache") == 2
+    assert list(plan_json(config, *served[:2])["time"]["with_staleness"]) == ["0"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--sampler-gpus", "0"], "--sampler-gpus: 0 must be at least 1"),
         (["--gpu", "tpu"], "--gpu: 'tpu' is not known; known: h100"),
         (["--gpus", "0"], "--gpus: 0 must be at least 1"),
         (["--gpus", "7"], "optim.batch_size: 512 is not a multiple"),

@@ -140,6 +140,25 @@ def test_a_served_teacher_on_too_few_devices_gets_more() -> None:
     assert suggestion.changes == (f"--teacher-gpus {suggestion.setup.teacher_devices}",)
 
 
+def test_a_served_sampler_has_a_whole_device() -> None:
+    """It takes nothing of the training devices, and 90 % of its own: 72 GB less 2 bytes a parameter."""
+    here = setup_of(SMALL, 8)
+    elsewhere = replace(here, sampler_replicas=4)
+    plans = [memory_plan(setup) for setup in (here, elsewhere)]
+    assert plans[0].peak_bytes - plans[1].peak_bytes == pytest.approx(0.25 * 80e9)
+    a_sequence = 3072 * 2 * 28 * 1024 * 2
+    assert plans[1].sequences_at_once == pytest.approx((0.9 * 80e9 - 2 * PARAMETERS) / a_sequence)
+
+
+def test_a_sampler_that_fits_nowhere_else_is_served() -> None:
+    setup = setup_of(SMALL, 8)
+    suggestion = suggest(replace(setup, device=replace(setup.device, memory_bytes=20e9)))
+    assert suggestion is not None and memory_plan(suggestion.setup).fits and not suggestion.not_built
+    assert f"--sampler-gpus {suggestion.setup.sampler_replicas}" in suggestion.changes
+    beside = replace(suggestion.setup, sampler_replicas=0)
+    assert not memory_plan(beside).fits
+
+
 def test_nothing_fits_on_too_little() -> None:
     setup = setup_of(HUGE, 1, "optim.micro_batch_size=1")
     tiny = replace(setup, device=replace(setup.device, memory_bytes=1e9))
@@ -156,3 +175,24 @@ def test_a_student_from_layers_and_a_wheel_are_known_without_being_loaded(
     assert student.layers == 20
     setup = make_setup(config, student, teacher, setup_of(SMALL, 8).device, 1)
     assert memory_plan(setup).fits
+
+
+def test_lora_by_hand() -> None:
+    """Frozen bf16 weights of 2 bytes, and of the adapters alone 4 + 4 + 8 under autocast."""
+    setup = setup_of(SMALL, 8, "student.lora.rank=16")
+    inputs_and_outputs = 2 * (2048 + 2048) + 2 * (2048 + 1024) + 3 * (2048 + 6144)  # q, o; k, v; the MLP's three
+    adapters = 28 * 16 * inputs_and_outputs
+    assert setup.adapter_parameters == adapters == 17_432_576
+    bytes_of_adapters = {0: 4 + 4 + 8, 1: 4 + 4 + (4 + 8) / 8, 2: 4 + (4 + 4 + 8) / 8, 3: (4 + 4 + 8) / 8}
+    for stage, bytes_a_parameter in bytes_of_adapters.items():
+        device, _ = student_state(replace(setup, zero_stage=stage))
+        frozen = 2 * PARAMETERS / (8 if stage == 3 else 1)
+        state = sum(size for name, size in device.items() if not name.startswith("ZeRO"))
+        assert state == pytest.approx(frozen + bytes_a_parameter * adapters)
+    plan, full = memory_plan(setup), memory_plan(setup_of(SMALL, 8))
+    assert "loss, head and its gradient" not in plan.phases["train"]
+    assert plan.peak_bytes < full.peak_bytes
+    some = setup_of(SMALL, 8, "student.lora={rank: 8, target_modules: [q_proj, v_proj]}")
+    assert some.adapter_parameters == 28 * 8 * (2048 + 2048 + 2048 + 1024)
+    with pytest.raises(ConfigError, match=r"^student\.lora\.target_modules: 'lm_head' of .* is not planned for"):
+        setup_of(SMALL, 8, "student.lora.target_modules=[lm_head]")
