@@ -1,5 +1,5 @@
 # Two commands do all the set-up:  make quickstart   and   make test
-.PHONY: help venv quickstart test lint format tables docs gpu-check cuda clean
+.PHONY: help venv quickstart test lint format tables evidence docs gpu-check cuda clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
@@ -17,6 +17,7 @@ help:
 	@echo "make test         every test that this machine can run"
 	@echo "make lint         ruff, pyright, import contracts      make format   ruff format"
 	@echo "make tables       the tables and plots of README and docs, from benchmarks/results"
+	@echo "make evidence     every benchmark again, small, and whether the figures of README and docs hold (30 minutes at most)"
 	@echo "make docs         the documentation as a site, in build/site"
 	@echo "make gpu-check    build, test, sanitize and time the CUDA kernels on a GPU (torch, numpy, pytest, nvcc; WHEELS=dir)"
 	@echo "make cuda         cross-compile the CUDA kernels, GPU or not"
@@ -58,9 +59,13 @@ test: $(KERNELS)
 	$(BIN)/python -m pytest -q $(ARGS)
 
 # The figures of README and docs from benchmarks/results; a test fails where they are not up to date.
+PAGES := README.md $(addprefix docs/,benchmarks.md recipes.md scaling.md serving.md table.md)
 tables: $(READY)
-	$(BIN)/python benchmarks/tables.py --write README.md docs/serving.md
-	$(BIN)/python benchmarks/tables.py --write docs/benchmarks.md --plots docs/plots
+	$(BIN)/python benchmarks/tables.py --write $(PAGES) --plots docs/plots
+
+# Small runs of every benchmark, their tables and plots in build/evidence, and the figures of README and docs held against them.
+evidence: $(KERNELS)
+	$(BIN)/python benchmarks/evidence.py $(ARGS)
 
 # A link to nowhere or a name that is gone fails. The variable silences advertising.
 docs: $(READY)

@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-DOCS = Path(__file__).parent.parent / "docs"
+from gkd.config import load_config
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 
 
 def snippets(page: str) -> list[str]:
@@ -70,26 +73,63 @@ def test_the_whole_run_is_what_the_config_says(
     assert capsys.readouterr().out == "(2.0, 1.0)\n"
 
 
-def test_the_readme_shows_the_recorded_quickstart() -> None:
-    import json
-
-    root = DOCS.parent
-    readme = (root / "README.md").read_text()
-    summary = json.loads((root / "benchmarks" / "results" / "quickstart.json").read_text())["summary"]
-    for name, label in (("forward_kl", "forward KL"), ("reverse_kl", "reverse KL"), ("jsd", "JSD")):
-        before, after = summary[f"heldout_{name}_before"], summary[f"heldout_{name}_after"]
-        assert re.search(rf"{label} +{before:.3f} +{after:.3f} +{100 * after / before:.1f} %", readme), label
-    minutes, seconds = divmod(round(summary["wall_s"]), 60)
-    assert f"{summary['steps']} steps in {minutes}m{seconds:02d}s" in readme
-    assert summary["heldout_forward_kl_after"] <= 0.3 * summary["heldout_forward_kl_before"]
+PAGES_WITH_TABLES = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("benchmarks", "recipes", "scaling", "serving", "table")),
+]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md", "docs/serving.md"])
+@pytest.mark.parametrize("page", PAGES_WITH_TABLES)
 def test_tables_are_those_of_the_recorded_results(page: str) -> None:
-    root = DOCS.parent
     command = [sys.executable, "benchmarks/tables.py", "--check", page]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert page in (ROOT / "Makefile").read_text() or page.removeprefix("docs/") in (ROOT / "Makefile").read_text()
+
+
+def recipe_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / "recipes.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("block", recipe_blocks("yaml"), ids=lambda block: re.search(r"name: (\w+)", block)[1])
+def test_every_recipe_is_a_config(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    path = tmp_path / "mine.yaml"
+    path.write_text(block)
+    config = load_config(path)
+    assert config.run.name in block and config.optim.batch_size % 8 == 0
+
+
+def recipe_commands() -> list[list[str]]:
+    """Everything from the config's name on, of each run that the page starts."""
+    lines = [line.split(" #")[0].split() for block in recipe_blocks("") for line in block.splitlines()]
+    starts = [(words, index) for words in lines for index, word in enumerate(words) if word.endswith(".yaml")]
+    return [words[index:] for words, index in starts]
+
+
+@pytest.mark.parametrize("words", recipe_commands(), ids=" ".join)
+def test_every_command_of_a_recipe_has_its_config(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    path, *options = words
+    if path == "mine.yaml":  # the block above it
+        (tmp_path / path).write_text(block_before(" ".join(words)))
+        path = str(tmp_path / path)
+    load_config(path, [option for option in options if not option.startswith("--")])
+
+
+def block_before(command: str) -> str:
+    page = (DOCS / "recipes.md").read_text()
+    return re.findall(r"```yaml\n(.*?)```", page[: page.index(command)], flags=re.DOTALL)[-1]
+
+
+def test_every_config_that_recipes_link_to_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    linked = re.findall(r"\(\.\./(configs/\S+\.yaml)\)", (DOCS / "recipes.md").read_text())
+    assert {"configs/quickstart.yaml", "configs/served.yaml", "configs/lora.yaml"} <= set(linked)
+    for path in linked:
+        load_config(path)
 
 
 def test_the_quick_tours_snippet_runs() -> None:

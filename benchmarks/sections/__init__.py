@@ -1,0 +1,1 @@
+"""What benchmarks/tables.py puts into pages: a module a kind of result, the plots, and what they share."""

@@ -1,0 +1,99 @@
+"""Whole runs against TRL."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from contenders.show import profile_rows
+
+from .reading import Record, divergence_name, records
+from .text import markdown, percent, section, three_digits
+
+
+def versus_trl_section(results: Path) -> str:
+    """Where a step's seconds go, tokens, memory and held-out divergence: medians over rounds, one line a contender."""
+    parts = []
+    for record in records(results, "versus_trl").values():
+        work = record["work"]
+        name = divergence_name(work)
+        rounds = len(record["contenders"]["gkd"]["rounds"])
+        size = f"{work['batch_size']} prompts × {work['max_new_tokens']} new tokens a step, {name}"
+        measured = f"medians (least – most) of {rounds} rounds of {work['steps']} steps, without the first"
+        parts += [
+            f"{record['device']}, {record['threads']} threads; {size}; {measured}.  \n{record['versions']}.",
+            versus_trl_table(record),
+            versus_trl_summary(record),
+        ]
+    return section(parts)
+
+
+def versus_trl_table(record: Record) -> str:
+    lines = []
+    for name, contender in record["contenders"].items():
+        found = contender["over_rounds"]
+        step = found["step_s"]
+        parts = [
+            three_digits(found[f"{part}_s"]["median"] or None) for part in ("sampling", "scoring", "training", "sync")
+        ]
+        lines.append(
+            [
+                name,
+                f"{three_digits(step['median'])} ({three_digits(step['least'])} – {three_digits(step['most'])})",
+                *parts,
+                three_digits(found["tokens_per_s"]["median"]),
+                three_digits(found["peak_rss_bytes"]["median"] / 2**30),
+                f"{found['heldout/jsd']['median']:.4f}",
+                f"{found['heldout/forward_kl']['median']:.3f}",
+            ]
+        )
+    before = record["heldout_before"]
+    untrained = [f"{before['heldout/jsd']:.4f}", f"{before['heldout/forward_kl']:.3f}"]
+    lines.append(["the student before", *["–"] * 7, *untrained])
+    header = ["", "s a step", "sampling", "scoring", "training", "weight sync", "tokens/s", "peak GiB"]
+    return markdown([*header, "held-out JSD", "held-out KL"], lines)
+
+
+def versus_trl_summary(record: Record) -> str:
+    bound = record["bound"]
+    rate = statistics.median(bound["bf16_matmul_flops_per_s"]) / 1e12
+    speedup, memory = (three_digits(record[f"{name}_vs_fastest_trl"]) for name in ("speedup", "memory"))
+    return (
+        f"{record['fastest_trl']}, the faster of the two, takes {speedup} times as long a step as gkd, which needs "
+        f"{memory} times its memory. Bare bfloat16 products reach {three_digits(rate)} TFLOP/s here; gkd's training "
+        f"half, {three_digits(bound['training_flops_a_step'] / 1e12)} TFLOP a step, reaches "
+        f"{percent(bound['share_reached'])} of that.{equal_precision(record)}"
+    )
+
+
+def equal_precision(record: Record) -> str:
+    """What the trials say of TRL with float32 master weights under autocast, which is what gkd keeps."""
+    settings = record["contenders"][record["fastest_trl"]]["settings"]
+    if not record["trials"].get("gkd") or settings["precision"] != "bfloat16":
+        return ""
+    ours_s, theirs_s = equal_precision_step_s(record)
+    return (
+        " TRL's weights are bfloat16 alone, which was its fastest; with float32 master weights, which gkd keeps, its "
+        f"best trial took {three_digits(theirs_s)} s a step, {three_digits(theirs_s / ours_s)} times gkd's."
+    )
+
+
+def equal_precision_step_s(record: Record) -> tuple[float, float]:
+    """Seconds a step of gkd and of the faster TRL trainer under autocast: the best trials, or without trials, which
+    leaves TRL at autocast, the rounds."""
+    if not record["trials"].get("gkd"):
+        ours, theirs = (record["contenders"][name]["over_rounds"] for name in ("gkd", record["fastest_trl"]))
+        return ours["step_s"]["median"], theirs["step_s"]["median"]
+    theirs_s = (
+        trial["step_s"]
+        for name in record["speedup_by_trainer"]
+        for trial in record["trials"][name]
+        if trial["precision"] == "autocast"
+    )
+    return min(trial["step_s"] for trial in record["trials"]["gkd"]), min(theirs_s)
+
+
+def versus_trl_profile_section(results: Path) -> str:
+    """Seconds of one step by kind of work and phase, as torch's profiler saw it."""
+    tables = (profile_rows(record["profile"]["phases"]) for record in records(results, "versus_trl").values())
+    return section(markdown(header, lines) for header, *lines in tables)

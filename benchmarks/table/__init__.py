@@ -1,0 +1,1 @@
+"""What `gkd_table.py` compares the ways to distil with: tasks, models, methods, cells, scores, statistics."""
