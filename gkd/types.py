@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:  # torch takes a second to import; these types must not
     import torch
@@ -25,6 +25,7 @@ class Prompt:
     text: str  # what the user wrote, for people to read; never tokenised again
     completion_ids: tuple[int, ...] | None = None  # the data set's own answer, end token included
     origin: str = ""  # "file:line", for messages
+    teacher: str = "main"  # which of several teaches it: gkd.config.MAIN_TEACHER, or a name of other_teachers
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +98,42 @@ class OutputHead:
 
 
 @dataclass(frozen=True)
-class TeacherScores:
-    """What a teacher says of a list of rollouts: one [n_i, H_teacher] tensor each, row j predicting token j.
+class HiddenScores:
+    """A teacher's whole distribution of N tokens: its states at the positions that predict them, and its head."""
 
-    `hidden[i]` is None where rollout i has no completion token.
-    """
-
-    hidden: list[torch.Tensor | None]
+    states: torch.Tensor  # [N, H_teacher]
     head: OutputHead
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def to(self, device: torch.device) -> HiddenScores:
+        return HiddenScores(self.states.to(device), self.head)
+
+
+@dataclass(frozen=True)
+class TopkScores:
+    """The K tokens that a teacher finds most likely in the place of each of N tokens, at temperature 1."""
+
+    ids: torch.Tensor  # [N, K] int64
+    log_probs: torch.Tensor  # [N, K] float32: natural, over the teacher's whole vocabulary
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device) -> TopkScores:
+        return TopkScores(self.ids.to(device), self.log_probs.to(device))
+
+
+# What a teacher says of one rollout's completion, or of the scored tokens of a micro-batch: row j is of token j.
+TeacherScores: TypeAlias = HiddenScores | TopkScores
+
+
+def first_rows(scores: TeacherScores, count: int) -> TeacherScores:
+    """What the same teacher says of the first `count` tokens."""
+    if isinstance(scores, HiddenScores):
+        return HiddenScores(scores.states[:count], scores.head)
+    return TopkScores(scores.ids[:count], scores.log_probs[:count])
 
 
 @dataclass(frozen=True)
@@ -122,7 +151,7 @@ class TokenBatch:
     hard_label: torch.Tensor  # [N] bool: the token comes from a data set's completion
     sampler_logprobs: torch.Tensor  # [N] float32: the sampler's own of student samples, NaN elsewhere
     sequence_index: torch.Tensor  # [N] int64 into `sample_ids`: the token's sequence
-    teacher_hidden: torch.Tensor | None  # [N, H_teacher]
+    teacher: TeacherScores | None  # of N tokens, by one teacher
     sample_ids: tuple[str, ...]  # one name a sequence, for messages
     sequence_lengths: tuple[int, ...] | None = None  # packed: tokens of each sequence in the row; None: padded rows
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 from launching import REPOSITORY, environment
 
@@ -77,6 +80,49 @@ def start_server(
             stderr=errors, text=True,
         )  # fmt: skip
     return TeacherServer(process, error_file)
+
+
+def start_openai_server(
+    model: Path, folder: Path, *options: str, token: str = TOKEN, port: int | None = None
+) -> TeacherServer:
+    """vLLM's own server, float32. Returns at once; `wait_until_healthy` before use."""
+    if port is None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+    error_file = folder / f"server-{len(list(folder.iterdir()))}.log"
+    words = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
+        *("--host", "127.0.0.1", "--port", str(port), "--api-key", token),
+        *("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16", *options),
+    ]
+    variables = environment(VLLM_CPU_KVCACHE_SPACE="1", TORCHDYNAMO_DISABLE="1")
+    with error_file.open("w") as output:
+        process = subprocess.Popen(
+            words,
+            cwd=REPOSITORY,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # its engine is a process of its own, and would outlive it
+        )
+    return TeacherServer(process, error_file, f"http://127.0.0.1:{port}")  # pyright: ignore[reportArgumentType]
+
+
+def kill_openai_server(server: TeacherServer) -> None:
+    """With its engine."""
+    os.killpg(server.process.pid, signal.SIGKILL)
+    server.process.wait()
+
+
+def wait_until_healthy(server: TeacherServer, timeout_s: float = 240) -> TeacherServer:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and server.process.poll() is None:
+        with suppress(OSError), urlopen(f"{server.address}/health", timeout=5) as answer:
+            if answer.status == 200:
+                return server
+        time.sleep(0.5)
+    raise AssertionError(server.errors[-3000:])
 
 
 class Relay:

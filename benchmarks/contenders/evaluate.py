@@ -14,7 +14,7 @@ from gkd.train import build
 from gkd.train.distributed import compute_device
 from gkd.train.module import StudentModule, token_divergences
 from gkd.train.run_folder import RunFolder
-from gkd.types import OutputHead, TokenBatch
+from gkd.types import TokenBatch
 
 from .engine import gkd_config
 from .job import Job
@@ -31,9 +31,9 @@ class FrozenStudent:
 
     @torch.no_grad()
     def token_divergences(
-        self, micro_batches: Sequence[TokenBatch], teacher_head: OutputHead, objective: ObjectiveConfig
+        self, micro_batches: Sequence[TokenBatch], objective: ObjectiveConfig
     ) -> list[dict[str, torch.Tensor]]:
-        return token_divergences(self._module, micro_batches, teacher_head, objective, self._device)
+        return token_divergences(self._module, micro_batches, objective, self._device)
 
 
 def run(job: Job) -> dict[str, Any]:

@@ -54,7 +54,16 @@ def plan_command(
     resolved = load_config(config, overrides or ())
     student_model, teacher_model = architectures(resolved, student_config, teacher_config)
     device, devices = _devices(gpu, gpus, nodes, measure)
+    if resolved.other_teachers:
+        raise ConfigError(
+            "other_teachers: gkd plan knows of one teacher; add other_teachers={} for a run with it alone"
+        )
     placement = teacher or resolved.teacher.placement
+    if placement == "topk":
+        raise ConfigError(
+            "teacher.placement: gkd plan cannot know what another server takes for a top k; --teacher served plans for "
+            "one of hidden states"
+        )
     if placement == "served" and teacher_gpus < 1:
         raise ConfigError(f"--teacher-gpus: {teacher_gpus} must be at least 1")
     if sampler_gpus is not None and sampler_gpus < 1:

@@ -17,7 +17,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,24 +44,26 @@ class Row:
     prompt_text: str | None = None
     completion_messages: tuple[Message, ...] | None = None  # beside `messages`: one, of the assistant's
     completion_text: str | None = None  # beside `prompt_text`
+    teacher: str | None = None  # what the teacher column says
 
 
-def read_rows(path: str, split: str, *, key: str = "data.train") -> list[Row]:
+def read_rows(path: str, split: str, *, key: str = "data.train", teacher_column: str | None = None) -> list[Row]:
     """All rows of `path`, in its order, so that a row's index is its number in the data.
 
-    `split` chooses from a `datasets` folder or a hub name. `key` is the config key that messages name.
+    `split` chooses from a `datasets` folder or a hub name. `key` is the config key that messages name. `teacher_column`
+    names one more key that rows may have, with text.
     Raises DataError, starting with file:line or with `key`, for anything that cannot be read or understood.
     """
     location = Path(path).expanduser()
     if location.is_dir():
-        values = _table_rows(_load_folder(location, split, key), path)
+        values = _table_rows(_load_folder(location, split, key), path, teacher_column)
     elif location.is_file():
-        values = _parquet_rows(location) if location.suffix == ".parquet" else _json_lines(location)
+        values = _parquet_rows(location, teacher_column) if location.suffix == ".parquet" else _json_lines(location)
     elif location.suffix not in _FILE_SUFFIXES and _HUB_NAME.fullmatch(path):
-        values = _table_rows(_load_by_name(path, split, key), path)
+        values = _table_rows(_load_by_name(path, split, key), path, teacher_column)
     else:
         raise DataError(f"{key}: no such file: {path!r}; give a JSONL or Parquet file, a datasets folder or a hub name")
-    rows = [_parse_row(value, origin) for origin, value in values]
+    rows = [_parse_row(value, origin, teacher_column) for origin, value in values]
     if not rows:
         raise DataError(f"{path}: no rows; {_EXPECTED}, one a line")
     return rows
@@ -70,13 +72,25 @@ def read_rows(path: str, split: str, *, key: str = "data.train") -> list[Row]:
 # ---- one row ----------------------------------------------------------------------------------------------
 
 
-def _parse_row(value: object, origin: str) -> Row:
+def _parse_row(value: object, origin: str, teacher_column: str | None) -> Row:
     if not isinstance(value, dict):
         raise DataError(f"{origin}: a row is an object, not {_kind(value)}; {_EXPECTED}")
-    unknown = [str(name) for name in value if name not in ROW_KEYS]
-    if unknown:
-        raise DataError(f"{origin}: unknown key {_listed(unknown)}; known: {', '.join(ROW_KEYS)}")
     row = {name: item for name, item in value.items() if item is not None}  # null means absent, as in tables
+    teacher = None if teacher_column is None else row.pop(teacher_column, None)
+    known = _row_keys(teacher_column)
+    unknown = [str(name) for name in value if name not in known]
+    if unknown:
+        raise DataError(f"{origin}: unknown key {_listed(unknown)}; known: {', '.join(known)}")
+    if teacher is not None and not isinstance(teacher, str):
+        raise DataError(f"{origin}: {teacher_column}: expected a teacher's name, not {_kind(teacher)}")
+    return replace(_parse_texts(row, origin), teacher=teacher)
+
+
+def _row_keys(teacher_column: str | None) -> tuple[str, ...]:
+    return ROW_KEYS if teacher_column is None else (*ROW_KEYS, teacher_column)
+
+
+def _parse_texts(row: dict[Any, Any], origin: str) -> Row:
     if "messages" in row:
         if len(row) > 1:
             raise DataError(f"{origin}: 'messages' stands beside 'prompt' or 'completion'; {_EXPECTED}")
@@ -188,14 +202,14 @@ def _parse_json(line: str, origin: str) -> object:
         raise DataError(f"{origin}: bad JSON: {error}") from None
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
+def _parquet_rows(path: Path, teacher_column: str | None) -> Iterator[tuple[str, object]]:
     """Read without `datasets`, which would import for seconds and leave a copy in its cache."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns = _known_columns(file.schema_arrow.names, str(path))
+            columns = _known_columns(file.schema_arrow.names, str(path), teacher_column)
             index = 0
             for batch in file.iter_batches(columns=columns):
                 for value in batch.to_pylist():
@@ -205,23 +219,27 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
         raise DataError(f"{path}: cannot be read as Parquet: {_first_line(error)}") from None
 
 
-def _table_rows(table: Dataset, path: str) -> Iterator[tuple[str, object]]:
-    columns = _known_columns(table.column_names, path)
+def _table_rows(table: Dataset, path: str, teacher_column: str | None) -> Iterator[tuple[str, object]]:
+    columns = _known_columns(table.column_names, path, teacher_column)
     for index, value in enumerate(table.select_columns(columns)):
         yield f"{path}:{index}", _without_spare_columns(dict(value))
 
 
-def _known_columns(names: list[str], path: str) -> list[str]:
+def _known_columns(names: list[str], path: str, teacher_column: str | None) -> list[str]:
     """Columns that are rows' keys. Others (ids, categories) are left alone: nobody edits a hub's table."""
-    columns = [name for name in ROW_KEYS if name in names]
+    columns = [name for name in _row_keys(teacher_column) if name in names]
     if not {"prompt", "messages"} & set(columns):
         raise DataError(f"{path}: no column 'prompt' or 'messages'; its columns: {', '.join(names)}")
+    if teacher_column is not None and teacher_column not in names:
+        raise DataError(f"{path}: no column {teacher_column!r} (data.teacher_column); its columns: {', '.join(names)}")
     return columns
 
 
 def _without_spare_columns(value: dict[str, Any]) -> dict[str, Any]:
     """Many hub tables repeat the first message as a column 'prompt': 'messages' says more."""
-    return {"messages": value["messages"]} if value.get("messages") is not None else value
+    if value.get("messages") is None:
+        return value
+    return {name: item for name, item in value.items() if name not in ("prompt", "completion")}
 
 
 # ---- the `datasets` library -------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Rollouts become micro-batches of tensors.
 
-Legend: B rows of a micro-batch, T positions, N scored tokens, H hidden size of the teacher.
+Legend: B rows of a micro-batch, T positions, N scored tokens.
 
 Only completion tokens are scored. The output at one position predicts the token at the next, so token j of a
 completion is predicted at position prompt_len - 1 + j of its row.
@@ -14,14 +14,15 @@ from itertools import accumulate, chain
 from typing import Literal, NamedTuple
 
 import torch
+from torch.nn.functional import pad as pad_columns
 
 from gkd.errors import SamplerError
-from gkd.types import Rollout, TeacherScores, TokenBatch
+from gkd.types import HiddenScores, Rollout, TeacherScores, TokenBatch, TopkScores, first_rows
 
 
 def pack(
     rollouts: Sequence[Rollout],
-    scores: TeacherScores | None,
+    scores: Sequence[TeacherScores] | None,
     *,
     micro_batch_size: int,
     pad_token_id: int,
@@ -35,29 +36,43 @@ def pack(
     ones of at most so many tokens, without padding; a longer sequence stands alone. The longest come first: rows of
     like length share a micro-batch, and a batch that does not fit in memory fails at its start.
 
-    Ranks must run the same number of forwards. So every rollout is in some micro-batch, also one whose completion is
-    empty, which leaves N = 0; and where tokens are counted, `agree_on_largest` returns the largest of all ranks'
-    counts, up to which idle micro-batches of one token that nothing scores are added. Teacher states stay on their
-    device.
+    All of a micro-batch is scored by one teacher: rollouts are in one only if their `scores` have the same head, or
+    are all top-k. Ranks must run the same number of forwards. So every rollout is in some micro-batch, also one whose
+    completion is empty, which leaves N = 0; and `agree_on_largest` returns the largest of all ranks' counts, up to
+    which idle micro-batches of one token that nothing scores are added; where there are scores, a rank that may have to
+    add one needs a rollout, be it an empty one. Scores stay on their device.
 
     Weights: 1 a token ("token_mean"), or 1 / completion length ("sequence_mean"): each sequence sums to 1.
-    Raises SamplerError if the teacher's states do not fit the rollouts, ValueError for an empty prompt.
+    Raises SamplerError if the teacher's scores do not fit the rollouts, ValueError for an empty prompt.
     """
-    hidden = None if scores is None else _checked_hidden(rollouts, scores)
+    if scores is not None:
+        _check_scores(rollouts, scores)
     lengths = [len(rollout.token_ids) for rollout in rollouts]
     order = sorted(range(len(rollouts)), key=lambda i: -lengths[i])  # stable: ties keep their order
-    if micro_batch_tokens is None:
-        groups = [order[start : start + micro_batch_size] for start in range(0, len(order), micro_batch_size)]
-        layout = _padded
-    else:
-        groups = _first_fit(order, lengths, micro_batch_tokens)
-        groups += [[] for _ in range(agree_on_largest(len(groups)) - len(groups))]
-        layout = _end_to_end
+    groups: list[list[int]] = []
+    for own in _by_teacher(order, scores):
+        if micro_batch_tokens is None:
+            groups += [own[start : start + micro_batch_size] for start in range(0, len(own), micro_batch_size)]
+        else:
+            groups += _first_fit(own, lengths, micro_batch_tokens)
+    groups += [[] for _ in range(agree_on_largest(len(groups)) - len(groups))]
+    layout = _padded if micro_batch_tokens is None else _end_to_end
     batches: list[TokenBatch] = []
     for chosen in groups:
-        states = None if hidden is None else torch.cat([hidden[i] for i in [*chosen, -1]])
-        batches.append(_micro_batch([rollouts[i] for i in chosen], states, layout, pad_token_id, reduction))
+        teacher = None if scores is None else _joined([scores[i] for i in chosen] or [first_rows(scores[0], 0)])
+        batches.append(_micro_batch([rollouts[i] for i in chosen], teacher, layout, pad_token_id, reduction))
     return batches
+
+
+def _by_teacher(order: Sequence[int], scores: Sequence[TeacherScores] | None) -> list[list[int]]:
+    """`order` cut into the rollouts of each teacher, that of the longest rollout first."""
+    if scores is None:
+        return [list(order)]
+    groups: dict[int | None, list[int]] = {}
+    for i in order:
+        one = scores[i]
+        groups.setdefault(id(one.head) if isinstance(one, HiddenScores) else None, []).append(i)
+    return list(groups.values())
 
 
 def _first_fit(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -84,6 +99,7 @@ class _Layout(NamedTuple):
 
 
 def _padded(sequences: Sequence[Sequence[int]], pad_token_id: int) -> _Layout:
+    sequences = sequences or [[pad_token_id]]  # an idle micro-batch
     width = max(map(len, sequences))
     rows = [[*sequence, *[pad_token_id] * (width - len(sequence))] for sequence in sequences]
     return _Layout(rows, [row * width for row in range(len(rows))], None)
@@ -97,7 +113,7 @@ def _end_to_end(sequences: Sequence[Sequence[int]], pad_token_id: int) -> _Layou
 
 def _micro_batch(
     rollouts: Sequence[Rollout],
-    teacher_hidden: torch.Tensor | None,
+    teacher: TeacherScores | None,
     layout: Callable[[Sequence[Sequence[int]], int], _Layout],
     pad_token_id: int,
     reduction: str,
@@ -128,25 +144,32 @@ def _micro_batch(
         hard_label=torch.tensor(hard_label, dtype=torch.bool),  # [N]
         sampler_logprobs=torch.tensor(sampler_logprobs, dtype=torch.float32),  # [N]
         sequence_index=torch.tensor(sequence_index, dtype=torch.int64),  # [N]
-        teacher_hidden=teacher_hidden,  # [N, H]
+        teacher=teacher,
         sample_ids=tuple(rollout.sample_id for rollout in rollouts),
         sequence_lengths=laid_out.sequence_lengths,
     )
 
 
-def _checked_hidden(rollouts: Sequence[Rollout], scores: TeacherScores) -> list[torch.Tensor]:
-    """One [n_i, H] tensor a rollout, with n_i = 0 for an empty completion, and one with n = 0 after them."""
-    if len(scores.hidden) != len(rollouts):
-        raise SamplerError(f"the teacher scored {len(scores.hidden)} of {len(rollouts)} rollouts")
-    known = next((states for states in scores.hidden if states is not None), scores.head.weight)
-    nothing = known.new_empty((0, known.shape[-1]))
-    checked: list[torch.Tensor] = []
-    for rollout, states in zip(rollouts, scores.hidden, strict=True):
-        states = nothing if states is None else states
-        expected = (len(rollout.completion_ids), known.shape[-1])
-        if tuple(states.shape) != expected:
+def _check_scores(rollouts: Sequence[Rollout], scores: Sequence[TeacherScores]) -> None:
+    if len(scores) != len(rollouts):
+        raise SamplerError(f"the teacher scored {len(scores)} of {len(rollouts)} rollouts")
+    for rollout, one in zip(rollouts, scores, strict=True):
+        if len(one) != len(rollout.completion_ids):
             raise SamplerError(
-                f"{rollout.sample_id}: teacher states have shape {tuple(states.shape)}, expected {expected}"
+                f"{rollout.sample_id}: the teacher scored {len(one)} tokens of {len(rollout.completion_ids)}"
             )
-        checked.append(states)
-    return [*checked, nothing]
+
+
+def _joined(parts: Sequence[TeacherScores]) -> TeacherScores:
+    """What one teacher, or several that give only their top k, say of some rollouts, as one."""
+    first = parts[0]
+    if isinstance(first, HiddenScores):
+        return HiddenScores(torch.cat([p.states for p in parts if isinstance(p, HiddenScores)]), first.head)
+    known = [part for part in parts if isinstance(part, TopkScores)]
+    slots = max(part.ids.shape[1] for part in known)
+    missing = [(0, slots - part.ids.shape[1]) for part in known]  # -1 is an empty slot, and the least likely one
+    ids = [pad_columns(part.ids, spare, value=-1) for part, spare in zip(known, missing, strict=True)]
+    log_probs = [
+        pad_columns(part.log_probs, spare, value=-math.inf) for part, spare in zip(known, missing, strict=True)
+    ]
+    return TopkScores(torch.cat(ids), torch.cat(log_probs))

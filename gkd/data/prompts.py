@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import jinja2
 
-from gkd.config import DataConfig
+from gkd.config import MAIN_TEACHER, DataConfig
 from gkd.data.formats import Message, Row, read_rows
 from gkd.errors import DataError
 from gkd.types import Prompt
@@ -42,7 +42,7 @@ def load_prompts(
     messages. Raises DataError for a row that cannot be used or that a policy "error" refuses, and if no
     prompt is left.
     """
-    rows = read_rows(path, split, key=key)
+    rows = read_rows(path, split, key=key, teacher_column=config.teacher_column)
     encoder = _RowEncoder(tokenizer)
     prompts: list[Prompt] = []
     counts = {"rows": len(rows), "kept": 0, "dropped_long": 0, "dropped_empty": 0}
@@ -56,7 +56,8 @@ def load_prompts(
             counts[f"dropped_{policy}"] += 1
             continue
         completion = encoder.completion_ids(row, ids)
-        prompts.append(Prompt(index, tuple(ids), _shown_text(row), completion, row.origin))
+        teacher = row.teacher or MAIN_TEACHER
+        prompts.append(Prompt(index, tuple(ids), _shown_text(row), completion, row.origin, teacher))
     counts["kept"] = len(prompts)
     if not prompts:
         raise DataError(

@@ -5,7 +5,7 @@ Legend: N scored tokens of a micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,21 +15,29 @@ from gkd.config import ObjectiveConfig
 from gkd.json_files import finite_or_none
 from gkd.seeding import derive_seed
 from gkd.teacher.base import Teacher
-from gkd.types import Completion, OutputHead, Prompt, PromptDraw, Rollout, SampleRequest, TeacherScores, TokenBatch
+from gkd.types import Completion, Prompt, PromptDraw, Rollout, SampleRequest, TeacherScores, TokenBatch
 
 # JSD(1/2) is the loss of the pass, both KLs are its by-products: one pass measures all three.
 COMPARED = ObjectiveConfig(kind="jsd", beta=0.5)  # pyright: ignore[reportCallIssue]
 DIVERGENCES = {"forward_kl": "forward_kl", "reverse_kl": "reverse_kl", "jsd": "divergence"}  # of COMPARED, by name
+TOPK_DIVERGENCES = {
+    "topk_forward_kl": "topk_forward_kl",
+    "topk_reverse_kl": "topk_reverse_kl",
+    "topk_jsd": "topk_divergence",
+}  # the same, where a teacher gives its top k only
 _MOST_BUCKETS = 64  # of positions: as many as a picture can show
 
-Pack = Callable[[Sequence[Rollout], TeacherScores], list[TokenBatch]]
+Pack = Callable[[Sequence[Rollout], Sequence[TeacherScores]], list[TokenBatch]]
 
 
 class MeasuresDivergence(Protocol):
     def token_divergences(
-        self, micro_batches: Sequence[TokenBatch], teacher_head: OutputHead, objective: ObjectiveConfig
+        self, micro_batches: Sequence[TokenBatch], objective: ObjectiveConfig
     ) -> list[dict[str, torch.Tensor]]:
-        """For each micro-batch {name: [N]}: `divergence` is the objective's, beside it both KLs and more."""
+        """For each micro-batch {name: [N]}: `divergence` is the objective's, beside it both KLs and more.
+
+        From a teacher's top k they are `topk_divergence`, `topk_forward_kl` and so on, and no others.
+        """
         ...
 
 
@@ -37,7 +45,8 @@ class MeasuresDivergence(Protocol):
 class HeldoutFigures:
     """Mean divergences a token, in nats: over everything, and by position in the completion.
 
-    Bucket i holds the tokens i * bucket_tokens + 1 to (i + 1) * bucket_tokens of the completions.
+    Bucket i holds the tokens i * bucket_tokens + 1 to (i + 1) * bucket_tokens of the completions. What was measured
+    from a teacher's top k has means of its own, `heldout/topk_...`, and no part in the positions.
     """
 
     means: dict[str, float]  # by metric: heldout/forward_kl and so on
@@ -92,31 +101,44 @@ class HeldoutEvaluation:
 
     def measure(self) -> HeldoutFigures:
         """Collective."""
-        scores = self._teacher.score(self._rollouts)
-        micro_batches = self._pack(self._rollouts, scores)
-        measured = self._student.token_divergences(micro_batches, scores.head, COMPARED)
-        sums = self._sum_over_ranks(self._bucket_sums(micro_batches, measured)).cpu()
-        tokens, totals = sums[0], sums.sum(1).tolist()
+        micro_batches = self._pack(self._rollouts, self._teacher.score(self._rollouts))
+        measured = self._student.token_divergences(micro_batches, COMPARED)
+        sums, topk_sums = (
+            self._sum_over_ranks(self._bucket_sums(micro_batches, measured, columns)).cpu()
+            for columns in (DIVERGENCES, TOPK_DIVERGENCES)
+        )
+        tokens = sums[0]
         by_position = dict(zip(DIVERGENCES, (sums[1:] / tokens.clamp(min=1.0)).tolist(), strict=True))
-        means = [total / max(totals[0], 1.0) for total in totals[1:]]
         return HeldoutFigures(
-            means={f"heldout/{name}": mean for name, mean in zip(DIVERGENCES, means, strict=True)},
+            means=_means(sums, DIVERGENCES) | _means(topk_sums, TOPK_DIVERGENCES),
             bucket_tokens=self._bucket_tokens,
             tokens=[round(count) for count in tokens.tolist()],
             by_position=by_position,
         )
 
     def _bucket_sums(
-        self, micro_batches: Sequence[TokenBatch], measured: Sequence[dict[str, torch.Tensor]]
+        self,
+        micro_batches: Sequence[TokenBatch],
+        measured: Sequence[Mapping[str, torch.Tensor]],
+        columns: Mapping[str, str],
     ) -> torch.Tensor:
-        """[1 + len(DIVERGENCES), buckets] float64: tokens, then sums of each divergence; this rank's."""
-        device = measured[0]["divergence"].device
-        sums = torch.zeros(1 + len(DIVERGENCES), self._buckets, dtype=torch.float64, device=device)
+        """[1 + len(columns), buckets] float64: tokens, then sums of each divergence, where they were measured; this
+        rank's."""
+        device = next(iter(measured[0].values())).device
+        sums = torch.zeros(1 + len(columns), self._buckets, dtype=torch.float64, device=device)
         for batch, values in zip(micro_batches, measured, strict=True):
+            if not values.keys() >= set(columns.values()):
+                continue
             bucket = (completion_positions(batch) // self._bucket_tokens).to(device)  # [N]
-            rows = [torch.ones_like(values["divergence"]), *(values[name] for name in DIVERGENCES.values())]
-            sums.index_add_(1, bucket, torch.stack(rows).double())
+            rows = [values[name] for name in columns.values()]
+            sums.index_add_(1, bucket, torch.stack([torch.ones_like(rows[0]), *rows]).double())
         return sums
+
+
+def _means(sums: torch.Tensor, columns: Iterable[str]) -> dict[str, float]:
+    """By metric, from `_bucket_sums`; none where nothing was measured."""
+    tokens, *totals = sums.sum(1).tolist()
+    return {f"heldout/{name}": total / tokens for name, total in zip(columns, totals, strict=True) if tokens}
 
 
 def completion_positions(batch: TokenBatch) -> torch.Tensor:

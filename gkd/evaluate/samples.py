@@ -1,6 +1,6 @@
 """Answers to held-out prompts, for people to read: greedy, so that what differs is the model and not the draw.
 
-Legend: n_i tokens of answer i, H_teacher the teacher's hidden size, K alternatives.
+Legend: n_i tokens of answer i, K alternatives.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -17,7 +18,18 @@ from gkd.json_files import finite_or_none
 from gkd.ops.token_logprobs import token_logprobs, top_logprobs
 from gkd.seeding import derive_seed
 from gkd.teacher.base import Teacher
-from gkd.types import OutputHead, Prompt, PromptDraw, Rollout, SampleRequest, SamplingSettings, TokenBatch
+from gkd.types import (
+    HiddenScores,
+    OutputHead,
+    Prompt,
+    PromptDraw,
+    Rollout,
+    SampleRequest,
+    SamplingSettings,
+    TeacherScores,
+    TokenBatch,
+    TopkScores,
+)
 
 ALTERNATIVES = 5  # of the teacher, at each token
 _CONTEXT_TOKENS = 4  # that a token is decoded behind: some tokenizers drop the space before a first token
@@ -55,31 +67,29 @@ class AnswerScoring:
         """Of the rollouts of this rank; collective."""
         scores = self._teacher.score(rollouts)
         micro_batches = self._pack(rollouts, scores)
-        measured = self._student.token_divergences(micro_batches, scores.head, COMPARED)
-        by_answer = _by_sequence(micro_batches, measured)
+        by_answer = _by_sequence(micro_batches, self._student.token_divergences(micro_batches, COMPARED))
         answers = [
             Answer(
                 prompt=rollout.draw.prompt.text,
-                tokens=()
-                if hidden is None
-                else self._tokens(rollout, hidden, scores.head, by_answer[rollout.sample_id]),
+                tokens=self._tokens(rollout, said, by_answer[rollout.sample_id]) if rollout.completion_ids else (),
             )
-            for rollout, hidden in zip(rollouts, scores.hidden, strict=True)
+            for rollout, said in zip(rollouts, scores, strict=True)
         ]
         return AnswerTokens(answers=tuple(answers))
 
-    def _tokens(
-        self, rollout: Rollout, hidden: torch.Tensor, teacher_head: OutputHead, measured: ByToken
-    ) -> tuple[AnswerToken, ...]:
-        """`hidden` [n_i, H_teacher] are the teacher's states, `measured` is the student's side."""
-        ids, head = rollout.completion_ids, _first_rows(teacher_head, self._valid_vocab)
-        labels = torch.tensor(ids, device=hidden.device)  # [n_i]
-        teacher_logprobs = token_logprobs(hidden, head, labels.clamp(max=self._valid_vocab - 1))
-        best_logprobs, best_ids = top_logprobs(hidden, head, ALTERNATIVES)  # [n_i, K]
-        columns = {name: measured[key].tolist() for name, key in DIVERGENCES.items()}
+    def _tokens(self, rollout: Rollout, scores: TeacherScores, measured: ByToken) -> tuple[AnswerToken, ...]:
+        """`scores` are of the n_i tokens, `measured` is the student's side."""
+        ids = rollout.completion_ids
+        labels = torch.tensor(ids).clamp(max=self._valid_vocab - 1)  # [n_i]
+        if isinstance(scores, HiddenScores):
+            teacher = _whole_view(scores, self._valid_vocab, labels.to(scores.states.device))
+        else:
+            teacher = _topk_view(scores, labels.to(scores.ids.device))
+        unknown = torch.full((len(ids),), math.nan)  # a divergence over the vocabulary, from a teacher's top k
+        columns = {name: measured.get(key, unknown).tolist() for name, key in DIVERGENCES.items()}
         columns["student_probability"] = measured["label_logprob"].exp().tolist()
-        columns["teacher_probability"] = teacher_logprobs.exp().tolist()
-        best = zip(best_ids.tolist(), best_logprobs.exp().tolist(), strict=True)
+        columns["teacher_probability"] = teacher.probability.tolist()
+        best = zip(teacher.best_ids.tolist(), teacher.best_probabilities.tolist(), strict=True)
         tokens = []
         for place, (token_id, alternatives) in enumerate(zip(ids, best, strict=True)):
             values = {name: finite_or_none(column[place]) for name, column in columns.items()}
@@ -109,6 +119,28 @@ class AnswerScoring:
         start, whole = self._decode(before), self._decode([*before, token_id])
         # where it completes a character, what stood before it changes
         return whole.removeprefix(start) if whole.startswith(start) else self._decode([token_id])
+
+
+class _TeacherView(NamedTuple):
+    """What is shown of a teacher; K alternatives, the most likely first."""
+
+    probability: torch.Tensor  # [n_i] of the token; NaN: not known
+    best_ids: torch.Tensor  # [n_i, K]
+    best_probabilities: torch.Tensor  # [n_i, K]
+
+
+def _whole_view(scores: HiddenScores, valid_vocab: int, labels: torch.Tensor) -> _TeacherView:
+    head = _first_rows(scores.head, valid_vocab)
+    best, best_ids = top_logprobs(scores.states, head, ALTERNATIVES)
+    return _TeacherView(token_logprobs(scores.states, head, labels).exp(), best_ids, best.exp())
+
+
+def _topk_view(scores: TopkScores, labels: torch.Tensor) -> _TeacherView:
+    best, slots = scores.log_probs.topk(min(ALTERNATIVES, scores.ids.shape[1]), dim=-1)
+    is_label = scores.ids == labels[:, None]  # [n_i, slots of the teacher]
+    probability = torch.where(is_label, scores.log_probs.exp(), 0.0).sum(-1)
+    probability = torch.where(is_label.any(-1), probability, math.nan)
+    return _TeacherView(probability, scores.ids.gather(-1, slots), best.exp())
 
 
 def _first_rows(head: OutputHead, count: int) -> OutputHead:

@@ -6,7 +6,7 @@ Legend: B rows, T positions, N scored tokens of a micro-batch, n_i tokens of com
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +16,7 @@ from gkd.data import pack
 from gkd.models import backbone_of, output_head
 from gkd.ops import linear_divergence
 from gkd.ops.token_logprobs import token_logprobs
-from gkd.types import OutputHead, Rollout, TeacherScores, TokenBatch
+from gkd.types import HiddenScores, OutputHead, Rollout, TeacherScores, TokenBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,68 +46,73 @@ class ScoringSettings:
 
 @torch.no_grad()
 def student_scores(
-    model: PreTrainedModel, rollouts: Sequence[Rollout], teacher: TeacherScores | None, settings: ScoringSettings
+    model: PreTrainedModel,
+    rollouts: Sequence[Rollout],
+    teacher: Sequence[TeacherScores] | None,
+    settings: ScoringSettings,
 ) -> list[TokenScores]:
-    """Of each rollout NLL and, if the teacher scored the rollouts, DIVERGENCES; all at temperature 1."""
+    """Of each rollout NLL and, if the teacher scored the rollouts, DIVERGENCES; all at temperature 1.
+
+    The teacher's scores are whole distributions, with one head.
+    """
     results: list[TokenScores] = [{}] * len(rollouts)
     order = sorted(range(len(rollouts)), key=lambda i: -len(rollouts[i].token_ids))  # little padding in each forward
     for start in range(0, len(order), settings.micro_batch_size):
         rows = order[start : start + settings.micro_batch_size]
-        given = None if teacher is None else replace(teacher, hidden=[teacher.hidden[i] for i in rows])
+        given = None if teacher is None else [teacher[i] for i in rows]
         chosen = [rollouts[i] for i in rows]
         (batch,) = pack(
             chosen, given, micro_batch_size=len(rows), pad_token_id=settings.pad_token_id, reduction="token_mean"
         )
-        values = _score_batch(model, batch.to(settings.device), None if given is None else given.head, settings)
+        values = _score_batch(model, batch.to(settings.device), settings)
         for i, scores in zip(rows, _split(values, [len(r.completion_ids) for r in chosen]), strict=True):
             results[i] = scores
     return results
 
 
 @torch.no_grad()
-def teacher_nll(rollouts: Sequence[Rollout], scores: TeacherScores, settings: ScoringSettings) -> list[TokenScores]:
+def teacher_nll(
+    rollouts: Sequence[Rollout], scores: Sequence[TeacherScores], settings: ScoringSettings
+) -> list[TokenScores]:
     """NLL of each rollout under the teacher, from what it said of them."""
     results: list[TokenScores] = []
-    for rollout, hidden in zip(rollouts, scores.hidden, strict=True):
-        if hidden is None:
-            results.append({NLL: np.zeros(0)})
-            continue
-        labels = torch.tensor(rollout.completion_ids, device=hidden.device)  # [n_i]
-        results.append({NLL: _as_array(-token_logprobs(hidden, scores.head, labels, chunk_bytes=settings.chunk_bytes))})
+    for rollout, said in zip(rollouts, scores, strict=True):
+        assert isinstance(said, HiddenScores)
+        labels = torch.tensor(rollout.completion_ids, dtype=torch.int64, device=said.states.device)  # [n_i]
+        logprobs = token_logprobs(said.states, said.head, labels, chunk_bytes=settings.chunk_bytes)
+        results.append({NLL: _as_array(-logprobs)})
     return results
 
 
-def _score_batch(
-    model: PreTrainedModel, batch: TokenBatch, teacher_head: OutputHead | None, settings: ScoringSettings
-) -> TokenScores:
+def _score_batch(model: PreTrainedModel, batch: TokenBatch, settings: ScoringSettings) -> TokenScores:
     states = backbone_of(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # [B, T, H]
     hidden = states.flatten(0, 1)[batch.score_index]  # [N, H]
     head = output_head(model)
     measured = {NLL: -token_logprobs(hidden, head, batch.labels, chunk_bytes=settings.chunk_bytes)}
-    if teacher_head is not None:
-        measured |= _divergences(hidden, head, batch, teacher_head, settings)
+    if batch.teacher is not None:
+        assert isinstance(batch.teacher, HiddenScores)
+        measured |= _divergences(hidden, head, batch.teacher, settings)
     return {name: _as_array(values) for name, values in measured.items()}
 
 
 def _divergences(
-    hidden: torch.Tensor, head: OutputHead, batch: TokenBatch, teacher_head: OutputHead, settings: ScoringSettings
+    hidden: torch.Tensor, head: OutputHead, teacher: HiddenScores, settings: ScoringSettings
 ) -> dict[str, torch.Tensor]:
     """DIVERGENCES, [N] each. The JSD is the loss of the pass, the others are its by-products: one pass for all."""
-    assert batch.teacher_hidden is not None
     jsd, byproducts = linear_divergence(
         hidden,
         head.weight,
-        batch.teacher_hidden,
-        teacher_head.weight,
+        teacher.states,
+        teacher.head.weight,
         "jsd",
         beta=0.5,
         reduction="none",
         student_bias=head.bias,
-        teacher_bias=teacher_head.bias,
+        teacher_bias=teacher.head.bias,
         student_softcap=head.softcap,
-        teacher_softcap=teacher_head.softcap,
+        teacher_softcap=teacher.head.softcap,
         student_logit_scale=head.logit_scale,
-        teacher_logit_scale=teacher_head.logit_scale,
+        teacher_logit_scale=teacher.head.logit_scale,
         valid_vocab=settings.valid_vocab,
         compute_dtype=settings.dtype,
         chunk_bytes=settings.chunk_bytes,

@@ -30,6 +30,9 @@ METRICS: dict[str, str] = {  # name -> "unit: meaning"
         f"divergence/{kind}": f"{'probability' if kind == 'tvd' else 'nats'}: {_DIVERGENCE_MEANING[kind]}"
         for kind in get_args(DivergenceKind)
     },
+    "divergence/topk_forward_kl": "nats: KL(teacher || student) of K + 1 outcomes, the tokens of a teacher's top k and "
+    "all others as one: at most the KL over the vocabulary; mean over the step's tokens that such a teacher scored",
+    "divergence/topk_reverse_kl": "nats: KL(student || teacher) of the same outcomes, mean over the same tokens",
     "entropy/student": "nats: entropy of the student's next-token distribution, mean over scored tokens",
     "entropy/teacher": "nats: entropy of the teacher's next-token distribution, mean over scored tokens",
     "agreement/top1": "fraction: scored tokens where student and teacher have the same most likely token",
@@ -61,6 +64,9 @@ METRICS: dict[str, str] = {  # name -> "unit: meaning"
     "heldout/forward_kl": "nats: KL(teacher || student), mean over the held-out prompts' scored tokens",
     "heldout/reverse_kl": "nats: KL(student || teacher), mean over the held-out prompts' scored tokens",
     "heldout/jsd": "nats: Jensen-Shannon divergence at beta 0.5, mean over the held-out prompts' scored tokens",
+    "heldout/topk_forward_kl": "nats: as `divergence/topk_forward_kl`, mean over the held-out prompts' scored tokens",
+    "heldout/topk_reverse_kl": "nats: as `divergence/topk_reverse_kl`, mean over the held-out prompts' scored tokens",
+    "heldout/topk_jsd": "nats: Jensen-Shannon divergence at beta 0.5 of the same outcomes, mean over the same tokens",
 }
 
 

@@ -21,7 +21,15 @@ from gkd.monitor.text import clean, format_duration, format_value, shorten
 if TYPE_CHECKING:
     from gkd.monitor.summary import HeldoutSample, RunSummary
 
-DIVERGENCE_TITLES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "jsd": "JSD", "tvd": "total variation"}
+DIVERGENCE_TITLES = {
+    "forward_kl": "forward KL",
+    "reverse_kl": "reverse KL",
+    "jsd": "JSD",
+    "tvd": "total variation",
+    "topk_forward_kl": "top-k forward KL",
+    "topk_reverse_kl": "top-k reverse KL",
+    "topk_jsd": "top-k JSD",
+}
 PHASE_TITLES = {  # in the order of a step
     "sample": "sample",
     "score": "score",

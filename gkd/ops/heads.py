@@ -15,7 +15,7 @@ from torch import Tensor
 from gkd.errors import ConfigError, InputError
 from gkd.objectives.divergence import working_dtype
 from gkd.objectives.reduction import mask_rows
-from gkd.ops.common import valid_columns
+from gkd.ops.common import valid_columns, working_memory
 from gkd.ops.matmul import HeadProduct
 
 
@@ -82,6 +82,57 @@ class Head:
         """
         if self.softcap is not None:
             gradient.mul_(logits.div_(self.softcap).square_().neg_().add_(1.0))  # 1 - tanh^2
+
+
+class HeadGradients:
+    """Gradients of a head's hidden states, weight and bias, added up over the chunks in the dtype of the logits."""
+
+    def __init__(self, head: Head, product: HeadProduct, columns: int, needs: tuple[bool, bool, bool]) -> None:
+        """`needs`: whether hidden states, weight and bias want one. The logits are of the first `columns` rows."""
+        self._head, self._product, self._columns, self._first = head, product, columns, True
+        self._hidden, self._weight, self._bias = (
+            working_memory(tensor.shape, product.dtype, tensor.device) if needed and tensor is not None else None
+            for needed, tensor in zip(needs, (head.hidden, head.weight, head.bias), strict=True)
+        )
+        if self._weight is not None:  # the first chunk, if there is one, overwrites the columns that are compared
+            self._weight[columns if head.hidden.shape[0] else 0 :].zero_()
+        if self._bias is not None:
+            self._bias.zero_()
+
+    def row_factors(self, factors: Tensor | None) -> Tensor | None:
+        """`factors` [N] times the logit scale, which every gradient below the logits carries."""
+        scale = self._head.logit_scale
+        if scale == 1.0:
+            return factors
+        if factors is None:
+            hidden = self._head.hidden
+            factors = torch.ones(hidden.shape[0], dtype=self._product.dtype, device=hidden.device)
+        return factors * scale
+
+    def add(self, rows: slice, logits_gradient: Tensor) -> None:
+        """Adds what the rows' d/dlogits [n, V] means for hidden states, head and bias."""
+        if self._hidden is not None:
+            self._product.hidden_gradient(rows, logits_gradient, self._hidden)
+        if self._weight is not None:
+            self._product.add_head_gradient(rows, logits_gradient, self._weight[: self._columns], self._first)
+        if self._bias is not None:
+            self._bias[: self._columns] += logits_gradient.sum(dim=0, dtype=self._bias.dtype)
+        self._first = False
+
+    def results(self) -> list[Tensor | None]:
+        """For hidden, head and bias, bfloat16 for bfloat16 inputs. float16 waits for its loss scale in float32."""
+        inputs = (self._head.hidden, self._head.weight, self._head.bias)
+        return [
+            None if total is None or tensor is None else _kept(total, tensor)
+            for total, tensor in zip((self._hidden, self._weight, self._bias), inputs, strict=True)
+        ]
+
+
+def _kept(total: Tensor, like: Tensor) -> Tensor:
+    """A gradient as it waits for the backward pass: bfloat16 where its input is."""
+    if like.dtype != torch.bfloat16:
+        return total
+    return working_memory(total.shape, torch.bfloat16, total.device).copy_(total)
 
 
 def common_columns(student: Head, teacher: Head, valid_vocab: int | None) -> int:

@@ -18,8 +18,7 @@ from gkd.objectives.divergence import Divergence, working_dtype
 from gkd.objectives.hard_label import HardLabels
 from gkd.objectives.reduction import check_reduction, check_weights, reduce_rows, row_factors, weigh
 from gkd.ops.common import times, working_memory
-from gkd.ops.heads import Head, common_columns
-from gkd.ops.matmul import HeadProduct
+from gkd.ops.heads import Head, HeadGradients, common_columns
 from gkd.ops.rows import RowMemory, score_rows
 
 LABEL_LOGPROB = "label_logprob"  # a by-product
@@ -273,7 +272,7 @@ def _pass(
         masked = None if device.type == "cpu" else job.weights  # there the ignored rows have been left out
         student_product = student.product(job.columns, masked, job.compute_dtype, dtype)
         teacher_product = teacher.product(job.columns, masked, job.compute_dtype, dtype)
-        gradients = _Gradients(job, student_product, needs)
+        gradients = HeadGradients(student, student_product, job.columns, needs)
         factors = gradients.row_factors(factors)
         buffers = _Buffers(job, student_product.gradient_dtype if any(needs) else None)
         for rows in job.chunks():
@@ -341,56 +340,6 @@ class _Buffers:
     def of(self, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         n = rows.stop - rows.start
         return self._logits[0][:n], self._logits[1][:n], None if self._gradient is None else self._gradient[:n]
-
-
-class _Gradients:
-    """The student's gradients, added up over the chunks in the dtype of the logits."""
-
-    def __init__(self, job: _Job, product: HeadProduct, needs: tuple[bool, bool, bool]) -> None:
-        self._head, self._product, self._columns, self._first = job.student, product, job.columns, True
-        self._hidden, self._weight, self._bias = (
-            working_memory(tensor.shape, job.dtype, tensor.device) if needed and tensor is not None else None
-            for needed, tensor in zip(needs, (job.student.hidden, job.student.weight, job.student.bias), strict=True)
-        )
-        if self._weight is not None:  # the first chunk, if there is one, overwrites the columns that are compared
-            self._weight[job.columns if job.student.hidden.shape[0] else 0 :].zero_()
-        if self._bias is not None:
-            self._bias.zero_()
-
-    def row_factors(self, factors: Tensor | None) -> Tensor | None:
-        """`factors` [N] times the logit scale, which every gradient below the logits carries."""
-        scale = self._head.logit_scale
-        if scale == 1.0:
-            return factors
-        if factors is None:
-            hidden = self._head.hidden
-            factors = torch.ones(hidden.shape[0], dtype=self._product.dtype, device=hidden.device)
-        return factors * scale
-
-    def add(self, rows: slice, logits_gradient: Tensor) -> None:
-        """Adds what the rows' d/dlogits [n, V] means for hidden states, head and bias."""
-        if self._hidden is not None:
-            self._product.hidden_gradient(rows, logits_gradient, self._hidden)
-        if self._weight is not None:
-            self._product.add_head_gradient(rows, logits_gradient, self._weight[: self._columns], self._first)
-        if self._bias is not None:
-            self._bias[: self._columns] += logits_gradient.sum(dim=0, dtype=self._bias.dtype)
-        self._first = False
-
-    def results(self) -> list[Tensor | None]:
-        """For hidden, head and bias, bfloat16 for bfloat16 inputs. float16 waits for its loss scale in float32."""
-        inputs = (self._head.hidden, self._head.weight, self._head.bias)
-        return [
-            None if total is None or tensor is None else _kept(total, tensor)
-            for total, tensor in zip((self._hidden, self._weight, self._bias), inputs, strict=True)
-        ]
-
-
-def _kept(total: Tensor, like: Tensor) -> Tensor:
-    """A gradient as it waits for the backward pass: bfloat16 where its input is."""
-    if like.dtype != torch.bfloat16:
-        return total
-    return working_memory(total.shape, torch.bfloat16, total.device).copy_(total)
 
 
 def _checked_labels(labels: Tensor | None, weights: Tensor | None, hidden: Tensor, columns: int) -> Tensor | None:

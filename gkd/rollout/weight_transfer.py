@@ -155,7 +155,7 @@ class WeightSender:
         took = self._each(receivers, lambda receiver: self._pool.post_json(receiver.replica, path, message))
         return [receiver.replica for receiver in took]
 
-    def _each(self, receivers: list[_Receiver], call: Callable[[_Receiver], None]) -> list[_Receiver]:
+    def _each(self, receivers: list[_Receiver], call: Callable[[_Receiver], object]) -> list[_Receiver]:
         """Those for which `call` did not fail."""
 
         def attempt(receiver: _Receiver) -> bool:
@@ -212,7 +212,7 @@ def _pieces(weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> 
         yield Piece(tensors)
 
 
-def _both(here: Callable[[], T], there: Callable[[], None]) -> T:
+def _both(here: Callable[[], T], there: Callable[[], object]) -> T:
     """Runs two sides that wait for each other. An error of the server's is raised at once, without ours."""
     made: Future[T] = Future()
 

@@ -172,11 +172,12 @@ class ReplicaPool:
                 raise _refusal_error(response.status_code, _read(response, _LARGEST_ERROR_BYTES))
             return response.headers, _read(response, limit_bytes)
 
-    def post_json(self, replica: Replica, path: str, values: object) -> None:
-        """Raises as `post_token_ids` does."""
+    def post_json(self, replica: Replica, path: str, values: object) -> bytes:
+        """The answer's body. Raises as `post_token_ids` does."""
         response = self._client.post(replica.address + path, json=values)
         if response.status_code != httpx.codes.OK:
             raise _refusal_error(response.status_code, response.content)
+        return response.content
 
     def reason(self, error: Exception) -> str:
         if isinstance(error, httpx.ReadTimeout):
@@ -248,9 +249,10 @@ def host_options(address: str) -> str:
 
 
 def refusal(status: int, body: bytes | bytearray) -> str:
-    """A server's own words, if it has any."""
+    """A server's own words, if it has any: gkd's {"error": TEXT}, or OpenAI's {"error": {"message": TEXT}}."""
     try:
-        return f"status {status}: {json.loads(bytes(body))['error']}"
+        error = json.loads(bytes(body))["error"]
+        return f"status {status}: {error['message'] if isinstance(error, dict) else error}"
     except (ValueError, KeyError, TypeError):
         return f"status {status}"
 

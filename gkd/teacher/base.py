@@ -9,6 +9,6 @@ from gkd.types import Rollout, TeacherScores
 
 
 class Teacher(Protocol):
-    def score(self, rollouts: Sequence[Rollout]) -> TeacherScores:
-        """Hidden states of the positions that predict each completion token, and the output head."""
+    def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScores]:
+        """What is said of each rollout's completion; of an empty one scores of 0 tokens."""
         ...

@@ -4,7 +4,7 @@ For completions of the data set and of the teacher, which come back every epoch,
 student's own hardly ever do. The teacher itself is made when the first text is missing: a run whose texts are all there
 loads none.
 
-Legend: n completion tokens, H_t the teacher's hidden size.
+Legend: n completion tokens, H_t the teacher's hidden size, K slots of its top k.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import hashlib
 import logging
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +23,21 @@ from safetensors.torch import load, save
 
 from gkd.teacher.base import Teacher
 from gkd.teacher.serving.head import head_from_bytes, head_to_bytes
-from gkd.types import OutputHead, Rollout, TeacherScores
+from gkd.types import HiddenScores, Rollout, TeacherScores, TopkScores, first_rows
 
 _log = logging.getLogger(__name__)
-_HEAD, _SUFFIX, _STATES = "head", ".safetensors", "states"
+_EMPTY, _SUFFIX = "empty", ".safetensors"
+_STATES, _IDS, _LOG_PROBS = "states", "ids", "log_probs"  # names of tensors: [n, H_t], or [n, K] each
 _KEPT_SHARE = 0.9  # of the limit, once it is exceeded: not to tidy up after every rollout
 
 
 class CachedTeacher:
     """Implements `Teacher` with the scores in `folder`, and those of the teacher that `make` returns for the rest.
 
-    `folder` belongs to one teacher: weights, revision and dtype. Beyond `limit_bytes` what was not used for longest
-    goes. Files are complete when they have their name, so ranks and runs may share the folder; a damaged one is
-    computed again.
+    `folder` belongs to one teacher: weights, revision, dtype, and how many of its tokens it tells. Beyond `limit_bytes`
+    what was not used for longest goes. Files are complete when they have their name, so ranks and runs may share the
+    folder; a damaged one is computed again. What is the same for all texts, the output head, is kept once, in what the
+    teacher says of an empty completion.
     """
 
     def __init__(self, make: Callable[[], Teacher], folder: Path, *, limit_bytes: int, device: torch.device) -> None:
@@ -43,22 +45,21 @@ class CachedTeacher:
         folder.mkdir(parents=True, exist_ok=True)
         self._used_bytes = sum(size for _, size, _ in self._entries())
         self._teacher: Teacher | None = None
-        self._head = self._read_head()
+        self._empty = self._read_empty()
 
-    def score(self, rollouts: Sequence[Rollout]) -> TeacherScores:
-        """Hidden states [n, H_t] of each rollout, from the disk where they are there."""
-        hidden = [self._read(rollout) if _is_kept(rollout) else None for rollout in rollouts]
-        missing = [i for i, rollout in enumerate(rollouts) if hidden[i] is None and rollout.completion_ids]
-        if missing or self._head is None:
-            scores = self._loaded_teacher().score([rollouts[i] for i in missing])
-            self._keep_head(scores.head)
-            for i, states in zip(missing, scores.hidden, strict=True):
-                hidden[i] = states
-                if states is not None and _is_kept(rollouts[i]):
-                    self._write(self._path(rollouts[i]), save({_STATES: states.cpu().contiguous()}))
+    def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScores]:
+        """What the teacher says of each rollout, from the disk where it is there."""
+        known = {i: scores for i, rollout in enumerate(rollouts) if (scores := self._find(rollout)) is not None}
+        missing = [i for i in range(len(rollouts)) if i not in known]
+        if missing:
+            found = self._loaded_teacher().score([rollouts[i] for i in missing])
+            known |= dict(zip(missing, found, strict=True))
+            self._keep_empty(found[0])
+            for i, scores in zip(missing, found, strict=True):
+                if _is_kept(rollouts[i]):
+                    self._write(self._path(rollouts[i]), save(_tensors(scores)))
             self._tidy()
-        assert self._head is not None
-        return TeacherScores(hidden, self._head)
+        return [known[i] for i in range(len(rollouts))]
 
     def _loaded_teacher(self) -> Teacher:
         if self._teacher is None:
@@ -72,17 +73,22 @@ class CachedTeacher:
         ids = np.array([first_row, *rollout.token_ids], dtype="<i4").tobytes()
         return self._folder / f"{hashlib.blake2b(ids, digest_size=16).hexdigest()}{_SUFFIX}"
 
-    def _read(self, rollout: Rollout) -> torch.Tensor | None:
+    def _find(self, rollout: Rollout) -> TeacherScores | None:
+        if not rollout.completion_ids or self._empty is None:
+            return self._empty
+        return self._read(rollout, self._empty) if _is_kept(rollout) else None
+
+    def _read(self, rollout: Rollout, empty: TeacherScores) -> TeacherScores | None:
         path = self._path(rollout)
         try:
-            states = load(path.read_bytes())[_STATES]
+            scores = _scores(load(path.read_bytes()), empty)
             os.utime(path)  # used now
         except FileNotFoundError:
             return None
         except (SafetensorError, KeyError, OSError) as error:
             _log.warning("%s cannot be read and is computed again: %s", path, error)
             return None
-        return states.to(self._device) if len(states) == len(rollout.completion_ids) else None
+        return scores.to(self._device) if len(scores) == len(rollout.completion_ids) else None
 
     def _write(self, path: Path, data: bytes) -> None:
         aside = path.with_name(f".{uuid.uuid4().hex}.part")
@@ -90,19 +96,26 @@ class CachedTeacher:
         aside.replace(path)
         self._used_bytes += len(data)
 
-    def _read_head(self) -> OutputHead | None:
+    def _read_empty(self) -> TeacherScores | None:
+        path = self._folder / _EMPTY
         try:
-            return head_from_bytes((self._folder / _HEAD).read_bytes(), self._device)
+            data = path.read_bytes()
+            tensors = load(data)
+            if _IDS in tensors:
+                return TopkScores(tensors[_IDS].long(), tensors[_LOG_PROBS]).to(self._device)
+            head = head_from_bytes(data, self._device)
         except FileNotFoundError:
             return None
         except (SafetensorError, ValueError, KeyError) as error:
-            _log.warning("%s cannot be read and is written again: %s", self._folder / _HEAD, error)
+            _log.warning("%s cannot be read and is written again: %s", path, error)
             return None
+        return HiddenScores(head.weight.new_empty(0, head.weight.shape[1]), head)
 
-    def _keep_head(self, head: OutputHead) -> None:
-        if self._head is None:
-            self._write(self._folder / _HEAD, head_to_bytes(head))
-            self._head = head
+    def _keep_empty(self, scores: TeacherScores) -> None:
+        if self._empty is None:
+            self._empty = empty = first_rows(scores, 0)
+            is_whole = isinstance(empty, HiddenScores)
+            self._write(self._folder / _EMPTY, head_to_bytes(empty.head) if is_whole else save(_tensors(empty)))
 
     def _entries(self) -> list[tuple[float, int, Path]]:
         """(time of the last use, bytes, path) of all states; those that another process removes meanwhile are left
@@ -130,3 +143,18 @@ class CachedTeacher:
 
 def _is_kept(rollout: Rollout) -> bool:
     return rollout.source != "student" and bool(rollout.completion_ids)
+
+
+def _tensors(scores: TeacherScores) -> dict[str, torch.Tensor]:
+    """What differs from text to text."""
+    if isinstance(scores, HiddenScores):
+        return {_STATES: scores.states.cpu().contiguous()}
+    ids = scores.ids.to(torch.int32)  # half of the bytes, and no vocabulary is larger
+    return {_IDS: ids.cpu().contiguous(), _LOG_PROBS: scores.log_probs.cpu().contiguous()}
+
+
+def _scores(tensors: Mapping[str, torch.Tensor], empty: TeacherScores) -> TeacherScores:
+    """Of the same kind as those of an empty completion."""
+    if isinstance(empty, HiddenScores):
+        return HiddenScores(tensors[_STATES], empty.head)
+    return TopkScores(tensors[_IDS].long(), tensors[_LOG_PROBS])

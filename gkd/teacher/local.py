@@ -12,7 +12,7 @@ import torch
 
 from gkd.errors import RunError
 from gkd.models import backbone_of, output_head
-from gkd.types import OutputHead, Rollout, TeacherScores
+from gkd.types import HiddenScores, OutputHead, Rollout, TeacherScores
 
 Backbone = Callable[..., Any]  # called as a transformers backbone is
 Placement = Callable[[Any, torch.device], tuple[Backbone, OutputHead]]
@@ -50,10 +50,11 @@ class LocalTeacher:
         self._agree_on_largest = agree_on_largest
 
     @torch.no_grad()
-    def score(self, rollouts: Sequence[Rollout]) -> TeacherScores:
+    def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScores]:
         """Hidden states after the final norm, [n_i, H_t] for each rollout, in the teacher's dtype."""
         self._assert_frozen()
-        hidden: list[torch.Tensor | None] = [None] * len(rollouts)
+        nothing = self._head.weight.new_empty(0, self._head.weight.shape[1])
+        hidden = [nothing] * len(rollouts)
         scored = [i for i, rollout in enumerate(rollouts) if rollout.completion_ids]
         scored.sort(key=lambda i: len(rollouts[i].token_ids), reverse=True)  # little padding in each forward
         starts = range(0, len(scored), self._micro_batch_size)
@@ -64,7 +65,7 @@ class LocalTeacher:
                 hidden[i] = states
         for _ in range(idle):
             self._backbone(input_ids=torch.tensor([[self._pad_token_id]], device=self._device), use_cache=False)
-        return TeacherScores(hidden, self._head)
+        return [HiddenScores(states, self._head) for states in hidden]
 
     def _forward(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
         longest = max(len(r.token_ids) for r in rollouts)

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from gkd.config import Config, TeacherConfig
+from gkd.config import MAIN_TEACHER, Config, TeacherConfig
 from gkd.errors import ConfigError, TeacherError
 from gkd.serving.replicas import (
     NoServerLeftError,
@@ -33,13 +33,14 @@ class Replicas:
     other, once more to the same.
     """
 
-    def __init__(self, config: TeacherConfig) -> None:
-        """Asks every server what it serves.
+    def __init__(self, config: TeacherConfig, section: str = "teacher") -> None:
+        """Asks every server what it serves. `section` is the config's, for messages.
 
         Raises ConfigError if one does not answer, asks for a token that it was not given, serves another dtype than
-        teacher.dtype, or another model than the others.
+        the section's, or another model than the others.
         """
-        role = Role("teacher", "teacher", protocol.DESCRIPTION_PATH, lambda address: _start_command(config, address))
+        self._section = section
+        role = Role(section, "teacher", protocol.DESCRIPTION_PATH, lambda address: _start_command(config, address))
         self._pool = ReplicaPool(config, role, cool_down_s=_COOL_DOWN_S)
         try:
             self.served = self._agreed([self._describe(config, replica) for replica in self._pool.replicas])
@@ -108,7 +109,7 @@ class Replicas:
         served = self._pool.describe(replica, ServedModel, protocol.PROTOCOL_VERSION)
         if served.dtype != config.dtype:
             raise ConfigError(
-                f"teacher.dtype: {config.dtype}, but {replica.address} serves {served.dtype}; set teacher.dtype to it, "
+                f"{self._section}.dtype: {config.dtype}, but {replica.address} serves {served.dtype}; set it to that, "
                 f"or start: {_start_command(config, replica.address)}"
             )
         return served
@@ -120,32 +121,35 @@ class Replicas:
         return descriptions[0].model_copy(update={"max_tokens": min(served.max_tokens for served in descriptions)})
 
 
-def check_served_teacher(config: Config) -> ServedModel:
+def check_served_teacher(config: Config, name: str = MAIN_TEACHER) -> ServedModel:
     """Asks the servers what they serve, and whether a longest sequence fits. Raises ConfigError; loads nothing."""
-    replicas = Replicas(config.teacher)
+    section = config.teacher_key(name)
+    replicas = Replicas(config.teachers[name], section)
     replicas.close()
     served, longest = replicas.served, config.data.max_prompt_tokens + config.rollout.max_new_tokens
     needed = longest - 1  # the last token is only predicted, never read
     if served.max_tokens < needed:
         raise ConfigError(
-            f"teacher.addresses: a sequence can reach {longest} tokens (data.max_prompt_tokens + "
+            f"{section}.addresses: a sequence can reach {longest} tokens (data.max_prompt_tokens + "
             f"rollout.max_new_tokens), of which the served teacher has to read {needed}, and it reads "
             f"{served.max_tokens}; start it with --max-model-tokens {needed} or more, or lower one of the two"
         )
     return served
 
 
-def check_model_is_served(served: ServedModel, config: TeacherConfig, fingerprint: str, vocabulary_rows: int) -> None:
-    """Raises ConfigError unless the server's model is teacher.model: its vocabulary, config, tokenizer and weights."""
+def check_model_is_served(
+    served: ServedModel, config: TeacherConfig, fingerprint: str, vocabulary_rows: int, section: str = "teacher"
+) -> None:
+    """Raises ConfigError unless the server's model is the section's: its vocabulary, config, tokenizer and weights."""
     where = ", ".join(config.addresses or ())
     if served.vocabulary_rows != vocabulary_rows:
         raise ConfigError(
-            f"teacher.addresses: {where} serves {served.model} with a vocabulary of {served.vocabulary_rows} rows, but "
-            f"teacher.model has {vocabulary_rows}"
+            f"{section}.addresses: {where} serves {served.model} with a vocabulary of {served.vocabulary_rows} rows, "
+            f"but {section}.model has {vocabulary_rows}"
         )
     if served.fingerprint != fingerprint:
         raise ConfigError(
-            f"teacher.addresses: {where} serves {served.model} ({served.fingerprint}), which is not teacher.model "
+            f"{section}.addresses: {where} serves {served.model} ({served.fingerprint}), which is not {section}.model "
             f"({fingerprint}): config, tokenizer or weights differ, or one side names a folder and the other the hub"
         )
 

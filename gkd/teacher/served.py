@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError
 
 from gkd.errors import TeacherError
-from gkd.serving.threads import map_in_threads
 from gkd.teacher.replicas import Replicas
+from gkd.teacher.requests import map_completions
 from gkd.teacher.serving.head import head_from_bytes
-from gkd.types import OutputHead, Rollout, TeacherScores
+from gkd.types import HiddenScores, OutputHead, Rollout, TeacherScores
 
 
 class ServedTeacher:
@@ -29,22 +29,18 @@ class ServedTeacher:
         self._dtype: torch.dtype = getattr(torch, replicas.served.dtype)
         self._head = self._fetch_head()
 
-    def score(self, rollouts: Sequence[Rollout]) -> TeacherScores:
+    def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScores]:
         """Hidden states after the final norm, [n_i, H_t] for each rollout, in the served dtype.
 
         Raises TeacherError, and stops using the servers, if a rollout cannot be scored.
         """
-        hidden: list[torch.Tensor | None] = [None] * len(rollouts)
-        scored = [i for i, rollout in enumerate(rollouts) if rollout.completion_ids]
-        scored.sort(key=lambda i: len(rollouts[i].token_ids), reverse=True)  # the longest must not come last
+        nothing = torch.empty(0, self._replicas.served.hidden_size, dtype=self._dtype)
         try:
-            answers = map_in_threads(self._states, [rollouts[i] for i in scored], self._replicas.requests_at_once)
+            answers = map_completions(self._states, rollouts, nothing, self._replicas.requests_at_once)
         except BaseException:
             self._replicas.close()
             raise
-        for i, states in zip(scored, answers, strict=True):
-            hidden[i] = states.to(self._device)
-        return TeacherScores(hidden, self._head)
+        return [HiddenScores(states.to(self._device), self._head) for states in answers]
 
     def _states(self, rollout: Rollout) -> torch.Tensor:
         # the row of token t predicts token t + 1: the last token has none to predict, so it need not be read

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from gkd.config import Config, Launch, cache_folder
+from gkd.config import MAIN_TEACHER, Config, Launch, cache_folder
 from gkd.data import PromptData, PromptSet, load_prompts, pack
+from gkd.data.routing import check_teacher_names, draw_teachers
 from gkd.errors import ConfigError, DataError
 from gkd.evaluate.heldout import HeldoutEvaluation, MeasuresDivergence, heldout_requests, heldout_rollouts
 from gkd.evaluate.samples import AnswerScoring, greedy_settings, sample_requests
@@ -42,22 +44,25 @@ from gkd.rollout.sync import SyncedSampler, probe_prompt
 from gkd.seeding import derive_seed
 from gkd.teacher.base import Teacher
 from gkd.teacher.cache import CachedTeacher
+from gkd.teacher.endpoints import Endpoints
 from gkd.teacher.local import LocalTeacher, whole
 from gkd.teacher.replicas import Replicas, check_model_is_served, check_served_teacher
+from gkd.teacher.routed import RoutedTeacher
 from gkd.teacher.served import ServedTeacher
 from gkd.teacher.sharded import sharded
+from gkd.teacher.topk import TopkTeacher
 from gkd.train.checkpoint import Checkpointer, find_resume_step
 from gkd.train.deepspeed_config import deepspeed_config
 from gkd.train.distributed import compute_device, from_main, max_over_ranks, sum_all, sum_over_ranks
 from gkd.train.engine import Phase, StudentEngine
 from gkd.train.run_folder import RunFolder
-from gkd.types import Prompt, Rollout, SampleRequest, SamplingSettings, TeacherScores, TokenBatch
+from gkd.types import Completion, Prompt, Rollout, SampleRequest, SamplingSettings, TeacherScores, TokenBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 Reduction = Literal["token_mean", "sequence_mean"]
-Pack = Callable[[Sequence[Rollout], TeacherScores], list[TokenBatch]]
+Pack = Callable[[Sequence[Rollout], Sequence[TeacherScores]], list[TokenBatch]]
 
 
 def checkpoint_layout(config: Config, launch: Launch) -> dict[str, int]:
@@ -82,58 +87,80 @@ class Models:
     stop_token_ids: tuple[int, ...]
     valid_vocab: int
     max_model_tokens: int  # prompt and completion together
+    other_teacher_paths: Mapping[str, str] = field(default_factory=dict)  # by name
+
+    @property
+    def teacher_paths(self) -> dict[str, str]:
+        return {MAIN_TEACHER: self.teacher_path, **self.other_teacher_paths}
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)  # pyright: ignore
 
 
 def locate_models(config: Config, folder: RunFolder, launch: Launch) -> Models:
-    """Resolves both models, makes the student if it is cut from layers, and checks that the pair fits.
+    """Resolves the models, makes the student if it is cut from layers, and checks that it fits each teacher.
 
     The main rank does what writes to disk; the others wait. Raises ModelError or ConfigError.
     """
-    teacher_path = from_main(
-        resolve_model(config.teacher.model, revision=config.teacher.revision, key="teacher.model")
-        if launch.is_main
-        else None
-    )
-    if config.teacher.placement == "served":
-        from_main(_check_served_model(config, teacher_path) if launch.is_main else None)
+    teacher_paths = {
+        name: from_main(_teacher_path(config, name) if launch.is_main else None) for name in config.teachers
+    }
+    teacher_path = teacher_paths.pop(MAIN_TEACHER)
     student_path = from_main(_student_path(config, folder, teacher_path) if launch.is_main else None)
     student_config = read_config(student_path, revision=_student_revision(config))
     if config.rollout.placement == "served" and launch.is_main:
         check_student_is_served(check_served_sampler(config), config.rollout, architecture_digest(student_config))
     if config.student.lora is not None:
         lora_targets(empty_model(student_config), config.student.lora)
-    teacher_config = read_config(teacher_path, revision=config.teacher.revision, key="teacher.model")
     tokenizer = load_tokenizer(student_path, revision=_student_revision(config), key="student.model")
-    teacher_tokenizer = load_tokenizer(teacher_path, revision=config.teacher.revision, key="teacher.model")
     stop_ids = config.rollout.stop_token_ids
     if stop_ids is None:
         generation = read_generation_config(student_path, revision=_student_revision(config))
         stop_ids = end_token_ids(tokenizer, generation, student_config)
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    for key, model_config in (("student.model", student_config), ("teacher.model", teacher_config)):
-        _check_context(key, model_config, longest)
+    _check_context("student.model", student_config, longest)
+    rows = _vocabulary_rows(student_config)
+    shared = [
+        _check_teacher(config, name, path, tokenizer, rows)
+        for name, path in ((MAIN_TEACHER, teacher_path), *teacher_paths.items())
+    ]
     return Models(
         teacher_path=teacher_path,
         student_path=student_path,
         tokenizer=tokenizer,
         pad_token_id=pad_token_id(tokenizer),
         stop_token_ids=tuple(stop_ids),
-        valid_vocab=check_tokenizer_pair(
-            tokenizer, teacher_tokenizer, _vocabulary_rows(student_config), _vocabulary_rows(teacher_config)
-        ),
+        valid_vocab=min(shared),
         max_model_tokens=config.longest_sampled,
+        other_teacher_paths=teacher_paths,
     )
 
 
-def _check_served_model(config: Config, teacher_path: str) -> bool:
-    """True, or raises ConfigError: before any weights are read or written."""
-    revision = config.teacher.revision
-    rows = _vocabulary_rows(read_config(teacher_path, revision=revision, key="teacher.model"))
-    check_model_is_served(check_served_teacher(config), config.teacher, model_fingerprint(teacher_path, revision), rows)
-    return True
+def _teacher_path(config: Config, name: str) -> str:
+    """Resolved, and found at its servers if it has any. Raises ConfigError before any weights are read or written."""
+    teacher, section = config.teachers[name], config.teacher_key(name)
+    key = f"{section}.model"
+    path = resolve_model(teacher.model, revision=teacher.revision, key=key)
+    if teacher.placement in ("local", "sharded"):
+        return path
+    rows = _vocabulary_rows(read_config(path, revision=teacher.revision, key=key))
+    if teacher.placement == "topk":
+        endpoints = Endpoints(teacher, section)
+        endpoints.check_vocabulary(rows)
+        endpoints.close()
+        return path
+    served = check_served_teacher(config, name)
+    check_model_is_served(served, teacher, model_fingerprint(path, teacher.revision), rows, section)
+    return path
+
+
+def _check_teacher(config: Config, name: str, path: str, tokenizer: PreTrainedTokenizerBase, student_rows: int) -> int:
+    """How many columns of the vocabulary the student shares with a teacher. Raises ModelError or ConfigError."""
+    revision, key = config.teachers[name].revision, f"{config.teacher_key(name)}.model"
+    teacher_config = read_config(path, revision=revision, key=key)
+    _check_context(key, teacher_config, config.data.max_prompt_tokens + config.rollout.max_new_tokens)
+    teacher_tokenizer = load_tokenizer(path, revision=revision, key=key)
+    return check_tokenizer_pair(tokenizer, teacher_tokenizer, student_rows, _vocabulary_rows(teacher_config))
 
 
 def _student_path(config: Config, folder: RunFolder, teacher_path: str) -> str:
@@ -173,6 +200,7 @@ class Prompts:
 def load_data(config: Config, models: Models) -> Prompts:
     """Raises DataError, also where the mixture needs completions that rows do not have."""
     train = load_prompts(config.data.train, config.data.train_split, models.tokenizer, config.data)
+    train = _with_teachers(config, train, "train")
     if config.mixture.dataset > 0:
         bare = next((prompt for prompt in train.prompts if prompt.completion_ids is None), None)
         if bare is not None:
@@ -182,7 +210,16 @@ def load_data(config: Config, models: Models) -> Prompts:
         heldout = load_prompts(
             config.data.heldout, config.data.heldout_split, models.tokenizer, config.data, key="data.heldout"
         )
+        heldout = _with_teachers(config, heldout, "heldout")
     return Prompts(train, heldout)
+
+
+def _with_teachers(config: Config, prompts: PromptSet, split: str) -> PromptSet:
+    if config.data.teacher_column is not None:
+        check_teacher_names(prompts.prompts, config.teachers, config.data.teacher_column)
+        return prompts
+    weights = {name: teacher.weight for name, teacher in config.other_teachers.items()}
+    return replace(prompts, prompts=draw_teachers(prompts.prompts, weights, config.run.seed, split))
 
 
 def prompt_data(config: Config, prompts: Prompts, launch: Launch) -> PromptData:
@@ -222,66 +259,132 @@ def sampler_spec(config: Config, models: Models, path: str, dtype: str) -> Sampl
     )
 
 
+class Texts(Protocol):
+    def get(self, request: SampleRequest) -> Completion: ...
+
+
 @dataclass(frozen=True)
 class TeacherTexts:
-    """What the teacher wrote, once: for the mixture and the held-out measure (sampled), to be shown (greedy)."""
+    """What the teachers wrote, once: for the mixture and the held-out measure (sampled), to be shown (greedy)."""
 
-    sampled: CompletionCache
-    greedy: CompletionCache
+    sampled: Texts
+    greedy: Texts
+
+
+@dataclass(frozen=True)
+class _TextsByTeacher:
+    """Implements `Texts`: a request names its prompt by its seed, and so its teacher."""
+
+    caches: Mapping[SampleRequest, CompletionCache]
+
+    def get(self, request: SampleRequest) -> Completion:
+        return self.caches[request].get(request)
+
+
+@dataclass(frozen=True)
+class _TextRequests:
+    """What one teacher has to write."""
+
+    sampled: list[SampleRequest]
+    greedy: list[SampleRequest]
 
 
 def teacher_texts(
     config: Config, models: Models, prompts: Prompts, data: PromptData, launch: Launch, note: Callable[[str], None]
 ) -> TeacherTexts:
     """Samples what the caches lack of everything that this run will ask for; collective."""
-    spec = sampler_spec(config, models, models.teacher_path, config.teacher.dtype)
-    settings = sampling_settings(config, models)
-    fingerprint = from_main(model_fingerprint(models.teacher_path, config.teacher.revision) if launch.is_main else None)
-    texts = TeacherTexts(
-        cache_for(cache_folder(), spec, fingerprint, settings),
-        cache_for(cache_folder(), spec, fingerprint, greedy_settings(settings)),
-    )
+    sampled: dict[SampleRequest, CompletionCache] = {}
+    greedy: dict[SampleRequest, CompletionCache] = {}
+    for name in config.teachers:
+        requests = _text_requests(config, prompts, data, name)
+        caches = _complete_texts(config, models, name, requests, launch, note)
+        sampled |= dict.fromkeys(requests.sampled, caches[0])
+        greedy |= dict.fromkeys(requests.greedy, caches[1])
+    return TeacherTexts(_TextsByTeacher(sampled), _TextsByTeacher(greedy))
+
+
+def _text_requests(config: Config, prompts: Prompts, data: PromptData, name: str) -> _TextRequests:
+    def own(all_prompts: Sequence[Prompt]) -> list[Prompt]:
+        return [prompt for prompt in all_prompts if prompt.teacher == name]
+
+    sampled: list[SampleRequest] = []
+    greedy: list[SampleRequest] = []
+    if config.mixture.teacher:
+        steps = (
+            (step, [draw for draw in data.global_batch(step) if draw.prompt.teacher == name])
+            for step in range(config.run.steps)
+        )
+        sampled += teacher_requests(config.mixture, config.run.seed, steps)
+    if prompts.heldout is not None:
+        sampled += heldout_requests(own(prompts.heldout.prompts[: config.eval.prompts]), config.run.seed)
+        greedy += sample_requests(own(prompts.heldout.prompts[: config.eval.samples]), config.run.seed)
+    return _TextRequests(sampled, greedy)
+
+
+def _complete_texts(
+    config: Config, models: Models, name: str, requests: _TextRequests, launch: Launch, note: Callable[[str], None]
+) -> tuple[CompletionCache, CompletionCache]:
+    """The caches of a teacher's sampled and greedy texts, with everything in them."""
+    teacher, path = config.teachers[name], models.teacher_paths[name]
+    spec, settings = sampler_spec(config, models, path, teacher.dtype), sampling_settings(config, models)
+    fingerprint = from_main(model_fingerprint(path, teacher.revision) if launch.is_main else None)
+    sampled = cache_for(cache_folder(), spec, fingerprint, settings)
+    greedy = cache_for(cache_folder(), spec, fingerprint, greedy_settings(settings))
     if launch.is_main:
-        steps = ((step, data.global_batch(step)) for step in range(config.run.steps))
-        sampled = teacher_requests(config.mixture, config.run.seed, steps) if config.mixture.teacher else []
-        greedy: list[SampleRequest] = []
-        if prompts.heldout is not None:
-            measured = prompts.heldout.prompts[: config.eval.prompts]
-            sampled += heldout_requests(measured, config.run.seed)
-            greedy += sample_requests(prompts.heldout.prompts[: config.eval.samples], config.run.seed)
-        complete(spec, [(texts.sampled, settings, sampled), (texts.greedy, greedy_settings(settings), greedy)], note)
+        jobs = [(sampled, settings, requests.sampled), (greedy, greedy_settings(settings), requests.greedy)]
+        complete(spec, jobs, note, "teacher" if name == MAIN_TEACHER else f"teacher {name}")
     from_main(True if launch.is_main else None)  # the others read what the main rank wrote
     if not launch.is_main:
-        texts.sampled.reload()
-        texts.greedy.reload()
-    return texts
+        sampled.reload()
+        greedy.reload()
+    return sampled, greedy
 
 
 def build_teacher(config: Config, models: Models, launch: Launch) -> Teacher:
-    """Behind its cache, if it has one, the teacher itself is made when it is first needed."""
-    make = partial(_build_scoring_teacher, config, models, launch)
-    if config.teacher.cache_gib == 0:
+    """Behind its cache, if it has one, a teacher itself is made when it is first needed."""
+    teachers = {name: _build_cached_teacher(config, models, name, launch) for name in config.teachers}
+    return RoutedTeacher(teachers) if config.other_teachers else teachers[MAIN_TEACHER]
+
+
+def _build_cached_teacher(config: Config, models: Models, name: str, launch: Launch) -> Teacher:
+    teacher = config.teachers[name]
+    make = partial(_build_scoring_teacher, config, models, name, launch)
+    if teacher.cache_gib == 0:
         return make()
-    fingerprint = from_main(model_fingerprint(models.teacher_path, config.teacher.revision) if launch.is_main else None)
-    folder = cache_folder() / "scores" / f"{fingerprint}-{config.teacher.dtype}"
+    folder = from_main(_scores_folder(config, models, name) if launch.is_main else None)
+    limit_bytes = round(teacher.cache_gib * 2**30)
     return CachedTeacher(
-        make, folder, limit_bytes=round(config.teacher.cache_gib * 2**30), device=compute_device(launch)
+        make, cache_folder() / "scores" / folder, limit_bytes=limit_bytes, device=compute_device(launch)
     )
 
 
-def _build_scoring_teacher(config: Config, models: Models, launch: Launch) -> Teacher:
-    if config.teacher.placement == "served":
-        return ServedTeacher(Replicas(config.teacher), device=compute_device(launch))
-    model = load_causal_lm(
-        models.teacher_path, config.teacher.dtype, revision=config.teacher.revision, key="teacher.model"
-    )
-    verify_head(model, "teacher.model")
+def _scores_folder(config: Config, models: Models, name: str) -> str:
+    """The name of the folder of everything that this teacher says in this way."""
+    teacher = config.teachers[name]
+    fingerprint = model_fingerprint(models.teacher_paths[name], teacher.revision)
+    if teacher.placement != "topk":
+        return f"{fingerprint}-{teacher.dtype}"
+    endpoints = Endpoints(teacher, config.teacher_key(name))
+    endpoints.close()
+    served = hashlib.blake2b(endpoints.model.encode(), digest_size=8).hexdigest()  # what it is, only its server knows
+    return f"{fingerprint}-top{teacher.top_k}-{served}"
+
+
+def _build_scoring_teacher(config: Config, models: Models, name: str, launch: Launch) -> Teacher:
+    teacher, section, device = config.teachers[name], config.teacher_key(name), compute_device(launch)
+    if teacher.placement == "served":
+        return ServedTeacher(Replicas(teacher, section), device=device)
+    if teacher.placement == "topk":
+        return TopkTeacher(Endpoints(teacher, section), top_k=teacher.top_k, device=device)
+    key = f"{section}.model"
+    model = load_causal_lm(models.teacher_paths[name], teacher.dtype, revision=teacher.revision, key=key)
+    verify_head(model, key)
     use_short_attention(model)
-    is_sharded = config.teacher.placement == "sharded" and launch.world_size > 1
+    is_sharded = teacher.placement == "sharded" and launch.world_size > 1
     return LocalTeacher(
         model,
-        device=compute_device(launch),
-        micro_batch_size=config.teacher.micro_batch_size,
+        device=device,
+        micro_batch_size=teacher.micro_batch_size,
         pad_token_id=models.pad_token_id,
         place=sharded if is_sharded else whole,
         agree_on_largest=_largest_count if is_sharded else lambda count: count,

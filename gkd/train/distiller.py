@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gkd.config import Config, Launch, load_config, make_config
 from gkd.data.formats import read_rows
+from gkd.data.routing import check_teacher_names
 from gkd.environment import prepare_process
 from gkd.errors import RunInterruptedError
 from gkd.monitor import HeldoutSample, JsonlSink, Monitor, RunSummary, loss_curve, read_metrics, time_totals
@@ -79,11 +80,17 @@ class Distiller:
             ("data.heldout", data.heldout, data.heldout_split),
         ):
             if path is not None and path.endswith((".jsonl", ".json")):  # what reading needs no library for
-                read_rows(path, split, key=key)
-        if self.config.teacher.placement == "served":
-            from gkd.teacher.replicas import check_served_teacher
+                rows = read_rows(path, split, key=key, teacher_column=data.teacher_column)
+                check_teacher_names(rows, self.config.teachers, data.teacher_column)
+        for name, teacher in self.config.teachers.items():
+            if teacher.placement == "served":
+                from gkd.teacher.replicas import check_served_teacher
 
-            check_served_teacher(self.config)
+                check_served_teacher(self.config, name)
+            if teacher.placement == "topk":
+                from gkd.teacher.endpoints import check_topk_teacher
+
+                check_topk_teacher(self.config, name)
         if self.config.rollout.placement == "served":
             from gkd.rollout.served import check_served_sampler
 
@@ -203,7 +210,7 @@ class _Run:
         if self.heldout is None:
             return {}
         figures = self.heldout.measure()
-        if self.positions is not None:
+        if self.positions is not None and any(figures.tokens):
             self.positions.log(steps_done, figures.as_record())
         return figures.means
 
@@ -270,7 +277,7 @@ class _Run:
             return
         config = self.config
         card = ModelCard(
-            teacher=config.teacher.model,
+            teacher=", ".join(teacher.model for teacher in config.teachers.values()),
             student=config.student.model or f"{config.student.init} of the teacher",
             objective=config.objective.model_dump(mode="json"),
             mixture=config.mixture.model_dump(mode="json"),

@@ -18,9 +18,9 @@ from gkd.objectives.mismatch import MismatchSums, mismatch_means
 from gkd.train.deepspeed_config import deepspeed_config
 from gkd.train.distributed import compute_device, max_over_ranks, sum_over_ranks
 from gkd.train.guards import FiniteGuard
-from gkd.train.module import BYPRODUCTS, DivergenceSums, StudentModule, token_divergences
+from gkd.train.module import BYPRODUCTS, TOPK_BYPRODUCTS, DivergenceSums, StudentModule, token_divergences
 from gkd.train.optimizer import make_optimizer, make_schedule
-from gkd.types import OutputHead, TokenBatch, WeightStream
+from gkd.types import HiddenScores, TokenBatch, WeightStream
 
 Phase = Callable[[str], AbstractContextManager[None]]
 
@@ -62,7 +62,7 @@ class StudentEngine:
 
     # ---- training
 
-    def step(self, micro_batches: Sequence[TokenBatch], teacher_head: OutputHead, step: int) -> dict[str, float]:
+    def step(self, micro_batches: Sequence[TokenBatch], step: int) -> dict[str, float]:
         """One optimizer step on this rank's share of the global batch; returns metrics of the global batch.
 
         The loss is sum of weight x divergence over the scored tokens of ALL ranks and micro-batches, divided by
@@ -81,23 +81,21 @@ class StudentEngine:
             is_last = index == len(micro_batches) - 1
             self._engine.set_gradient_accumulation_boundary(is_last)  # packed: another number of them every step
             with self._phase("forward_backward"):
-                sums.add(self._forward_backward(micro_batch, teacher_head, total_weight))
+                sums.add(self._forward_backward(micro_batch, total_weight), micro_batch)
                 if is_last:
-                    self._guard.check(sums.values, [i for b in micro_batches for i in b.sample_ids], step)
+                    self._guard.check(sums.loss, [i for b in micro_batches for i in b.sample_ids], step)
             with self._phase("optimizer"):
                 grad_norm = self._gradient_norm() if is_last else None
                 self._engine.step()  # only counts, until the last micro-batch
         return {
-            **sums.metrics(total_weight, scored_tokens),
+            **sums.metrics(total_weight),
             "tokens/scored": scored_tokens,
             "grad_norm": float(self._engine.get_global_grad_norm() if grad_norm is None else grad_norm),
             "lr": self._engine.get_lr()[0],
         }
 
-    def _forward_backward(
-        self, micro_batch: TokenBatch, teacher_head: OutputHead, total_weight: float
-    ) -> DivergenceSums:
-        sums: DivergenceSums = self._engine(micro_batch.to(self._device), teacher_head)
+    def _forward_backward(self, micro_batch: TokenBatch, total_weight: float) -> DivergenceSums:
+        sums: DivergenceSums = self._engine(micro_batch.to(self._device))
         # DeepSpeed averages gradients over ranks; the loss is already a share of the global mean
         scale = self._world_size / max(total_weight, 1e-30)
         self._engine.backward(sums.loss * scale, scale_wrt_gas=False)
@@ -114,11 +112,11 @@ class StudentEngine:
 
     @torch.no_grad()
     def token_divergences(
-        self, micro_batches: Sequence[TokenBatch], teacher_head: OutputHead, objective: ObjectiveConfig
+        self, micro_batches: Sequence[TokenBatch], objective: ObjectiveConfig
     ) -> list[dict[str, torch.Tensor]]:
         """See `gkd.train.module.token_divergences`."""
         self._engine.eval()
-        return token_divergences(self._engine, micro_batches, teacher_head, objective, self._device)
+        return token_divergences(self._engine, micro_batches, objective, self._device)
 
     @torch.no_grad()
     def token_logprobs(self, token_ids: Sequence[int], start: int) -> list[float]:
@@ -132,7 +130,7 @@ class StudentEngine:
             hard_label=torch.zeros(len(token_ids) - start, dtype=torch.bool),
             sampler_logprobs=torch.full((len(token_ids) - start,), math.nan),
             sequence_index=torch.zeros(len(token_ids) - start, dtype=torch.int64),
-            teacher_hidden=None,
+            teacher=None,
             sample_ids=("probe",),
         )
         return self._engine(batch.to(self._device)).tolist()
@@ -188,28 +186,55 @@ class _StepSums:
     """What the micro-batches of a step add up to. No synchronisation until `metrics`."""
 
     def __init__(self, device: torch.device) -> None:
-        fields = 1 + len(BYPRODUCTS) + len(MismatchSums._fields)
-        self.values = torch.zeros(fields, dtype=torch.float64, device=device)  # the loss first
-        self._largest_log_ratio = torch.zeros((), dtype=torch.float64, device=device)
+        def zeros(count: int) -> torch.Tensor:
+            return torch.zeros(count, dtype=torch.float64, device=device)
 
-    def add(self, sums: DivergenceSums) -> None:
-        self.values += torch.cat([sums.loss.detach()[None].double(), sums.byproducts.double().sum(1), sums.mismatch])
+        self.loss = zeros(1)
+        # tokens, then sums of their by-products: by teachers of whom the whole distribution is known, and by others
+        self._whole, self._topk = zeros(1 + len(BYPRODUCTS)), zeros(1 + len(TOPK_BYPRODUCTS))
+        self._mismatch = zeros(len(MismatchSums._fields))
+        self._largest_log_ratio = zeros(1)
+
+    def add(self, sums: DivergenceSums, batch: TokenBatch) -> None:
+        self.loss += sums.loss.detach().double()
+        own = self._whole if isinstance(batch.teacher, HiddenScores) else self._topk
+        own[0] += batch.scored_tokens
+        own[1:] += sums.byproducts.double().sum(1)
+        self._mismatch += sums.mismatch
         self._largest_log_ratio = torch.maximum(self._largest_log_ratio, sums.largest_log_ratio)
 
-    def metrics(self, total_weight: float, scored_tokens: float) -> dict[str, float]:
+    def metrics(self, total_weight: float) -> dict[str, float]:
         """Of the global batch: collective."""
-        loss, *sums = sum_over_ranks(self.values).tolist()
-        named = dict(zip(BYPRODUCTS, sums[: len(BYPRODUCTS)], strict=True))
-        means = {name: value / max(scored_tokens, 1.0) for name, value in named.items()}
-        mismatch = mismatch_means(*sums[len(BYPRODUCTS) :])
+        parts = [self.loss, self._whole, self._topk, self._mismatch]
+        joined = sum_over_ranks(torch.cat(parts)).cpu()
+        loss, whole, topk, mismatch_sums = (part.tolist() for part in joined.split([len(part) for part in parts]))
+        mismatch = mismatch_means(*mismatch_sums)
         if mismatch:
             mismatch["max_abs_log_ratio"] = max_over_ranks(self._largest_log_ratio.item())
         return {
-            "loss": loss / max(total_weight, 1e-30),
-            "divergence/forward_kl": means["forward_kl"],
-            "divergence/reverse_kl": means["reverse_kl"],
-            "entropy/student": means["student_entropy"],
-            "entropy/teacher": means["teacher_entropy"],
-            "agreement/top1": means["top1_agreement"],
+            "loss": loss[0] / max(total_weight, 1e-30),
+            **_measures(whole, topk),
             **{f"mismatch/{name}": value for name, value in mismatch.items()},
         }
+
+
+def _measures(whole: Sequence[float], topk: Sequence[float]) -> dict[str, float]:
+    """Means a token from tokens and sums, see `_StepSums`: each over the tokens on which it was measured."""
+    sums: dict[str, float] = dict(zip(BYPRODUCTS, whole[1:], strict=True))
+    topk_sums: dict[str, float] = dict(zip(TOPK_BYPRODUCTS, topk[1:], strict=True))
+    tokens, topk_tokens = whole[0], topk[0]
+    measures = {
+        metric: (sums[name] + topk_sums[name]) / max(tokens + topk_tokens, 1.0)
+        for metric, name in (("entropy/student", "student_entropy"), ("agreement/top1", "top1_agreement"))
+    }
+    if tokens or not topk_tokens:
+        measures |= {
+            "divergence/forward_kl": sums["forward_kl"] / max(tokens, 1.0),
+            "divergence/reverse_kl": sums["reverse_kl"] / max(tokens, 1.0),
+            "entropy/teacher": sums["teacher_entropy"] / max(tokens, 1.0),
+        }
+    if topk_tokens:
+        measures |= {
+            f"divergence/{name}": topk_sums[name] / topk_tokens for name in ("topk_forward_kl", "topk_reverse_kl")
+        }
+    return measures

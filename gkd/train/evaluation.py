@@ -97,6 +97,7 @@ def _guarded(name: str, measure: Callable[[_Contest], Axis], contest: _Contest) 
 
 
 def _prepare(config: Config, student: str | None, axes: Sequence[str]) -> _Contest:
+    config = _with_whole_teacher(config)
     asks_task = "task" in axes
     if asks_task and config.data.heldout is None:
         raise ConfigError(
@@ -119,6 +120,19 @@ def _prepare(config: Config, student: str | None, axes: Sequence[str]) -> _Conte
         prompts=_heldout_prompts(config, pairs["student_after"]) if asks_task else (),
         tasks=tuple(tasks),
     )
+
+
+def _with_whole_teacher(config: Config) -> Config:
+    """A teacher that tells a run its top k only is loaded here: what is measured is over the whole vocabulary."""
+    if config.other_teachers:
+        raise ConfigError(
+            "other_teachers: gkd eval compares with one teacher; add other_teachers={} to compare with teacher alone, "
+            "and teacher.model=... for another"
+        )
+    if config.teacher.placement != "topk":
+        return config
+    local = {"placement": "local", "addresses": None, "token_file": None}
+    return config.model_copy(update={"teacher": config.teacher.model_copy(update=local)})
 
 
 def _result(folder: RunFolder, student: str | None) -> str:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from gkd.teacher.base import Teacher
-from gkd.types import OutputHead, PromptDraw, Rollout, TeacherScores, TokenBatch, WeightStream
+from gkd.types import PromptDraw, Rollout, TeacherScores, TokenBatch, WeightStream
 
 Metrics = dict[str, float]
 
@@ -32,7 +32,7 @@ class Rollouts(Protocol):
 
 
 class Student(Protocol):
-    def step(self, micro_batches: Sequence[TokenBatch], teacher_head: OutputHead, step: int) -> Metrics:
+    def step(self, micro_batches: Sequence[TokenBatch], step: int) -> Metrics:
         """Forward, divergence, backward, finite check, optimizer."""
         ...
 
@@ -55,7 +55,7 @@ def train_loop(
     rollout: Rollouts,
     teacher: Teacher,
     student: Student,
-    pack: Callable[[Sequence[Rollout], TeacherScores], list[TokenBatch]],
+    pack: Callable[[Sequence[Rollout], Sequence[TeacherScores]], list[TokenBatch]],
     measure: Callable[[Sequence[Rollout]], Metrics],
     evaluate: Callable[[int], Metrics],
     monitor: Monitor,
@@ -71,7 +71,7 @@ def train_loop(
 
         micro_batches = pack(rollouts, scores)
         monitor.first_batch(rollouts, micro_batches)
-        stats = student.step(micro_batches, scores.head, step)
+        stats = student.step(micro_batches, step)
 
         with monitor.phase("sync"):
             sync = rollout.load_weights(student.weights(), version=step + 1)

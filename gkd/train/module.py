@@ -14,12 +14,14 @@ from torch import nn
 
 from gkd.config import ObjectiveConfig
 from gkd.models import backbone_of, output_head, packed_inputs
+from gkd.objectives.divergence import Divergence
 from gkd.objectives.mismatch import importance_weights, log_ratios, mismatch_sums
 from gkd.ops import linear_divergence
+from gkd.ops.linear_topk import TOPK_BYPRODUCTS, linear_topk_divergence
 from gkd.ops.token_logprobs import token_logprobs
-from gkd.types import OutputHead, TokenBatch
+from gkd.types import HiddenScores, OutputHead, TeacherScores, TokenBatch, TopkScores
 
-# By-products of the loss, in the order of `DivergenceSums.byproducts`: the objective's own divergence and what
+# By-products of the loss against a whole distribution: the objective's own divergence and what
 # `gkd.objectives.byproducts` measures beside it, and the student's log-probability of the label.
 BYPRODUCTS = (
     "divergence",
@@ -36,9 +38,14 @@ class DivergenceSums(NamedTuple):
     """Of the scored tokens of one micro-batch. A tuple, as ZeRO-3 looks for tensors in nothing else."""
 
     loss: torch.Tensor  # scalar: sum of weight x loss, differentiable
-    byproducts: torch.Tensor  # [len(BYPRODUCTS), N]: of each token, detached
+    byproducts: torch.Tensor  # [len(byproduct_names(teacher)), N]: of each token, detached
     mismatch: torch.Tensor  # [len(MismatchSums._fields)] float64: sums over the tokens sampled from the student
     largest_log_ratio: torch.Tensor  # scalar float64: their largest |log(p_trainer / p_sampler)|
+
+
+def byproduct_names(teacher: TeacherScores) -> tuple[str, ...]:
+    """Of the rows of `DivergenceSums.byproducts`. A teacher's top k allow other measures than all of it."""
+    return BYPRODUCTS if isinstance(teacher, HiddenScores) else TOPK_BYPRODUCTS
 
 
 class DivergenceHead(nn.Module):
@@ -58,32 +65,46 @@ class DivergenceHead(nn.Module):
         self._dtype = dtype
 
     def forward(
+        self, hidden: torch.Tensor, batch: TokenBatch, objective: ObjectiveConfig | None
+    ) -> DivergenceSums | torch.Tensor:
+        """`hidden` is [N, H]; see `StudentModule.forward`."""
+        teacher, objective = batch.teacher, objective or self._objective
+        if teacher is None:
+            return self._logprobs(hidden, batch.labels)
+        weights = self._weights(hidden, batch, objective)
+        if isinstance(teacher, HiddenScores):
+            loss, byproducts = self._divergence(hidden, batch, teacher, weights, objective)
+        else:
+            loss, byproducts = self._topk_divergence(hidden, batch, teacher, weights, objective)
+        measured = torch.stack([byproducts[name] for name in byproduct_names(teacher)])
+        return DivergenceSums(loss, measured, *_mismatch(byproducts["label_logprob"], batch))
+
+    def _weights(self, hidden: torch.Tensor, batch: TokenBatch, objective: ObjectiveConfig) -> torch.Tensor:
+        """The batch's [N], by importance where the objective asks for it."""
+        if objective.importance_weights == "none":
+            return batch.weights
+        log_ratio = log_ratios(self._logprobs(hidden, batch.labels), batch.sampler_logprobs)
+        level, cap, sequences = objective.importance_weights, objective.importance_cap, len(batch.sample_ids)
+        return batch.weights * importance_weights(log_ratio, batch.sequence_index, sequences, level, cap)
+
+    def _shared_labels(self, batch: TokenBatch) -> torch.Tensor:
+        """[N], -1 where a sampler drew a token from the padding of the vocabulary."""
+        return torch.where(batch.labels < self._valid_vocab, batch.labels, -1)
+
+    def _divergence(
         self,
         hidden: torch.Tensor,
         batch: TokenBatch,
-        teacher_head: OutputHead | None,
-        objective: ObjectiveConfig | None,
-    ) -> DivergenceSums | torch.Tensor:
-        """`hidden` is [N, H]; see `StudentModule.forward`."""
-        if teacher_head is None:
-            return self._logprobs(hidden, batch.labels)
-        return self._divergence(hidden, batch, teacher_head, objective or self._objective)
-
-    def _divergence(
-        self, hidden: torch.Tensor, batch: TokenBatch, teacher_head: OutputHead, objective: ObjectiveConfig
-    ) -> DivergenceSums:
-        assert batch.teacher_hidden is not None
-        hard = objective.hard_label_weight
-        weights = batch.weights
-        if objective.importance_weights != "none":
-            log_ratio = log_ratios(self._logprobs(hidden, batch.labels), batch.sampler_logprobs)
-            level, cap, sequences = objective.importance_weights, objective.importance_cap, len(batch.sample_ids)
-            weights = weights * importance_weights(log_ratio, batch.sequence_index, sequences, level, cap)
-        loss, byproducts = linear_divergence(
+        teacher: HiddenScores,
+        weights: torch.Tensor,
+        objective: ObjectiveConfig,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        hard, head = objective.hard_label_weight, teacher.head
+        return linear_divergence(
             hidden,
             self.weight,
-            batch.teacher_hidden,
-            teacher_head.weight,
+            teacher.states,
+            head.weight,
             objective.kind,
             beta=objective.beta,
             alpha=objective.alpha,
@@ -91,27 +112,54 @@ class DivergenceHead(nn.Module):
             weights=weights,
             reduction="sum",
             student_bias=self.bias,
-            teacher_bias=teacher_head.bias,
+            teacher_bias=head.bias,
             student_softcap=self._head.softcap,
-            teacher_softcap=teacher_head.softcap,
+            teacher_softcap=head.softcap,
             student_logit_scale=self._head.logit_scale,
-            teacher_logit_scale=teacher_head.logit_scale,
+            teacher_logit_scale=head.logit_scale,
             valid_vocab=self._valid_vocab,
-            labels=torch.where(batch.labels < self._valid_vocab, batch.labels, -1),  # a sampler may draw from padding
+            labels=self._shared_labels(batch),
             hard_label_weight=batch.hard_label * hard if hard else None,
             scale_by_temperature_squared=objective.scale_by_temperature_squared,
             normalize_jsd=objective.normalize_jsd,
             compute_dtype=self._dtype,
-            chunk_bytes=None if objective.chunk_mib is None else objective.chunk_mib << 20,
+            chunk_bytes=_chunk_bytes(objective),
             byproducts=True,
         )
-        measured = torch.stack([byproducts[name] for name in BYPRODUCTS])  # [len(BYPRODUCTS), N]
-        return DivergenceSums(loss, measured, *_mismatch(byproducts["label_logprob"], batch))
+
+    def _topk_divergence(
+        self,
+        hidden: torch.Tensor,
+        batch: TokenBatch,
+        teacher: TopkScores,
+        weights: torch.Tensor,
+        objective: ObjectiveConfig,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        divergence = Divergence(
+            objective.kind, objective.beta, objective.alpha, normalize_jsd=objective.normalize_jsd
+        )  # the teacher was asked at temperature 1
+        return linear_topk_divergence(
+            hidden,
+            self._own_head(),
+            teacher,
+            divergence,
+            weights=weights,
+            labels=self._shared_labels(batch),
+            valid_vocab=self._valid_vocab,
+            compute_dtype=self._dtype,
+            chunk_bytes=_chunk_bytes(objective),
+        )
+
+    def _own_head(self) -> OutputHead:
+        return replace(self._head, weight=self.weight, bias=self.bias)
 
     def _logprobs(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Natural log-probabilities [N] of `labels` [N], over the student's whole vocabulary."""
-        head = replace(self._head, weight=self.weight, bias=self.bias)
-        return token_logprobs(hidden, head, labels, compute_dtype=self._dtype)
+        return token_logprobs(hidden, self._own_head(), labels, compute_dtype=self._dtype)
+
+
+def _chunk_bytes(objective: ObjectiveConfig) -> int | None:
+    return None if objective.chunk_mib is None else objective.chunk_mib << 20
 
 
 def _mismatch(logprobs: torch.Tensor, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,10 +186,8 @@ class StudentModule(nn.Module):
         self.divergence_head = DivergenceHead(output_head(model), objective, valid_vocab, dtype)
         self.register_state_dict_post_hook(_without_frozen)
 
-    def forward(
-        self, batch: TokenBatch, teacher_head: OutputHead | None = None, objective: ObjectiveConfig | None = None
-    ) -> DivergenceSums | torch.Tensor:
-        """Divergence sums against `teacher_head`, or without one the scored tokens' log-probabilities [N].
+    def forward(self, batch: TokenBatch, objective: ObjectiveConfig | None = None) -> DivergenceSums | torch.Tensor:
+        """Divergence sums against the batch's teacher, or without one the scored tokens' log-probabilities [N].
 
         `objective` None means the run's own.
         """
@@ -149,22 +195,20 @@ class StudentModule(nn.Module):
         backbone = backbone_of(self.model)
         states = backbone(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state  # [B, T, H]
         hidden = states.flatten(0, 1)[batch.score_index]  # [N, H]
-        return self.divergence_head(hidden, batch, teacher_head, objective)
+        return self.divergence_head(hidden, batch, objective)
 
 
 def token_divergences(
-    forward: Callable[..., Any],
-    micro_batches: Sequence[TokenBatch],
-    teacher_head: OutputHead,
-    objective: ObjectiveConfig,
-    device: torch.device,
+    forward: Callable[..., Any], micro_batches: Sequence[TokenBatch], objective: ObjectiveConfig, device: torch.device
 ) -> list[dict[str, torch.Tensor]]:
-    """For each micro-batch {name: [N]} of BYPRODUCTS, on `device`; `divergence` is that of `objective`.
+    """For each micro-batch {name: [N]} of its `byproduct_names`, on `device`; `divergence` and `topk_divergence` are
+    those of `objective`.
 
     `forward` is a StudentModule, or what wraps it.
     """
     measured = []
     for micro_batch in micro_batches:
-        result: DivergenceSums = forward(micro_batch.to(device), teacher_head, objective)
-        measured.append(dict(zip(BYPRODUCTS, result.byproducts, strict=True)))
+        assert micro_batch.teacher is not None
+        result: DivergenceSums = forward(micro_batch.to(device), objective)
+        measured.append(dict(zip(byproduct_names(micro_batch.teacher), result.byproducts, strict=True)))
     return measured

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -12,7 +11,17 @@ from hypothesis import strategies as st
 
 from gkd.data.packing import pack
 from gkd.errors import SamplerError
-from gkd.types import CompletionSource, OutputHead, Prompt, PromptDraw, Rollout, TeacherScores
+from gkd.types import (
+    CompletionSource,
+    HiddenScores,
+    OutputHead,
+    Prompt,
+    PromptDraw,
+    Rollout,
+    TeacherScores,
+    TokenBatch,
+    TopkScores,
+)
 
 HIDDEN = 3
 PAD = 9
@@ -23,15 +32,16 @@ def make_rollout(index: int, prompt: list[int], completion: list[int], source: C
     return Rollout(draw, source, tuple(completion))
 
 
-def make_scores(rollouts: list[Rollout]) -> TeacherScores:
+def make_scores(rollouts: list[Rollout]) -> list[TeacherScores]:
     """Row j of rollout i is [i, j, token j], so that a row says where it belongs."""
-    hidden = [
-        torch.tensor([[i, j, token] for j, token in enumerate(rollout.completion_ids)], dtype=torch.float32)
-        if rollout.completion_ids
-        else None
-        for i, rollout in enumerate(rollouts)
-    ]
-    return TeacherScores(hidden, OutputHead(torch.zeros(5, HIDDEN)))
+    head = OutputHead(torch.zeros(5, HIDDEN))
+    rows = ([[i, j, token] for j, token in enumerate(rollout.completion_ids)] for i, rollout in enumerate(rollouts))
+    return [HiddenScores(torch.tensor(own, dtype=torch.float32).view(-1, HIDDEN), head) for own in rows]
+
+
+def states(batch: TokenBatch) -> torch.Tensor:
+    assert isinstance(batch.teacher, HiddenScores)
+    return batch.teacher.states
 
 
 tokens = st.integers(0, 9)  # the pad token too: lengths decide what is padding, not ids
@@ -69,15 +79,13 @@ def test_round_trip(rollouts: list[Rollout], micro_batch_size: int, reduction: s
                 position = int(batch.score_index[n])
                 assert divmod(position, width) == (b, len(rollout.draw.prompt.token_ids) - 1 + j)
                 assert int(batch.labels[n]) == token == int(inputs[position + 1])  # position n predicts label n
-                assert batch.teacher_hidden is not None
-                assert batch.teacher_hidden[n].tolist() == [i, j, token]
+                assert states(batch)[n].tolist() == [i, j, token]
                 weight = 1.0 if reduction == "token_mean" else 1.0 / len(rollout.completion_ids)
                 assert float(batch.weights[n]) == pytest.approx(weight)
                 assert bool(batch.hard_label[n]) == (rollout.source == "dataset")
             scored += len(rollout.completion_ids)
         assert batch.scored_tokens == scored == len(batch.score_index) == len(batch.weights)
-        assert batch.teacher_hidden is not None
-        assert batch.teacher_hidden.shape == (scored, HIDDEN)
+        assert states(batch).shape == (scored, HIDDEN)
     assert sorted(seen) == sorted(by_id)
 
 
@@ -87,11 +95,11 @@ def test_longest_first_without_scores(rollouts: list[Rollout], micro_batch_size:
     length_of = {rollout.sample_id: len(rollout.token_ids) for rollout in rollouts}
     lengths = [length_of[sample_id] for batch in batches for sample_id in batch.sample_ids]
     assert lengths == sorted(length_of.values(), reverse=True)
-    assert all(batch.teacher_hidden is None for batch in batches)
+    assert all(batch.teacher is None for batch in batches)
     assert all(length_of[batch.sample_ids[0]] == batch.input_ids.shape[1] for batch in batches)
 
 
-@given(rollout_lists, st.integers(16, 40), st.integers(0, 2))
+@given(rollout_lists.filter(bool), st.integers(16, 40), st.integers(0, 2))
 def test_packed_round_trip(rollouts: list[Rollout], budget: int, idle: int) -> None:
     batches = pack(
         rollouts,
@@ -115,8 +123,7 @@ def test_packed_round_trip(rollouts: list[Rollout], budget: int, idle: int) -> N
             seen.append(sample_id)
             first = start + len(rollout.draw.prompt.token_ids) - 1
             expected_rows += [(first + j, token, [i, j, token]) for j, token in enumerate(rollout.completion_ids)]
-        assert batch.teacher_hidden is not None
-        rows = zip(batch.score_index.tolist(), batch.labels.tolist(), batch.teacher_hidden.tolist(), strict=True)
+        rows = zip(batch.score_index.tolist(), batch.labels.tolist(), states(batch).tolist(), strict=True)
         assert list(rows) == expected_rows
     assert sorted(seen) == sorted(by_id)
     tokens_in_all = sum(len(rollout.token_ids) for rollout in rollouts)
@@ -146,33 +153,63 @@ def test_dtypes_and_an_example() -> None:
 
 def test_micro_batch_without_a_scored_token() -> None:
     rollouts = [make_rollout(0, [1, 2], []), make_rollout(1, [1, 2], [3], "dataset"), make_rollout(2, [1], [])]
-    scores = TeacherScores(
-        [None, torch.ones(1, HIDDEN, dtype=torch.bfloat16), None], OutputHead(torch.zeros(5, HIDDEN))
-    )
+    head = OutputHead(torch.zeros(5, HIDDEN))
+    scores = [HiddenScores(torch.ones(n, HIDDEN, dtype=torch.bfloat16), head) for n in (0, 1, 0)]
     first, empty, _ = pack(rollouts, scores, micro_batch_size=1, pad_token_id=0, reduction="sequence_mean")
     assert first.scored_tokens == 1
     assert empty.scored_tokens == 0
     assert empty.input_ids.tolist() == [[1, 2]]
     assert empty.score_index.dtype == empty.labels.dtype == torch.int64
-    assert empty.teacher_hidden is not None
-    assert empty.teacher_hidden.shape == (0, HIDDEN)
-    assert empty.teacher_hidden.dtype == torch.bfloat16
+    assert states(empty).shape == (0, HIDDEN)
+    assert states(empty).dtype == torch.bfloat16
 
 
 def test_all_completions_empty() -> None:
-    scores = TeacherScores([None], OutputHead(torch.zeros(5, HIDDEN)))
-    (batch,) = pack([make_rollout(0, [1], [])], scores, micro_batch_size=4, pad_token_id=0, reduction="token_mean")
-    assert batch.teacher_hidden is not None
-    assert batch.teacher_hidden.shape == (0, HIDDEN)
+    rollouts = [make_rollout(0, [1], [])]
+    (batch,) = pack(rollouts, make_scores(rollouts), micro_batch_size=4, pad_token_id=0, reduction="token_mean")
+    assert states(batch).shape == (0, HIDDEN)
 
 
-@pytest.mark.parametrize("rows", [None, 1, 3])
-def test_teacher_states_must_fit(rows: int | None) -> None:
+@given(rollout_lists.filter(bool), st.data(), st.sampled_from([None, 16]))
+def test_a_micro_batch_has_one_teacher(rollouts: list[Rollout], data: st.DataObject, budget: int | None) -> None:
+    """Two heads of other widths, and two top-k teachers that tell 2 and 4 tokens, which may be together."""
+    heads = [OutputHead(torch.zeros(5, 2)), OutputHead(torch.zeros(5, 3))]
+    whose = data.draw(st.lists(st.integers(0, 3), min_size=len(rollouts), max_size=len(rollouts)))
+    scores: list[TeacherScores] = []
+    for i, teacher in enumerate(whose):
+        n = len(rollouts[i].completion_ids)
+        if teacher < 2:
+            scores.append(HiddenScores(torch.full((n, 2 + teacher), float(i)), heads[teacher]))
+        else:
+            slots = 2 * teacher - 2
+            scores.append(TopkScores(torch.full((n, slots), i), torch.full((n, slots), -float(i))))
+    largest: list[int] = []
+    batches = pack(
+        rollouts, scores, micro_batch_size=2, micro_batch_tokens=budget, pad_token_id=PAD, reduction="token_mean",
+        agree_on_largest=lambda count: largest.append(count) or count + 1,
+    )  # fmt: skip
+    number = {rollout.sample_id: i for i, rollout in enumerate(rollouts)}
+    assert sorted(i for batch in batches for i in batch.sample_ids) == sorted(number)
+    assert len(batches) == largest[0] + 1 and batches[-1].scored_tokens == 0
+    for batch in batches:
+        own = [number[batch.sample_ids[int(sequence)]] for sequence in batch.sequence_index]
+        assert len({min(whose[number[name]], 2) for name in batch.sample_ids}) <= 1
+        assert batch.teacher is not None and len(batch.teacher) == batch.scored_tokens
+        if isinstance(batch.teacher, HiddenScores):
+            assert [row[0] for row in batch.teacher.states.tolist()] == own
+        else:
+            rows = zip(own, batch.teacher.ids.tolist(), batch.teacher.log_probs.tolist(), strict=True)
+            for i, ids, log_probs in rows:
+                slots = 2 * whose[i] - 2
+                assert ids == [i] * slots + [-1] * (len(ids) - slots)
+                assert log_probs == [-float(i)] * slots + [-math.inf] * (len(ids) - slots)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_teacher_scores_must_fit(rows: int) -> None:
     rollouts = [make_rollout(0, [1], [2]), make_rollout(1, [1], [2, 3])]
-    scores = make_scores(rollouts)
-    wrong = None if rows is None else torch.zeros(rows, HIDDEN)
-    scores = dataclasses.replace(scores, hidden=[scores.hidden[0], wrong])
-    with pytest.raises(SamplerError, match=r"prompt 1 sample 0 \(student\): teacher states .* expected \(2, 3\)"):
+    scores = [make_scores(rollouts)[0], HiddenScores(torch.zeros(rows, HIDDEN), OutputHead(torch.zeros(5, HIDDEN)))]
+    with pytest.raises(SamplerError, match=rf"prompt 1 sample 0 \(student\): the teacher scored {rows} tokens of 2"):
         pack(rollouts, scores, micro_batch_size=2, pad_token_id=0, reduction="token_mean")
 
 

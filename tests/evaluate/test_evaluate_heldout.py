@@ -17,7 +17,7 @@ from gkd.evaluate.samples import greedy_settings, sample_requests
 from gkd.models import load_causal_lm
 from gkd.teacher.local import LocalTeacher
 from gkd.train.module import StudentModule, token_divergences
-from gkd.types import Completion, OutputHead, Prompt, SamplingSettings, TokenBatch
+from gkd.types import Completion, Prompt, SamplingSettings, TokenBatch
 
 PROMPTS = [Prompt(i, (5 + i, 6, 7), f"p{i}") for i in range(5)]
 COMPLETIONS = [Completion(tuple(range(20, 21 + 2 * i)), (), "length") for i in range(5)]
@@ -39,7 +39,7 @@ class Counter:
         self.tokens = 0
 
     def token_divergences(
-        self, micro_batches: Sequence[TokenBatch], teacher_head: OutputHead, objective: ObjectiveConfig
+        self, micro_batches: Sequence[TokenBatch], objective: ObjectiveConfig
     ) -> list[dict[str, torch.Tensor]]:
         self.micro_batches += len(micro_batches)
         self.tokens += sum(batch.scored_tokens for batch in micro_batches)
@@ -55,9 +55,9 @@ class PlainStudent:
 
     @torch.no_grad()
     def token_divergences(
-        self, micro_batches: Sequence[TokenBatch], teacher_head: OutputHead, objective: ObjectiveConfig
+        self, micro_batches: Sequence[TokenBatch], objective: ObjectiveConfig
     ) -> list[dict[str, torch.Tensor]]:
-        return token_divergences(self._module, micro_batches, teacher_head, objective, torch.device("cpu"))
+        return token_divergences(self._module, micro_batches, objective, torch.device("cpu"))
 
 
 def test_ranks_share_the_rows_and_forward_as_often(teacher: LocalTeacher) -> None:

@@ -32,13 +32,13 @@ def rollouts() -> list[Rollout]:
 
 
 @pytest.fixture(scope="module")
-def of_teacher(tiny_teacher: Path, rollouts: list[Rollout]) -> TeacherScores:
+def of_teacher(tiny_teacher: Path, rollouts: list[Rollout]) -> list[TeacherScores]:
     model = load_causal_lm(str(tiny_teacher), "float32")
     return LocalTeacher(model, device=torch.device("cpu"), micro_batch_size=3, pad_token_id=0).score(rollouts)
 
 
 @pytest.fixture(scope="module")
-def of_student(tiny_student: Path, rollouts: list[Rollout], of_teacher: TeacherScores) -> list[TokenScores]:
+def of_student(tiny_student: Path, rollouts: list[Rollout], of_teacher: list[TeacherScores]) -> list[TokenScores]:
     return student_scores(load_causal_lm(str(tiny_student), "float32"), rollouts, of_teacher, SETTINGS)
 
 
@@ -72,7 +72,7 @@ def test_perplexity_of_teacher_and_student(
     tiny_teacher: Path,
     tiny_student: Path,
     rollouts: list[Rollout],
-    of_teacher: TeacherScores,
+    of_teacher: list[TeacherScores],
     of_student: list[TokenScores],
 ) -> None:
     scores = {"teacher": teacher_nll(rollouts, of_teacher, SETTINGS), "student_after": of_student}
@@ -89,7 +89,7 @@ def test_perplexity_of_teacher_and_student(
 
 
 def test_a_student_that_is_the_teacher_diverges_by_nothing(
-    tiny_teacher: Path, rollouts: list[Rollout], of_teacher: TeacherScores
+    tiny_teacher: Path, rollouts: list[Rollout], of_teacher: list[TeacherScores]
 ) -> None:
     scores = student_scores(load_causal_lm(str(tiny_teacher), "float32"), rollouts, of_teacher, SETTINGS)
     for row in task.divergence_rows({"student_after": scores}, "", BOOTSTRAP):

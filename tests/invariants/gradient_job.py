@@ -95,7 +95,7 @@ def run_split(
         pad_token_id=0,
         reduction=config.objective.reduction,
     )
-    stats = engine.step(batches, scores.head, step=0)
+    stats = engine.step(batches, step=0)
     gradients = {name: (old[name] - tensor) / LR for name, tensor in engine.whole_weights()}
     return gradients, stats
 

@@ -17,6 +17,7 @@ from gkd.models import load_causal_lm
 from gkd.teacher.local import LocalTeacher
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
+from gkd.types import HiddenScores
 
 
 def main() -> None:
@@ -39,11 +40,12 @@ def main() -> None:
     )
     mine = ragged_rollouts()[launch.rank :: launch.world_size]
     scores = teacher.score(mine)
-    if launch.rank == 1 and scores.hidden[0] is not None:
-        scores.hidden[0][0, 0] = float("nan")
+    if launch.rank == 1:
+        assert isinstance(scores[0], HiddenScores)
+        scores[0].states[0, 0] = float("nan")
     batches = pack(mine, scores, micro_batch_size=2, pad_token_id=0, reduction="token_mean")
     try:
-        engine.step(batches, scores.head, step=4)
+        engine.step(batches, step=4)
     except NonFiniteError as error:
         print(f"{launch.rank}: {error}", flush=True)
     unchanged = all(torch.equal(old[name], tensor) for name, tensor in engine.whole_weights())

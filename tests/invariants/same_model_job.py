@@ -21,7 +21,7 @@ from gkd.rollout.sync import SyncedSampler, probe_prompt
 from gkd.teacher.local import LocalTeacher
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
-from gkd.types import Prompt, PromptDraw, SamplingSettings
+from gkd.types import HiddenScores, Prompt, PromptDraw, SamplingSettings, first_rows
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha")
 
@@ -66,7 +66,7 @@ def main() -> None:
     result: dict[str, Any] = {"tokens": sum(b.scored_tokens for b in batches)}
     result["same"] = {}
     for kind in KINDS:
-        stats = engine_for(folder, kind).step(batches, scores.head, step=0)
+        stats = engine_for(folder, kind).step(batches, step=0)
         result["same"][kind] = {"loss": stats["loss"], "grad_norm": stats["grad_norm"]}
 
     # the sampler's log-probabilities are those that the trainer gives the same tokens
@@ -78,14 +78,13 @@ def main() -> None:
     result["max_logprob_error"] = max(errors)
 
     # a perturbation of the teacher's state for one token raises the loss by that token's divergence alone
-    hidden = [h.clone() for h in scores.hidden if h is not None]
-    hidden[2][1] *= 1.5
-    moved = pack(rollouts, replace(scores, hidden=hidden), micro_batch_size=3, pad_token_id=0, reduction="token_mean")
-    result["perturbed"] = student.step(moved, scores.head, step=0)["loss"] * result["tokens"]
+    perturbed = [HiddenScores(one.states.clone(), one.head) for one in scores if isinstance(one, HiddenScores)]
+    perturbed[2].states[1] *= 1.5
+    moved = pack(rollouts, perturbed, micro_batch_size=3, pad_token_id=0, reduction="token_mean")
+    result["perturbed"] = student.step(moved, step=0)["loss"] * result["tokens"]
     single = replace(rollouts[2], completion_ids=rollouts[2].completion_ids[:2], logprobs=None)
-    alone = pack([single], replace(scores, hidden=[hidden[2][:2]]), micro_batch_size=1, pad_token_id=0,
-                 reduction="token_mean")  # fmt: skip
-    (measured,) = student.token_divergences(alone, scores.head, make_config(
+    alone = pack([single], [first_rows(perturbed[2], 2)], micro_batch_size=1, pad_token_id=0, reduction="token_mean")
+    (measured,) = student.token_divergences(alone, make_config(
         {"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "d"}}).objective)  # fmt: skip
     result["expected"] = float(measured["forward_kl"].sum())
     print(json.dumps(result))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from gradient_job import ragged_rollouts
+from scores import whole
 
 from gkd.config import Launch, make_config
 from gkd.data import pack
@@ -22,9 +23,10 @@ from gkd.train.engine import StudentEngine
 from gkd.types import TeacherScores
 
 
-def largest_difference(found: TeacherScores, expected: TeacherScores) -> float:
-    pairs = [(f, e) for f, e in zip(found.hidden, expected.hidden, strict=True) if f is not None and e is not None]
-    assert torch.equal(found.head.weight, expected.head.weight) and all(f.dtype == e.dtype for f, e in pairs)
+def largest_difference(found: list[TeacherScores], expected: list[TeacherScores]) -> float:
+    ours, theirs = whole(found), whole(expected)
+    pairs = [(f.states, e.states) for f, e in zip(ours, theirs, strict=True) if len(e)]
+    assert torch.equal(ours[0].head.weight, theirs[0].head.weight) and all(f.dtype == e.dtype for f, e in pairs)
     return max(((f - e).abs().max() / e.abs().max()).item() for f, e in pairs)
 
 
@@ -32,7 +34,7 @@ def main() -> None:
     out, teacher_folder, student_folder, dtype = sys.argv[1:]
     launch, cpu = Launch.from_environment(), torch.device("cpu")
     distributed.initialize(launch)
-    whole = LocalTeacher(load_causal_lm(teacher_folder, dtype), device=cpu, micro_batch_size=2, pad_token_id=0)
+    undivided = LocalTeacher(load_causal_lm(teacher_folder, dtype), device=cpu, micro_batch_size=2, pad_token_id=0)
     model = load_causal_lm(teacher_folder, dtype)
     parameters = sum(p.numel() for p in backbone_of(model).parameters())
     teacher = LocalTeacher(
@@ -45,7 +47,7 @@ def main() -> None:
     )
     kept = sum(p.ds_tensor.numel() for p in backbone_of(model).parameters())  # pyright: ignore
     mine = ragged_rollouts()[: 7 if launch.rank == 0 else 1]
-    differences = [largest_difference(teacher.score(mine), whole.score(mine)) for _ in range(2)]
+    differences = [largest_difference(teacher.score(mine), undivided.score(mine)) for _ in range(2)]
 
     config = make_config(
         {
@@ -59,10 +61,8 @@ def main() -> None:
     student = StudentEngine(load_causal_lm(student_folder, "float32"), config, launch, valid_vocab=259)
     for step in range(2):  # a sharded student beside it, in turn
         scores = teacher.score(mine[:1])
-        student.step(
-            pack(mine[:1], scores, micro_batch_size=1, pad_token_id=0, reduction="token_mean"), scores.head, step
-        )
-    differences.append(largest_difference(teacher.score(mine), whole.score(mine)))
+        student.step(pack(mine[:1], scores, micro_batch_size=1, pad_token_id=0, reduction="token_mean"), step)
+    differences.append(largest_difference(teacher.score(mine), undivided.score(mine)))
     result = {"differences": differences, "share": kept / parameters}
     Path(f"{out}.{launch.rank}").write_text(json.dumps(result), encoding="utf-8")
     distributed.end_process()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scores import whole
 
 from gkd.config import make_config
 from gkd.errors import ConfigError
@@ -39,7 +40,7 @@ class Office:
         self.teacher = LocalTeacher(model, device=CPU, micro_batch_size=1, pad_token_id=0)
         return self
 
-    def score(self, rollouts: Sequence[Rollout]) -> TeacherScores:
+    def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScores]:
         self.asked.append([r.draw.prompt.index for r in rollouts])
         return self.teacher.score(rollouts)
 
@@ -48,12 +49,10 @@ def cached(office: Office, folder: Path, limit_bytes: int = 1 << 30) -> CachedTe
     return CachedTeacher(office, folder, limit_bytes=limit_bytes, device=CPU)
 
 
-def assert_same(found: TeacherScores, expected: TeacherScores) -> None:
-    assert torch.equal(found.head.weight, expected.head.weight)
-    for ours, theirs in zip(found.hidden, expected.hidden, strict=True):
-        assert (ours is None) == (theirs is None)
-        if ours is not None and theirs is not None:
-            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+def assert_same(found: Sequence[TeacherScores], expected: Sequence[TeacherScores]) -> None:
+    for ours, theirs in zip(whole(found), whole(expected), strict=True):
+        assert torch.equal(ours.head.weight, theirs.head.weight)
+        assert ours.states.dtype == theirs.states.dtype and torch.equal(ours.states, theirs.states)
 
 
 def test_what_was_scored_is_not_scored_again(tiny_teacher: Path, tmp_path: Path) -> None:
@@ -63,7 +62,7 @@ def test_what_was_scored_is_not_scored_again(tiny_teacher: Path, tmp_path: Path)
     first = cached(office, tmp_path)
     for _ in range(2):
         assert_same(first.score(ROLLOUTS), expected)
-    assert office.asked == [[0, 1, 3], [3]]  # the student's own is new each time
+    assert office.asked == [[0, 1, 2, 3], [3]]  # the student's own is new each time
     later = cached(office, tmp_path)
     assert_same(later.score(ROLLOUTS), expected)
     assert office.asked[2:] == [[3]]
@@ -83,8 +82,8 @@ def test_the_same_tokens_split_elsewhere_are_something_else(tiny_teacher: Path, 
     office = Office(tiny_teacher)
     subject = cached(office, tmp_path)
     for one in (rollout(0, 6, prompt=4), rollout(0, 4, prompt=6)):
-        (states,) = subject.score([one]).hidden
-        assert states is not None and len(states) == len(one.completion_ids)
+        (scores,) = subject.score([one])
+        assert len(scores) == len(one.completion_ids)
     assert len(office.asked) == 2
 
 
@@ -98,7 +97,7 @@ def test_damaged_files_are_computed_again(tiny_teacher: Path, tmp_path: Path, da
     subject = cached(office, tmp_path)
     for _ in range(2):
         assert_same(subject.score(ROLLOUTS), expected)
-    assert office.asked[1:] == [[0, 1, 3], [3]]
+    assert office.asked[1:] == [[0, 1, 2, 3], [3]]
 
 
 def test_beyond_the_limit_the_longest_unused_goes(tiny_teacher: Path, tmp_path: Path) -> None:
@@ -109,7 +108,7 @@ def test_beyond_the_limit_the_longest_unused_goes(tiny_teacher: Path, tmp_path: 
     for index, text in enumerate(texts):
         os.utime(subject._path(text), (1000 + index, 1000 + index))
     one_bytes = subject._path(texts[0]).stat().st_size
-    head_bytes = (tmp_path / "head").stat().st_size
+    head_bytes = (tmp_path / "empty").stat().st_size
     office.asked.clear()
     small = cached(office, tmp_path, limit_bytes=6 * one_bytes)
     small.score([texts[0]])  # found, and so used last

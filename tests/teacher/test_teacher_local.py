@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scores import whole
 from transformers import AutoModelForCausalLM
 
 from gkd.errors import RunError
@@ -30,23 +31,21 @@ def teacher(folder: Path, micro_batch_size: int = 2) -> LocalTeacher:
 def test_states_times_head_are_the_models_logits(tiny_teacher: Path) -> None:
     scores = teacher(tiny_teacher).score(ROLLOUTS)
     model = AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32).eval()
-    for r, states in zip(ROLLOUTS, scores.hidden, strict=True):
+    for r, (states, head) in zip(ROLLOUTS, ((one.states, one.head) for one in whole(scores)), strict=True):
+        assert states.shape == (len(r.completion_ids), 64) and not states.requires_grad
         if not r.completion_ids:
-            assert states is None
             continue
-        assert states is not None and states.shape == (len(r.completion_ids), 64) and not states.requires_grad
         with torch.no_grad():
             logits = model(torch.tensor([r.token_ids])).logits[0]
         start = len(r.draw.prompt.token_ids) - 1
-        torch.testing.assert_close(head_logits(states, scores.head), logits[start:-1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(head_logits(states, head), logits[start:-1], atol=1e-4, rtol=1e-4)
 
 
 def test_order_and_batching_do_not_matter(tiny_teacher: Path) -> None:
-    forwards = teacher(tiny_teacher, 2).score(ROLLOUTS).hidden
-    backwards = teacher(tiny_teacher, 5).score(ROLLOUTS[::-1]).hidden[::-1]
+    forwards = whole(teacher(tiny_teacher, 2).score(ROLLOUTS))
+    backwards = whole(teacher(tiny_teacher, 5).score(ROLLOUTS[::-1]))[::-1]
     for one, other in zip(forwards, backwards, strict=True):
-        if one is not None and other is not None:
-            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one.states, other.states, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.fault

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from scores import whole
 from teacher_servers import Answer, FakeServer, rollout
 
 from gkd.config import TeacherConfig
@@ -64,8 +65,8 @@ def teacher(*servers: FakeServer) -> ServedTeacher:
 
 
 def test_what_a_server_sends_is_what_comes_out(make_server: MakeServer) -> None:
-    scores = teacher(make_server()).score([ROLLOUT])
-    assert scores.hidden[0] is not None and torch.equal(scores.hidden[0].flatten(), STATES)
+    (scores,) = whole(teacher(make_server()).score([ROLLOUT]))
+    assert torch.equal(scores.states.flatten(), STATES)
     assert torch.equal(scores.head.weight, torch.arange(ROWS * HIDDEN, dtype=torch.float32).view(ROWS, HIDDEN))
 
 
@@ -112,8 +113,8 @@ def test_a_failure_goes_once_to_another_server(make_server: MakeServer, answer: 
     broken, good = make_server(answer=answer), make_server()
     subject = teacher(broken, good)
     for _ in range(3):
-        scores = subject.score([ROLLOUT])
-        assert scores.hidden[0] is not None and torch.equal(scores.hidden[0].flatten(), STATES)
+        (scores,) = whole(subject.score([ROLLOUT]))
+        assert torch.equal(scores.states.flatten(), STATES)
     assert broken.requests.count("/hidden_states") == 1, "then it is left alone for a while"
     assert good.requests.count("/hidden_states") == 3
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from launching import check, read_metrics, run_gkd
+from scores import whole
 from teacher_servers import TOKEN, Relay, rollout, start_server, total_rows
 from tiny import save_tiny_model
 
@@ -26,7 +27,7 @@ from gkd.models import load_causal_lm
 from gkd.teacher.local import LocalTeacher
 from gkd.teacher.replicas import Replicas
 from gkd.teacher.served import ServedTeacher
-from gkd.types import Rollout, TeacherScores
+from gkd.types import HiddenScores, Rollout
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 CPU = torch.device("cpu")
@@ -74,19 +75,19 @@ def servers(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path) -> Ite
             server.process.kill()
 
 
-def local_scores(model: Path, dtype: str, rollouts: list[Rollout]) -> TeacherScores:
+def local_scores(model: Path, dtype: str, rollouts: list[Rollout]) -> list[HiddenScores]:
     loaded = load_causal_lm(str(model), dtype, key="teacher.model")
-    return LocalTeacher(loaded, device=CPU, micro_batch_size=2, pad_token_id=0).score(rollouts)
+    return whole(LocalTeacher(loaded, device=CPU, micro_batch_size=2, pad_token_id=0).score(rollouts))
 
 
-def divergences(scores: TeacherScores, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+def divergences(scores: list[HiddenScores], kind: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(per token [N], gradient of the mean in the student's states [N, H]) for one fixed random student."""
-    teacher_hidden = torch.cat([states for states in scores.hidden if states is not None])
+    teacher_hidden = torch.cat([one.states for one in scores])
     generator = torch.Generator().manual_seed(0)
     student_hidden = torch.randn(len(teacher_hidden), 48, generator=generator).requires_grad_()
     student_head = torch.randn(280, 48, generator=generator) * 0.3
     divergence = gkd.linear_divergence(
-        student_hidden, student_head, teacher_hidden, scores.head.weight, kind, reduction="none", valid_vocab=259
+        student_hidden, student_head, teacher_hidden, scores[0].head.weight, kind, reduction="none", valid_vocab=259
     )
     divergence.mean().backward()
     assert student_hidden.grad is not None
@@ -95,10 +96,10 @@ def divergences(scores: TeacherScores, kind: str) -> tuple[torch.Tensor, torch.T
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
 def test_float32_is_the_local_teacher(servers: Servers, kind: str) -> None:
-    served = servers.teacher(servers.exact.address).score(ROLLOUTS)
+    served = whole(servers.teacher(servers.exact.address).score(ROLLOUTS))
     local = local_scores(servers.exact_model, "float32", ROLLOUTS)
-    assert [s if s is None else s.shape for s in served.hidden] == [s if s is None else s.shape for s in local.hidden]
-    assert served.hidden[2] is None and torch.equal(served.head.weight, local.head.weight)
+    assert [one.states.shape for one in served] == [one.states.shape for one in local]
+    assert len(served[2]) == 0 and torch.equal(served[0].head.weight, local[0].head.weight)
     (value, gradient), (local_value, local_gradient) = divergences(served, kind), divergences(local, kind)
     assert local_value.mean() > 0.1, "far from a trivial comparison"
     torch.testing.assert_close(value, local_value, atol=1e-5, rtol=1e-5)
@@ -106,10 +107,11 @@ def test_float32_is_the_local_teacher(servers: Servers, kind: str) -> None:
 
 
 def test_bfloat16_is_the_local_teacher_up_to_rounding(servers: Servers) -> None:
-    served = servers.teacher(servers.rounded.address, dtype="bfloat16").score(ROLLOUTS)
+    served = whole(servers.teacher(servers.rounded.address, dtype="bfloat16").score(ROLLOUTS))
     local = local_scores(servers.rounded_model, "bfloat16", ROLLOUTS)
-    assert served.hidden[0] is not None and served.hidden[0].dtype == torch.bfloat16
-    assert served.head.weight.shape == (PADDED_ROWS, 64) and torch.equal(served.head.weight, local.head.weight)
+    head = served[0].head
+    assert all(one.states.dtype == torch.bfloat16 for one in served)
+    assert head.weight.shape == (PADDED_ROWS, 64) and torch.equal(head.weight, local[0].head.weight)
     (value, gradient), (local_value, local_gradient) = divergences(served, "jsd"), divergences(local, "jsd")
     print(
         "bf16",
@@ -140,7 +142,7 @@ def test_a_scored_token_costs_its_hidden_state_on_the_wire(servers: Servers) -> 
 
 def test_two_servers_share_the_work_and_one_finishes_it_when_the_other_is_killed(servers: Servers) -> None:
     many = [rollout(i, 20 + i % 7, 40 + i) for i in range(24)]
-    expected = local_scores(servers.exact_model, "float32", many).hidden
+    expected = local_scores(servers.exact_model, "float32", many)
     relays = [Relay(server.address) for server in (servers.exact, servers.doomed)]
     teacher = servers.teacher(*(relay.address for relay in relays), concurrency=2)
 
@@ -150,8 +152,8 @@ def test_two_servers_share_the_work_and_one_finishes_it_when_the_other_is_killed
     def scored_right() -> list[int]:
         """What each server answered meanwhile."""
         before = answered()
-        for states, wanted in zip(teacher.score(many).hidden, expected, strict=True):
-            torch.testing.assert_close(states, wanted, atol=1e-4, rtol=1e-4)
+        for found, wanted in zip(whole(teacher.score(many)), expected, strict=True):
+            torch.testing.assert_close(found.states, wanted.states, atol=1e-4, rtol=1e-4)
         return [now - start for now, start in zip(answered(), before, strict=True)]
 
     try:
@@ -235,11 +237,11 @@ def test_malformed_requests_get_an_answer_and_the_server_lives(servers: Servers)
 def test_many_long_requests_at_once(servers: Servers) -> None:
     """More than the engine takes in one forward: it cuts them in chunks, and every row arrives."""
     many = [rollout(i, 1, 511) for i in range(20)]
-    served = servers.teacher(servers.exact.address, concurrency=20).score(many)
+    served = whole(servers.teacher(servers.exact.address, concurrency=20).score(many))
     local = local_scores(servers.exact_model, "float32", many[:2])
-    torch.testing.assert_close(served.hidden[0], local.hidden[0], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(served.hidden[1], local.hidden[1], atol=1e-4, rtol=1e-4)
-    assert all(states is not None and states.shape == (511, 64) for states in served.hidden)
+    for one, other in zip(served, local, strict=False):
+        torch.testing.assert_close(one.states, other.states, atol=1e-4, rtol=1e-4)
+    assert all(one.states.shape == (511, 64) for one in served)
 
 
 def test_servers_of_different_models_are_refused(servers: Servers) -> None:

@@ -97,7 +97,7 @@ class Job:
             pad_token_id=0,
             reduction="token_mean",
         )
-        stats = engine.step(batches, scores.head, step=0)
+        stats = engine.step(batches, step=0)
         new = {name: tensor.clone() for name, tensor in engine.adapter_weights()}
         return {
             **{f"gradient/{name}": (old[name] - new[name]) / LR for name in new},

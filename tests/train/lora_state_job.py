@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from gradient_job import BATCH, ragged_rollouts
 from lora_job import LORA
+from scores import whole
 
 from gkd.config import Launch, make_config
 from gkd.data import pack
@@ -47,22 +48,21 @@ def main() -> None:
     rollouts = ragged_rollouts()
     scores = teacher.score(rollouts)
     same = pack(rollouts, scores, micro_batch_size=4, pad_token_id=0, reduction="token_mean")
-    for hidden in scores.hidden:
-        if hidden is not None:
-            hidden += torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
+    for one in whole(scores):
+        one.states.add_(torch.randn(one.states.shape, generator=torch.Generator().manual_seed(0)))
     moved = pack(rollouts, scores, micro_batch_size=4, pad_token_id=0, reduction="token_mean")
 
     results: dict[str, Any] = {}
     for stage in range(4):
         checkpoint = folder / f"stage{stage}"
         engine = new_engine(model, stage)
-        fresh = engine.step(same, scores.head, step=0)
-        losses = [engine.step(moved, scores.head, step)["loss"] for step in (1, 2)]
+        fresh = engine.step(same, step=0)
+        losses = [engine.step(moved, step)["loss"] for step in (1, 2)]
         engine.save_state(str(checkpoint))
-        losses.append(engine.step(moved, scores.head, 3)["loss"])
+        losses.append(engine.step(moved, 3)["loss"])
         resumed = new_engine(model, stage, seed=8)
         resumed.load_state(str(checkpoint))
-        again = resumed.step(moved, scores.head, 3)["loss"]
+        again = resumed.step(moved, 3)["loss"]
         results[str(stage)] = {
             "fresh": [fresh["loss"], fresh["grad_norm"]],
             "losses": losses,

@@ -1,0 +1,211 @@
+"""vLLM's own server, or one that speaks as it does, asked for a teacher's most likely tokens. No torch here.
+
+Legend: n completion tokens, K = `teacher.top_k`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from gkd.config import MAIN_TEACHER, Config, TeacherConfig
+from gkd.errors import ConfigError, TeacherError
+from gkd.serving.protocol import TOKEN_VARIABLE
+from gkd.serving.replicas import NoServerLeftError, Replica, ReplicaPool, Role, ServerFailedError, ServerRefusedError
+
+_MODELS_PATH, _COMPLETIONS_PATH = "/v1/models", "/v1/completions"
+_DEFAULT_PORT = 8000
+_COOL_DOWN_S = 60.0  # for which a server that failed gets no work while another one does
+_ATTEMPTS = 2
+_LARGEST_SUM = 1.001  # of K probabilities: float32 is off by far less
+
+
+class TopTokens(NamedTuple):
+    """Of n tokens the K most likely in the place of each, the most likely first: [n][K]."""
+
+    ids: list[list[int]]
+    log_probs: list[list[float]]
+
+
+class _ModelCard(BaseModel):
+    id: str
+    root: str | None = None
+    parent: str | None = None  # of an adapter: the model it belongs to
+    max_model_len: int | None = None
+
+
+class _ModelList(BaseModel):
+    data: list[_ModelCard]
+
+
+class Endpoints:
+    """Servers of one teacher, used by any number of threads. A failed request goes once more, to another if there is
+    one."""
+
+    def __init__(self, config: TeacherConfig, section: str = "teacher") -> None:
+        """Asks every server what it serves, and for one answer of K tokens. `section` is the config's, for messages.
+
+        Raises ConfigError if one does not answer, asks for a token that it was not given, serves several models or
+        another than the others, or allows fewer tokens.
+        """
+        self._config, self._section = config, section
+        role = Role(section, "teacher", _MODELS_PATH, lambda address: start_command(config, address))
+        self._pool = ReplicaPool(config, role, cool_down_s=_COOL_DOWN_S)
+        try:
+            cards = [self._describe(replica) for replica in self._pool.replicas]
+            self._pool.check_agreement(cards, ("id", "root"))
+            self.model = cards[0].root or cards[0].id
+            self._name = cards[0].id
+            self.max_tokens = min((card.max_model_len for card in cards if card.max_model_len), default=None)
+            for replica in self._pool.replicas:
+                self._probe(replica)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._pool.close()
+
+    @property
+    def requests_at_once(self) -> int:
+        return self._pool.requests_at_once
+
+    def top_tokens(self, token_ids: Sequence[int], first: int, what: str) -> TopTokens:
+        """Of the tokens from `first` on, each given all before it. `what` names the sample in errors.
+
+        Raises TeacherError if two attempts fail, or at once if a server refuses the request or answers something else
+        than was asked for.
+        """
+        try:
+            body = self._pool.attempt(lambda replica: self._post(replica, token_ids), _ATTEMPTS)
+        except NoServerLeftError as error:
+            raise TeacherError(f"{what} could not be scored by a top-k teacher: {error}") from None
+        except ServerRefusedError as error:
+            raise TeacherError(f"{what}: the top-k teacher refused it: {error}") from None
+        try:
+            positions = json.loads(body)["choices"][0]["prompt_logprobs"]
+            if len(positions) != len(token_ids):
+                raise ValueError(f"{len(positions)} positions")
+            rows = [self._likeliest(positions[i], token_ids[i]) for i in range(first, len(token_ids))]
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise TeacherError(
+                f"{what}: the top-k teacher's answer holds no {self._config.top_k} log-probabilities of each of "
+                f"{len(token_ids)} tokens ({type(error).__name__}: {error})"
+            ) from None
+        return TopTokens([[token for token, _ in row] for row in rows], [[value for _, value in row] for row in rows])
+
+    def check_vocabulary(self, rows: int) -> None:
+        """Raises ConfigError unless the servers take the last of `rows` token ids, and no id after it."""
+        for replica in self._pool.replicas:
+            for token_id, is_known in ((rows - 1, True), (rows, False)):
+                if self._takes(replica, token_id) != is_known:
+                    has = "has no" if is_known else "has a"
+                    raise ConfigError(
+                        f"{self._section}.addresses: {replica.address} serves {self.model}, which {has} token id "
+                        f"{token_id}, but teacher.model has {rows} ids; is it another model?"
+                    )
+
+    # ---- one server
+
+    def _describe(self, replica: Replica) -> _ModelCard:
+        address, start = replica.address, start_command(self._config, replica.address)
+        try:
+            response = self._pool.get(replica, _MODELS_PATH)
+        except httpx.HTTPError as error:
+            raise ConfigError(
+                f"{self._section}.addresses: nothing answers at {address} ({self._pool.reason(error)}); start "
+                f"one with: {start}"
+            ) from None
+        if response.status_code == httpx.codes.UNAUTHORIZED:
+            raise ConfigError(
+                f"{self._section}.token_file: {address} asks for its token, and the one given "
+                f"({self._section}.token_file, else ${TOKEN_VARIABLE}) is not it"
+            )
+        try:
+            cards = _ModelList.model_validate_json(response.content).data
+        except ValidationError:
+            raise ConfigError(
+                f"{self._section}.addresses: what answers at {address} is no OpenAI-compatible server (status "
+                f"{response.status_code}); start one with: {start}"
+            ) from None
+        models = [card for card in cards if card.parent is None]
+        if len(models) != 1:
+            names = ", ".join(card.id for card in models) or "none"
+            raise ConfigError(f"{self._section}.addresses: {address} has to serve one model, and serves {names}")
+        return models[0]
+
+    def _probe(self, replica: Replica) -> None:
+        key, count = f"{self._section}.top_k", self._config.top_k
+        try:
+            found = json.loads(self._post(replica, (0, 0)))["choices"][0]["prompt_logprobs"][1]
+        except ServerRefusedError as error:
+            raise ConfigError(
+                f"{key}: {replica.address} does not tell the {count} most likely tokens ({error}); lower it, or start "
+                f"the server with --max-logprobs {count}"
+            ) from None
+        except (httpx.HTTPError, ServerFailedError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise ConfigError(
+                f"{self._section}.addresses: {replica.address} answers no prompt_logprobs on {_COMPLETIONS_PATH} "
+                f"({type(error).__name__}); start one that does with: {start_command(self._config, replica.address)}"
+            ) from None
+        if len(found) < count:
+            raise ConfigError(f"{key}: {replica.address} tells {len(found)} tokens of the {count} asked for; lower it")
+
+    def _takes(self, replica: Replica, token_id: int) -> bool:
+        try:
+            self._post(replica, (0, token_id))
+        except ServerRefusedError:
+            return False
+        except (httpx.HTTPError, ServerFailedError) as error:
+            raise ConfigError(f"{self._section}.addresses: {replica.address}: {self._pool.reason(error)}") from None
+        return True
+
+    def _post(self, replica: Replica, token_ids: Sequence[int]) -> bytes:
+        request = {
+            "model": self._name,
+            "prompt": list(token_ids),
+            "prompt_logprobs": self._config.top_k,
+            "max_tokens": 1,  # the least that servers take
+            "temperature": 0.0,
+        }
+        return self._pool.post_json(replica, _COMPLETIONS_PATH, request)
+
+    def _likeliest(self, position: dict[str, Any], token_id: int) -> list[tuple[int, float]]:
+        """The K most likely tokens of an answer's position, which holds the prompt's own token beside them.
+
+        Raises ValueError for numbers that are no log-probabilities.
+        """
+        if str(token_id) not in position:
+            raise ValueError(f"token {token_id} is not in its place")
+        found = [(int(name), float(entry["logprob"])) for name, entry in position.items()]
+        found.sort(key=lambda entry: (-entry[1], entry[0]))
+        found = found[: self._config.top_k]
+        total = math.fsum(math.exp(value) for _, value in found)
+        if len(found) < self._config.top_k or not total <= _LARGEST_SUM:
+            raise ValueError(f"{len(found)} tokens whose probabilities sum to {total:.4g}")
+        return found
+
+
+def check_topk_teacher(config: Config, name: str = MAIN_TEACHER) -> None:
+    """Asks the servers, and whether a longest sequence fits. Raises ConfigError; loads nothing."""
+    section = config.teacher_key(name)
+    endpoints = Endpoints(config.teachers[name], section)
+    endpoints.close()
+    needed = config.data.max_prompt_tokens + config.rollout.max_new_tokens + 1
+    if endpoints.max_tokens is not None and endpoints.max_tokens < needed:
+        raise ConfigError(
+            f"{section}.addresses: a sequence can reach {needed - 1} tokens (data.max_prompt_tokens + "
+            f"rollout.max_new_tokens), and a server that scores it samples one more; {endpoints.model} is served with "
+            f"{endpoints.max_tokens}; start it with --max-model-len {needed} or more, or lower one of the two"
+        )
+
+
+def start_command(config: TeacherConfig, address: str) -> str:
+    port = urlsplit(address).port or _DEFAULT_PORT
+    return f"vllm serve {config.model} --dtype {config.dtype} --max-logprobs {config.top_k} --port {port}"

@@ -1,0 +1,39 @@
+"""A teacher behind somebody else's server, of which only the most likely tokens are told.
+
+Legend: n completion tokens of a rollout, K = `teacher.top_k`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gkd.teacher.endpoints import Endpoints
+from gkd.teacher.requests import map_completions
+from gkd.types import Rollout, TeacherScores, TopkScores
+
+
+class TopkTeacher:
+    """Implements `Teacher` with requests to `endpoints`, one a rollout, many at once."""
+
+    def __init__(self, endpoints: Endpoints, *, top_k: int, device: torch.device) -> None:
+        self._endpoints, self._top_k, self._device = endpoints, top_k, device
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScores]:
+        """The K most likely tokens in the place of each of the n, the most likely first.
+
+        Raises TeacherError, and stops using the servers, if a rollout cannot be scored.
+        """
+        nothing = TopkScores(torch.empty(0, self._top_k, dtype=torch.int64), torch.empty(0, self._top_k))
+        try:
+            answers = map_completions(self._top_tokens, rollouts, nothing, self._endpoints.requests_at_once)
+        except BaseException:
+            self._endpoints.close()
+            raise
+        return [scores.to(self._device) for scores in answers]
+
+    def _top_tokens(self, rollout: Rollout) -> TopkScores:
+        first = len(rollout.draw.prompt.token_ids)
+        found = self._endpoints.top_tokens(rollout.token_ids, first, rollout.sample_id)
+        return TopkScores(torch.tensor(found.ids), torch.tensor(found.log_probs, dtype=torch.float32))
