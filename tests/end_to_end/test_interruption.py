@@ -56,7 +56,7 @@ def test_a_signal_saves_and_a_resume_ends_as_if_nothing_had_happened(
 def test_a_failing_rank_says_who_and_where(make_run_config: MakeConfig, tmp_path: Path) -> None:
     config = make_run_config("failing", deepspeed={"zero_stage": 2})
     script = tmp_path / "failing.py"
-    script.write_text(
+    script.write_text(  # it scores held-out texts, answers, step 0, step 1
         "import gkd.teacher.local as local\n"
         "from gkd.cli.main import main\n"
         "from gkd.config import Launch\n"
@@ -64,7 +64,7 @@ def test_a_failing_rank_says_who_and_where(make_run_config: MakeConfig, tmp_path
         "whole, calls = local.LocalTeacher.score, []\n"
         "def score(self, rollouts):\n"
         "    calls.append(1)\n"
-        "    if len(calls) == 3 and Launch.from_environment().rank == 1:\n"
+        "    if len(calls) == 4 and Launch.from_environment().rank == 1:\n"
         "        raise TeacherError('the planted fault')\n"
         "    return whole(self, rollouts)\n"
         "local.LocalTeacher.score = score\n"
