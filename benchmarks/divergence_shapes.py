@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from sections.style import OURS, PEER, TEXT, figure
 from torch import Tensor
 
 import gkd
 
 PLOTS = Path(__file__).parents[1] / "docs" / "plots"
-TEACHER, STUDENT, TEXT = "#6f8fb3", "#d9822b", "#7a7a7a"  # readable on white and on black
+TEACHER, STUDENT = PEER, OURS
 TOKENS = 60
 
 
@@ -127,7 +126,7 @@ def gradient_beyond(choice: Choice, temperature: float, rank: int) -> float:
 def draw_modes(path: Path) -> None:
     teacher_logits = two_bumps()
     teacher = teacher_logits.softmax(-1)
-    with figure(path, rows=2, columns=3, size=(8.4, 3.8)) as grid:
+    with figure(path, rows=2, columns=3, size=(8.4, 3.8), share_x=True) as grid:
         for axes, choice in zip(grid, CHOICES, strict=True):
             student, value = best_single_bump(choice, teacher_logits)
             axes.fill_between(range(TOKENS), teacher, color=TEACHER, alpha=0.55, label="teacher")
@@ -170,23 +169,6 @@ def shades(count: int) -> list[Any]:
     """From the teacher's side of the family (forward KL) to the student's (reverse KL)."""
     colours = importlib.import_module("matplotlib").colormaps["plasma"]
     return [colours(0.25 + 0.6 * index / (count - 1)) for index in range(count)]
-
-
-@contextmanager
-def figure(path: Path, *, rows: int, columns: int, size: tuple[float, float]) -> Iterator[Sequence[Any]]:
-    """The axes of a figure that is saved at the end: equal files for equal data."""
-    matplotlib = importlib.import_module("matplotlib")
-    matplotlib.use("Agg")
-    pyplot = importlib.import_module("matplotlib.pyplot")
-    style = {"text.color": TEXT, "axes.labelcolor": TEXT, "xtick.color": TEXT, "ytick.color": TEXT}
-    with matplotlib.rc_context(style | {"axes.edgecolor": TEXT, "svg.hashsalt": path.stem, "font.size": 9}):
-        drawn, grid = pyplot.subplots(rows, columns, figsize=size, sharex=True, squeeze=False)
-        for axes in grid.flat:
-            axes.spines[["top", "right"]].set_visible(False)
-        yield list(grid.flat)
-        drawn.tight_layout()
-        drawn.savefig(path, transparent=True, metadata={"Date": None})
-        pyplot.close(drawn)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,13 @@ COLOURS = (OURS, PEER, "#5b9a68", "#a58fc9", TEXT)
 
 @contextmanager
 def figure(
-    path: Path, *, rows: int, columns: int, size: tuple[float, float], height_ratios: Sequence[float] | None = None
+    path: Path,
+    *,
+    rows: int,
+    columns: int,
+    size: tuple[float, float],
+    height_ratios: Sequence[float] | None = None,
+    share_x: bool = False,
 ) -> Iterator[Sequence[Any]]:
     """The panels of a figure, row by row, which is written to `path` at the end. Needs matplotlib."""
     matplotlib = importlib.import_module("matplotlib")
@@ -23,7 +29,9 @@ def figure(
     style = {"text.color": TEXT, "axes.labelcolor": TEXT, "xtick.color": TEXT, "ytick.color": TEXT}
     style |= {"axes.edgecolor": TEXT, "svg.hashsalt": path.stem, "font.size": 9}
     with matplotlib.rc_context(style):
-        drawn, grid = pyplot.subplots(rows, columns, figsize=size, height_ratios=height_ratios, squeeze=False)
+        drawn, grid = pyplot.subplots(
+            rows, columns, figsize=size, height_ratios=height_ratios, sharex=share_x, squeeze=False
+        )
         for panel in grid.flat:
             panel.spines[["top", "right"]].set_visible(False)
         yield list(grid.flat)

@@ -96,32 +96,31 @@ class CompletionQuery(BaseModel):
         return SamplingSettings(self.max_new_tokens, self.temperature, self.top_p, self.top_k, stop_ids)
 
 
-class Connection(BaseModel):
+class _Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Connection(_Message):
     info: dict[str, Any]
 
 
-class UpdateStart(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+class UpdateAccept(_Message):
+    update: str
+
+
+class UpdateStart(_Message):
     update: str
     version: int = Field(ge=0)
 
 
-class UpdatePiece(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+class UpdatePiece(_Message):
     update: str
     piece: dict[str, Any]
 
 
-class UpdateFinish(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+class UpdateFinish(_Message):
     update: str
     pieces: int = Field(ge=1)
-
-
-class UpdateAccept(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    update: str
 
 
 def architecture_digest(config: Any) -> str:
