@@ -143,7 +143,10 @@ def run_config(size: Size, teacher: Path, folder: Path, sampler: str, steps: int
     prompts = folder.with_name("prompts.jsonl")
     text = "Write down what a distillation step costs on this machine, and why. "
     lengths = range(size.max_prompt_tokens // 4, size.max_prompt_tokens // 2)
-    prompts.write_text("".join(json.dumps({"prompt": (text * 8)[:length]}) + "\n" for length in lengths))
+    with prompts.open("w") as file:
+        for start in range(max(len(lengths), size.batch_size)):
+            length = lengths[start % len(lengths)]
+            file.write(json.dumps({"prompt": (text * 8)[start : start + length]}) + "\n")
     return make_config(
         {
             "run": {"name": "end_to_end", "dir": str(folder), "steps": steps},

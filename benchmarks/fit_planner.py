@@ -1,11 +1,16 @@
-"""Fits the planner's CPU to a run of the quickstart: python benchmarks/fit_planner.py RUN/summary.json [--write]
+"""Fits the planner's CPU to a run of the quickstart, or holds the planner against a run that it has not seen:
 
-Each phase gets the efficiency at which its plan takes the seconds that the run took. Efficiencies are shares of this
-machine's rates, which are measured now: use it right after the run, while the machine is as busy as it was then.
+    python benchmarks/fit_planner.py --write                               # fit
+    python benchmarks/fit_planner.py --check NAME --write [section.key=value ...]
 
---write keeps run and rates as `fitted_to` in benchmarks/results/plan_cpu.json and puts the numbers into
-gkd/planning/devices.py. With --check NAME the run is kept as one that nothing is fitted to. docs/scaling.md follows
-with python benchmarks/scaling_page.py.
+It makes the run, and measures this machine's rates before and after. If they differ by more than a third, the machine
+was not one machine meanwhile, and the run is neither fitted to nor kept (exit status 3); that is decided by the rates
+alone, before the plan is looked at. Each phase gets the efficiency, a share of those rates, at which its plan takes the
+seconds that the run took.
+
+--write keeps run and rates in benchmarks/results/plan_cpu.json; a fit drops the runs of before, which were of other
+code or held against other numbers, and puts its own into gkd/planning/devices.py. docs/scaling.md follows with
+python benchmarks/scaling_page.py.
 """
 
 from __future__ import annotations
@@ -13,8 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import statistics
+import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +41,7 @@ from gkd.planning.report import signed_percent
 from gkd.planning.setup import Setup
 from gkd.planning.time import time_plan
 
+STEADY = 4 / 3  # times: how far a rate may be apart before and after a run
 DEVICES = scaling_page.ROOT / "gkd" / "planning" / "devices.py"
 FITTED = {  # phase: its number in an Efficiency; sync last, as its probe samples and scores
     "sample": "sample",
@@ -47,18 +56,21 @@ def main() -> int:
     options = arguments()
     try:
         record = read_json_object(scaling_page.RECORD, DataError)
-        run = run_of(options.summary, record["config"], options.check or "the quickstart")
-        device = scaling_page.cpu_of(run) if options.check else fitted(run)
-        show(run, device)
+        run = make_run(record["config"], options.overrides, options.check or "the quickstart")
     except GkdError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except UnsteadyError as error:
+        print(error, file=sys.stderr)
+        return 3
+    device = scaling_page.cpu_of(run) if options.check else fitted(run)
+    show(run, device)
     if not options.write:
         return 0
     if options.check:
         record["runs"].append(run)
     else:
-        record["fitted_to"] = run
+        record |= {"fitted_to": run, "runs": []}
         DEVICES.write_text(with_numbers(DEVICES.read_text(), device))
     scaling_page.RECORD.write_text(json.dumps(record, indent=2) + "\n")
     print("written; now: python benchmarks/scaling_page.py")
@@ -67,30 +79,60 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("summary", type=Path, help="of a run of configs/quickstart.yaml, in its folder")
     parser.add_argument("--check", metavar="NAME", help="do not fit: how far off is the plan of this run")
     parser.add_argument("--write", action="store_true", help="keep the run, and what was fitted")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the quickstart's config")
     return parser.parse_args()
 
 
 # ---- the run
 
 
-def run_of(summary: Path, config_file: str, what: str) -> dict[str, Any]:
-    """A run as plan_cpu.json keeps it, with this machine's rates. Raises DataError if it is no run of `config_file`."""
-    import measure  # prepares the process, then imports torch
+class UnsteadyError(Exception):
+    """The machine became faster or slower during a run."""
 
-    from gkd.planning.measure import measured
 
-    values = read_json_object(summary, DataError)
-    environment = read_json_object(summary.parent / "environment.json", DataError)
-    _, _, *words = environment["command"]  # gkd train CONFIG ...
-    if not words or Path(words[0]).name != Path(config_file).name:
-        raise DataError(f"{summary}: was made by {' '.join(environment['command'])!r}; expected a run of {config_file}")
-    overrides = [word for word in words[1:] if "=" in word and not word.startswith(("-", "run.dir="))]
+def make_run(config_file: str, overrides: list[str], what: str) -> dict[str, Any]:
+    """A run as plan_cpu.json keeps it, with the machine's mean rates. Raises UnsteadyError, or DataError."""
+    import measure
+
+    load_config(scaling_page.ROOT / config_file, overrides)  # an error here costs no measuring
     measure.warn_if_busy(print)
+    with tempfile.TemporaryDirectory(prefix="gkd_fit_planner_") as folder:
+        before = rates_now()
+        train(config_file, [*overrides, f"run.dir={folder}"])
+        after = rates_now()
+        return record_of(Path(folder), config_file, overrides, what, steady_rates(before, after))
+
+
+def rates_now() -> dict[str, float]:
+    from gkd.planning.measure import measured  # torch, once `measure` has prepared the process
+
     device = measured(device_named("cpu"))
-    prompt_tokens, completion_tokens = mean_tokens(summary.parent, config_file, overrides)
+    return {name: getattr(device, name) for name in scaling_page.RATES}
+
+
+def steady_rates(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """Their means. Raises UnsteadyError."""
+    for name in before:
+        if max(before[name], after[name]) > STEADY * min(before[name], after[name]):
+            change = f"{name} went from {before[name]:.3g} to {after[name]:.3g}"
+            raise UnsteadyError(f"the machine changed during the run: {change}; nothing is kept, try again")
+    return {name: float(f"{statistics.mean((before[name], after[name])):.3g}") for name in before}
+
+
+def train(config_file: str, overrides: list[str]) -> None:
+    command = [sys.executable, "-m", "gkd", "train", config_file, *overrides, "--overwrite"]
+    if subprocess.run(command, cwd=scaling_page.ROOT, check=False).returncode:
+        raise DataError(f"{shlex.join(command)} failed")
+
+
+def record_of(
+    run: Path, config_file: str, overrides: list[str], what: str, rates: Mapping[str, float]
+) -> dict[str, Any]:
+    values = read_json_object(run / "summary.json", DataError)
+    environment = read_json_object(run / "environment.json", DataError)
+    prompt_tokens, completion_tokens = mean_tokens(run, config_file, overrides)
     return {
         "what": what,
         "git_revision": environment["git_revision"],
@@ -98,8 +140,7 @@ def run_of(summary: Path, config_file: str, what: str) -> dict[str, Any]:
         "overrides": overrides,
         "prompt_tokens": round(prompt_tokens, 1),
         "completion_tokens": round(completion_tokens, 1),
-        "bf16_flops_per_s": float(f"{device.bf16_flops_per_s:.3g}"),
-        "bandwidth_bytes_per_s": float(f"{device.bandwidth_bytes_per_s:.3g}"),
+        **rates,
         "summary": {name: values[name] for name in ("steps", *(f"time/{phase}_s" for phase in PHASES))},
     }
 
@@ -162,7 +203,7 @@ def with_numbers(source: str, device: Device) -> str:
 def show(run: Mapping[str, Any], device: Device) -> None:
     """What is fitted or held, and what is left of the errors; then how the numbers that are in use do."""
     rates = f"{device.bf16_flops_per_s / 1e12:.3g} TFLOP/s in bf16, {device.bandwidth_bytes_per_s / 1e9:.3g} GB/s"
-    print(f"{run['what']}: {run['prompt_tokens']} + {run['completion_tokens']} tokens; rates measured now: {rates}")
+    print(f"{run['what']}: {run['prompt_tokens']} + {run['completion_tokens']} tokens; rates beside it: {rates}")
     print("  ".join(f"{name} {value:.3g}" for name, value in vars(device.efficiency).items()))
     for name, cpu in (("with these", device), ("as `gkd plan --gpu cpu` is", device_named("cpu"))):
         setup = replace(scaling_page.setup_of(run), device=cpu)

@@ -30,6 +30,8 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from gkd.ops import scratch  # noqa: E402
+
 MIB = 1 << 20
 WARM_UP_ROUNDS = 2  # besides the first call of each, which compiles and fills the allocator
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -194,6 +196,7 @@ def peak_extra_bytes(call: Call, kind: str) -> int | None:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     libc = ctypes.CDLL("libc.so.6")
+    scratch.release()
     try:
         libc.mallopt(_M_MMAP_THRESHOLD, MIB)  # tensors in mappings of their own: freed ones leave no resident holes
         libc.malloc_trim(0)  # or old holes would hide new memory

@@ -12,7 +12,7 @@ from typing import Any
 
 from gkd.config import make_config
 from gkd.evaluate.answer_tokens import Alternative, Answer, AnswerToken, AnswerTokens
-from gkd.monitor import BeforeAfter, HeldoutSample, RunSummary, loss_curve, read_metrics, time_totals
+from gkd.monitor import HeldoutSample, RunSummary, loss_curve, read_metrics, time_totals
 
 HOSTILE = "<script>alert(1)</script> </script><img src=x onerror=alert(2)> {{ 7 * 7 }} `&amp;` \u202e\x1b[2J"
 SAMPLES = (
@@ -153,7 +153,7 @@ def finish_run(folder: Path, name: str, first: dict[str, float], samples: tuple[
         name=name,
         steps=len(records),
         wall_s=times["time/step_s"] * 1.2,
-        heldout={key.replace("/", "_"): BeforeAfter(value, value * 0.22) for key, value in first.items()},
+        heldout={key.replace("/", "_"): (value, value * 0.22) for key, value in first.items()},
         time_s=times,
         samples=samples,
         losses=loss_curve(records),

@@ -10,7 +10,7 @@ import torch
 
 from gkd.config import Config, Launch, ObjectiveConfig
 from gkd.models import load_causal_lm
-from gkd.train import build
+from gkd.train import parts
 from gkd.train.distributed import compute_device
 from gkd.train.module import StudentModule, token_divergences
 from gkd.train.run_folder import RunFolder
@@ -45,18 +45,18 @@ def run(job: Job) -> dict[str, Any]:
 def heldout_divergences(config: Config, student: str) -> dict[str, float]:
     section = config.student.model_copy(update={"model": student})
     config = config.model_copy(update={"student": section})
-    models = build.locate_models(config, RunFolder(config.run.folder), LAUNCH)
-    prompts = build.load_data(config, models)
-    data = build.prompt_data(config, prompts, LAUNCH)
-    texts = build.teacher_texts(config, models, prompts, data, LAUNCH, logging.getLogger(__name__).info)
+    models = parts.locate_models(config, RunFolder(config.run.folder), LAUNCH)
+    prompts = parts.load_data(config, models)
+    data = parts.prompt_data(config, prompts, LAUNCH)
+    texts = parts.teacher_texts(config, models, prompts, data, LAUNCH, logging.getLogger(__name__).info)
     dtype = getattr(torch, config.student.dtype)
     model = load_causal_lm(models.student_path, dtype, key="student.model")
-    heldout = build.build_heldout(
+    heldout = parts.build_heldout(
         config,
         models,
         prompts,
         texts,
-        teacher=build.build_teacher(config, models, LAUNCH),
+        teacher=parts.build_teacher(config, models, LAUNCH),
         student=FrozenStudent(StudentModule(model, config.objective, models.valid_vocab, dtype)),
         launch=LAUNCH,
     )

@@ -22,10 +22,10 @@ import torch
 from gkd.config import Config, Launch, make_config
 from gkd.data import render_message
 from gkd.models import load_causal_lm
-from gkd.train import build, distributed
-from gkd.train.build import Models
+from gkd.train import distributed, parts
 from gkd.train.engine import StudentEngine
 from gkd.train.loop import train_loop
+from gkd.train.parts import Models
 from gkd.train.run_folder import RunFolder
 from gkd.types import Rollout, TokenBatch
 
@@ -147,24 +147,24 @@ class TokenBudget:
 
 
 class CellRun:
-    """The parts of a cell, as `gkd.train.build` makes them, and the judge."""
+    """The parts of a cell, as `gkd.train.parts` makes them, and the judge."""
 
     def __init__(self, folder: Folder, cell: Cell, budget: TokenBudget) -> None:
         distributed.initialize(_LAUNCH)
         self._config = config = cell_config(folder, cell)
-        self._models = models = build.locate_models(config, RunFolder(config.run.folder), _LAUNCH)
+        self._models = models = parts.locate_models(config, RunFolder(config.run.folder), _LAUNCH)
         self._budget = budget
-        prompts = build.load_data(config, models)
-        self._data = build.prompt_data(config, prompts, _LAUNCH)
-        self._texts = build.teacher_texts(config, models, prompts, self._data, _LAUNCH, lambda note: None)
-        self.sampler = build.build_sampler(config, models, prompts, _LAUNCH)
+        prompts = parts.load_data(config, models)
+        self._data = parts.prompt_data(config, prompts, _LAUNCH)
+        self._texts = parts.teacher_texts(config, models, prompts, self._data, _LAUNCH, lambda note: None)
+        self.sampler = parts.build_sampler(config, models, prompts, _LAUNCH)
         self.student = _build_student(config, models, cell.method, budget)
-        scorer = build.build_teacher(config, models, _LAUNCH)
+        scorer = parts.build_teacher(config, models, _LAUNCH)
         self.teacher = scorer if cell.method.signal == "teacher" else NoTeacher(models.valid_vocab, _DEVICE)
-        self.pack = build.packer(config, models, "token_mean")
+        self.pack = parts.packer(config, models, "token_mean")
         self.judge = Judge(
             heldout=read_heldout(folder, models),
-            settings=replace(build.sampling_settings(config, models), temperature=1.0),
+            settings=replace(parts.sampling_settings(config, models), temperature=1.0),
             teacher=scorer,
             pack=self.pack,
         )
@@ -182,7 +182,7 @@ class CellRun:
 
         train_loop(
             data=self._data,
-            rollout=build.build_rollouts(self._config, self._models, self.sampler, self._texts, self._data),
+            rollout=parts.build_rollouts(self._config, self._models, self.sampler, self._texts, self._data),
             teacher=self.teacher,
             student=self.student,
             pack=self.pack,
@@ -196,7 +196,7 @@ class CellRun:
 
 def _build_student(config: Config, models: Models, method: Method, budget: TokenBudget) -> StudentEngine:
     if method.signal != "fixed_negative":
-        return build.build_student(config, models, _LAUNCH, budget.phase)
+        return parts.build_student(config, models, _LAUNCH, budget.phase)
     model: Any = load_causal_lm(models.student_path, "float32", key="student.model")
     model.to(_DEVICE).train()
     return FixedNegativeAdvantage(model, config, _LAUNCH, valid_vocab=models.valid_vocab, phase=budget.phase)

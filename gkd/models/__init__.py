@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gkd.models.attention import use_short_attention
     from gkd.models.export import ModelCard, save_final
-    from gkd.models.heads import backbone_of, head_logits, head_settings, output_head, split_head, verify_head
+    from gkd.models.heads import backbone_of, head_logits, head_settings, output_head, verify_head
     from gkd.models.load import (
         empty_model,
         end_token_ids,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "export": ("ModelCard", "save_final"),
-    "heads": ("backbone_of", "head_logits", "head_settings", "output_head", "split_head", "verify_head"),
+    "heads": ("backbone_of", "head_logits", "head_settings", "output_head", "verify_head"),
     "load": (
         "empty_model", "end_token_ids", "load_causal_lm", "load_tokenizer", "pad_token_id", "read_config",
         "read_generation_config",
@@ -83,7 +83,6 @@ __all__ = [
     "resolve_model",
     "save_adapter",
     "save_final",
-    "split_head",
     "use_float32_adapters",
     "use_packed_attention",
     "use_short_attention",

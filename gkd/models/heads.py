@@ -6,7 +6,6 @@ Legend: B rows, T positions, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from gkd.errors import ModelError
@@ -26,20 +25,6 @@ _TOLERANCES = {"float32": 1e-5, "float16": 2**-8, "bfloat16": 2**-6}
 _PROBE_TOKENS = 8
 _PROBE_LARGEST_LOGIT = 64.0
 _PROBE_LARGEST_EXPONENT = 10  # float16 ends at 2**16
-
-
-def split_head(model: PreTrainedModel) -> tuple[Callable[..., torch.Tensor], OutputHead]:
-    """Returns `backbone` and the head: `backbone(input_ids=…, attention_mask=…)` gives the states [B, T, H] after the
-    final norm, and the head's formula on them gives the model's logits (`verify_head` proves it).
-
-    Raises ModelError for a model without a linear output head.
-    """
-    body = backbone_of(model)
-
-    def backbone(**inputs: torch.Tensor) -> torch.Tensor:
-        return body(**inputs, use_cache=False).last_hidden_state  # [B, T, H]
-
-    return backbone, output_head(model)
 
 
 def backbone_of(model: PreTrainedModel) -> nn.Module:

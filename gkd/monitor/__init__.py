@@ -4,7 +4,7 @@ from gkd.monitor.first_batch import first_batch_text, render_first_batch
 from gkd.monitor.metrics import METRICS, MetricValue, merge_metrics
 from gkd.monitor.monitor import PHASE_LOGGER, Monitor
 from gkd.monitor.sinks import JsonlSink, MetricSink, OptionalSink, TensorBoardSink, WandbSink, read_metrics
-from gkd.monitor.summary import BeforeAfter, HeldoutSample, RunSummary, loss_curve, time_totals
+from gkd.monitor.summary import HeldoutSample, RunSummary, loss_curve, time_totals
 from gkd.monitor.terminal import QuietProgress, RunProgress, TerminalProgress, make_console
 from gkd.monitor.text import clean
 from gkd.monitor.timing import PHASES, PhaseTimer
@@ -13,7 +13,6 @@ __all__ = [
     "METRICS",
     "PHASES",
     "PHASE_LOGGER",
-    "BeforeAfter",
     "HeldoutSample",
     "JsonlSink",
     "MetricSink",

@@ -50,7 +50,6 @@ class Monitor:
         self._config, self._folder = config, Path(run_folder)
         self._is_main, self._start_step, self._decode = is_main, start_step, decode
         self._timer = PhaseTimer(synchronize=synchronize)
-        self._pending: list[Mapping[str, MetricValue]] = []
         self._last_step = start_step - 1
         self._step = start_step  # being done
         self._first_batch_shown = False
@@ -84,28 +83,19 @@ class Monitor:
         finally:
             self._progress.phase(None)
 
-    def add_time(self, name: str, seconds: float) -> None:
-        """Counts seconds measured elsewhere for a phase; they leave the phase that is open now, if one is."""
-        self._timer.add(name, seconds)
-
-    def add(self, metrics: Mapping[str, MetricValue]) -> None:
-        """Keeps metrics for the record that the next `log` writes."""
-        self._pending.append(dict(metrics))
-
     def log(self, step: int, metrics: Mapping[str, MetricValue]) -> dict[str, MetricValue]:
-        """Ends the step: one record of `metrics`, what `add` kept, the time split and the speeds, to every sink.
+        """Ends the step: one record of `metrics`, the time split and the speeds, to every sink.
 
         Returns the record (the time split alone on a rank that is not main). Raises ValueError for a metric that
         is unknown, no plain value, or there twice with different values, for a missing `loss`, and for a step
         that was logged already; OSError if metrics.jsonl cannot be written.
         """
         timing = self._timer.finish_step()
-        pending, self._pending = self._pending, []
         if not self._is_main:
             return dict(timing)
         if step <= self._last_step:
             raise ValueError(f"step {step} is logged after step {self._last_step}")
-        record = merge_metrics({"step": step}, metrics, *pending)
+        record = merge_metrics({"step": step}, metrics)
         if "loss" not in record:
             raise ValueError(f"the metrics of step {step} have no loss")
         record = merge_metrics(record, _speeds(record, timing), timing)

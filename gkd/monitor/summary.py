@@ -17,13 +17,6 @@ from gkd.monitor.text import clean, write_atomically
 from gkd.monitor.timing import PHASES
 
 
-class BeforeAfter(NamedTuple):
-    """A held-out figure before the first step and after the last."""
-
-    before: float
-    after: float
-
-
 class HeldoutSample(NamedTuple):
     """A held-out prompt and three answers to it."""
 

@@ -43,27 +43,13 @@ class PhaseTimer:
             self._settle()
             self._open.pop()
 
-    def add(self, name: str, seconds: float) -> None:
-        """Counts time measured elsewhere for phase `name`; it leaves the phase that is open now, if one is.
-
-        Raises ValueError for an unknown name or for negative seconds.
-        """
-        _check(name)
-        if not seconds >= 0:
-            raise ValueError(f"phase {name}: {seconds} s is not a duration")
-        self._settle()
-        if self._open:
-            around = self._open[-1]
-            self._seconds[around] = max(0.0, self._seconds[around] - seconds)
-        self._seconds[name] += seconds
-
-    def finish_step(self, step_wall: float | None = None) -> dict[str, float]:
+    def finish_step(self) -> dict[str, float]:
         """Ends the step and starts the next: `time/<phase>_s` of all phases, and of train, other and step.
 
-        `step_wall` in seconds stands in for the wall time measured here. `time/other_s` is never negative.
+        `time/other_s` is never negative.
         """
         self._settle()
-        record = _record(self._seconds, self._mark - self._step_start if step_wall is None else step_wall)
+        record = _record(self._seconds, self._mark - self._step_start)
         for key, seconds in record.items():
             self._totals[key] += seconds
         self._seconds = dict.fromkeys(PHASES, 0.0)

@@ -17,7 +17,8 @@ from gkd.objectives.byproducts import BYPRODUCTS, concatenate
 from gkd.objectives.divergence import Divergence, working_dtype
 from gkd.objectives.hard_label import HardLabels
 from gkd.objectives.reduction import check_reduction, check_weights, reduce_rows, row_factors, weigh
-from gkd.ops.common import times, working_memory
+from gkd.ops import scratch
+from gkd.ops.common import times
 from gkd.ops.heads import Head, HeadGradients, common_columns
 from gkd.ops.rows import RowMemory, score_rows
 
@@ -121,7 +122,8 @@ def linear_divergence(
                         Labels without a weight leave the loss alone; they are for the by-product.
     compute_dtype       round hidden states and heads to this dtype before the products, as autocast would; gradients
                         still come back unrounded in their inputs' dtypes. Default: the inputs as they are.
-    chunk_bytes         memory for one side's logits, of which two live at a time; default 256 MiB, on CUDA 1 GiB.
+    chunk_bytes         memory for one side's logits, of which two live at a time; default 256 MiB, on CUDA 1 GiB. On a
+                        CPU the next call takes it over (`gkd.ops.scratch`).
     byproducts          also return {name: [N]} of `gkd.objectives.BYPRODUCTS`, and with labels "label_logprob", the
                         student's log-probability of the label at temperature 1; detached; 0 in ignored rows.
 
@@ -295,6 +297,7 @@ def _pass(
             if gradient is not None:
                 student.pull_back_(gradient, student_logits)
                 gradients.add(rows, gradient)
+        buffers.give_back()
     alive = None if job.weights is None else job.weights != 0
     byproducts = concatenate(measured, value, job.measured_names)
     return value, [weigh(rows, alive) for rows in byproducts.values()], gradients.results()
@@ -328,7 +331,7 @@ class _Buffers:
     def __init__(self, job: _Job, gradient_dtype: torch.dtype | None) -> None:
         largest = max((rows.stop - rows.start for rows in job.chunks()), default=0)
         device = job.student.hidden.device
-        self._logits = [working_memory((largest, job.columns), job.dtype, device) for _ in range(2)]
+        self._logits = [scratch.take((largest, job.columns), job.dtype, device) for _ in range(2)]
         self._gradient: Tensor | None = None
         if gradient_dtype is None:
             return
@@ -340,6 +343,9 @@ class _Buffers:
     def of(self, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         n = rows.stop - rows.start
         return self._logits[0][:n], self._logits[1][:n], None if self._gradient is None else self._gradient[:n]
+
+    def give_back(self) -> None:
+        scratch.give_back(*self._logits)
 
 
 def _checked_labels(labels: Tensor | None, weights: Tensor | None, hidden: Tensor, columns: int) -> Tensor | None:

@@ -21,7 +21,7 @@ from gkd.train.rank_log import rank_log
 from gkd.train.run_folder import RunFolder, library_versions, write_json
 
 if TYPE_CHECKING:
-    from gkd.train.build import Models
+    from gkd.train.parts import Models
     from gkd.types import Rollout
 
 _log = logging.getLogger(__name__)
@@ -97,13 +97,13 @@ class Distiller:
             check_served_sampler(self.config)
 
     def _train(self, folder: RunFolder, resume: bool, started: float) -> RunSummary:
-        from gkd.train import build, distributed  # torch and DeepSpeed load here, after the cheap checks
+        from gkd.train import distributed, parts  # torch and DeepSpeed load here, after the cheap checks
 
         config, launch = self.config, self._launch
         distributed.initialize(launch)
-        start_step = build.resume_step(config, folder, launch, _log.warning) if resume else 0
-        models = build.locate_models(config, folder, launch)
-        prompts = build.load_data(config, models)
+        start_step = parts.resume_step(config, folder, launch, _log.warning) if resume else 0
+        models = parts.locate_models(config, folder, launch)
+        prompts = parts.load_data(config, models)
         with Monitor(
             config, folder.path, is_main=launch.is_main, decode=models.decode, start_step=start_step
         ) as monitor:
@@ -120,24 +120,24 @@ class _Run:
     def __init__(
         self, config: Config, launch: Launch, folder: RunFolder, monitor: Monitor, models: Models, prompts: Any
     ) -> None:
-        from gkd.train import build
+        from gkd.train import parts
         from gkd.train.interruption import Interruption
 
         self.config, self.launch, self.folder = config, launch, folder
         self.monitor, self.models, self.prompts = monitor, models, prompts
-        self.data = build.prompt_data(config, prompts, launch)
-        self.texts = build.teacher_texts(config, models, prompts, self.data, launch, monitor.note)
+        self.data = parts.prompt_data(config, prompts, launch)
+        self.texts = parts.teacher_texts(config, models, prompts, self.data, launch, monitor.note)
         monitor.note(f"starting the sampler ({config.rollout.engine}), the student (DeepSpeed) and the teacher")
-        self.sampler = build.build_sampler(config, models, prompts, launch)
-        self.student = build.build_student(config, models, launch, monitor.phase)
-        self.teacher = build.build_teacher(config, models, launch)
-        self.heldout = build.build_heldout(
+        self.sampler = parts.build_sampler(config, models, prompts, launch)
+        self.student = parts.build_student(config, models, launch, monitor.phase)
+        self.teacher = parts.build_teacher(config, models, launch)
+        self.heldout = parts.build_heldout(
             config, models, prompts, self.texts, teacher=self.teacher, student=self.student, launch=launch
         )
         writes_positions = launch.is_main and self.heldout is not None
         self.positions = JsonlSink(folder.positions) if writes_positions else None
-        self.answer_scoring = build.build_answer_scoring(config, models, teacher=self.teacher, student=self.student)
-        self.checkpoints = build.build_checkpoints(config, folder, launch, self.student)
+        self.answer_scoring = parts.build_answer_scoring(config, models, teacher=self.teacher, student=self.student)
+        self.checkpoints = parts.build_checkpoints(config, folder, launch, self.student)
         self.interruption = Interruption()
 
     def start(self, start_step: int) -> None:
@@ -154,17 +154,17 @@ class _Run:
                 write_json(self.folder.before, before)
 
     def loop(self) -> None:
-        from gkd.train import build
+        from gkd.train import parts
         from gkd.train.loop import train_loop
 
-        rollouts = build.build_rollouts(self.config, self.models, self.sampler, self.texts, self.data)
+        rollouts = parts.build_rollouts(self.config, self.models, self.sampler, self.texts, self.data)
         try:
             train_loop(
                 data=self.data,
                 rollout=rollouts,
                 teacher=self.teacher,
                 student=self.student,
-                pack=build.packer(self.config, self.models, self.config.objective.reduction),
+                pack=parts.packer(self.config, self.models, self.config.objective.reduction),
                 measure=_measure,
                 evaluate=self._evaluate,
                 monitor=self.monitor,
@@ -227,9 +227,9 @@ class _Run:
         return () if self.prompts.heldout is None else self.prompts.heldout.prompts[: self.config.eval.samples]
 
     def _answers(self) -> list[Sequence[int]]:
-        from gkd.train import build
+        from gkd.train import parts
 
-        requests, settings = build.shown_requests(self.config, self.models, self._shown_prompts())
+        requests, settings = parts.shown_requests(self.config, self.models, self._shown_prompts())
         return [c.token_ids for c in self.sampler.generate(requests, settings)]
 
     def _text(self, token_ids: Sequence[int]) -> str:
@@ -241,10 +241,10 @@ class _Run:
         return self._measure_heldout(steps_done) if due else {}
 
     def _summarise(self, before: dict[str, Any], after: dict[str, Any], wall_s: float) -> RunSummary:
-        from gkd.train import build
+        from gkd.train import parts
 
         records = read_metrics(self.folder.metrics) if self.launch.is_main else []
-        requests, _ = build.shown_requests(self.config, self.models, self._shown_prompts())
+        requests, _ = parts.shown_requests(self.config, self.models, self._shown_prompts())
         teacher_answers = [self._text(self.texts.greedy.get(request).token_ids) for request in requests]
         texts = zip(self._shown_prompts(), teacher_answers, before["answers"], after["answers"], strict=False)
         folder = self.folder.path

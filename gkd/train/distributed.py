@@ -81,6 +81,11 @@ def max_over_ranks(value: float) -> float:
     return float("nan") if any(v != v for v in values) else max(values)
 
 
+def largest_count(count: int) -> int:
+    """The largest of the ranks' counts."""
+    return int(max_over_ranks(count))
+
+
 def from_main(value: T | None) -> T:
     """The main rank's value, on every rank. Also a barrier: nobody passes before the main rank has it."""
     box = [value]

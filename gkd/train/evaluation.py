@@ -30,9 +30,9 @@ from gkd.evaluate.verified import VerifiedTask, load_tasks
 from gkd.models import load_causal_lm, local_folder, model_fingerprint, resolve_model, verify_head
 from gkd.planning.models import read_architecture
 from gkd.rollout.offline import SamplerSpec, cache_for, complete
-from gkd.train import build
-from gkd.train.build import Models
+from gkd.train import parts
 from gkd.train.distributed import compute_device
+from gkd.train.parts import Models
 from gkd.train.run_folder import RunFolder
 from gkd.types import Completion, Prompt, PromptDraw, Rollout, SampleRequest, SamplingSettings
 
@@ -60,7 +60,7 @@ class _Contest:
         return (self.config.teacher if column == "teacher" else self.config.student).dtype
 
     def sampler_spec(self, column: str) -> SamplerSpec:
-        return build.sampler_spec(self.config, self.pair, str(self.folders[column]), self.dtype(column))
+        return parts.sampler_spec(self.config, self.pair, str(self.folders[column]), self.dtype(column))
 
     def fingerprint(self, column: str) -> str:
         if column == "teacher":  # as the run does, so that its completions are found
@@ -111,7 +111,7 @@ def _prepare(config: Config, student: str | None, axes: Sequence[str]) -> _Conte
     folder = RunFolder(config.run.folder)
     after = _with_student(config, _result(folder, student))
     pairs = {
-        name: build.locate_models(own, folder, _LAUNCH) for name, own in zip(STUDENTS, (config, after), strict=True)
+        name: parts.locate_models(own, folder, _LAUNCH) for name, own in zip(STUDENTS, (config, after), strict=True)
     }
     return _Contest(
         config=config,
@@ -219,7 +219,7 @@ def _amount(rollouts: Sequence[Rollout]) -> str:
 
 def _written(contest: _Contest, column: str) -> _Texts:
     """What a model writes, from a process of its own and kept in the cache, as a run keeps its teacher's texts."""
-    seed, settings = contest.config.run.seed, build.sampling_settings(contest.config, contest.pair)
+    seed, settings = contest.config.run.seed, parts.sampling_settings(contest.config, contest.pair)
     groups = [contest.prompts, *(_task_prompts(verified, contest.pair) for verified in contest.tasks)]
     greedy = [request for group in groups for request in sample_requests(group, seed)]
     sampled = heldout_requests(contest.prompts, seed) if column == "teacher" else []
@@ -249,7 +249,7 @@ def _complete(
 def _score(contest: _Contest, rollouts: Sequence[Rollout], references: Sequence[Rollout]) -> _Scores:
     """Without references the teacher's completions stand for them."""
     _log.info("scoring with the teacher")
-    teacher = build.build_teacher(contest.config, contest.pair, _LAUNCH)
+    teacher = parts.build_teacher(contest.config, contest.pair, _LAUNCH)
     scores = teacher.score(rollouts)
     reference_scores = teacher.score(references) if references else scores
     result = _Scores(

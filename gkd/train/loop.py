@@ -1,6 +1,6 @@
 """The algorithm: generalized knowledge distillation on the student's own samples (arXiv 2306.13649).
 
-Everything here is a protocol; `build.py` chooses what stands behind each.
+Everything here is a protocol; `parts/` chooses what stands behind each.
 """
 
 from __future__ import annotations

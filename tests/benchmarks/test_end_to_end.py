@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -31,3 +32,11 @@ def test_plain_pytorch_under_deepspeeds_name_takes_the_same_steps(tmp_path: Path
         assert sum(phases.values()) == pytest.approx(record["seconds"]["step"], rel=0.5) and min(phases.values()) > 0
         assert record["peak_bytes"] > record["planned_peak_bytes"] > 0  # libraries are not planned for
         assert 0 < record["share_of_matmul_rate"] < 1
+
+
+def test_a_batch_has_enough_prompts_however_short_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    end_to_end = importlib.import_module("end_to_end")
+    size = end_to_end.Size(2, 64, 512, batch_size=64, micro_batch_size=8, max_prompt_tokens=48, max_new_tokens=2)
+    end_to_end.run_config(size, tmp_path / "teacher", tmp_path / "run", "transformers", 1)
+    assert len(set((tmp_path / "prompts.jsonl").read_text().splitlines())) == 64

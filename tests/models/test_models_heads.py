@@ -11,16 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gkd.errors import ModelError
-from gkd.models import (
-    backbone_of,
-    head_logits,
-    head_settings,
-    heads,
-    load_causal_lm,
-    output_head,
-    split_head,
-    verify_head,
-)
+from gkd.models import backbone_of, head_logits, head_settings, heads, load_causal_lm, output_head, verify_head
 
 SIZES = {
     "vocab_size": 67,
@@ -133,13 +124,13 @@ def test_damaged_weights(tiny_untied_student: Path) -> None:
         verify_head(model)
 
 
-def test_split_is_the_live_model(tiny_student: Path) -> None:
+def test_backbone_and_head_are_the_live_model(tiny_student: Path) -> None:
     model = load_causal_lm(str(tiny_student), "float32")
-    backbone, head = split_head(model)
+    backbone, head = backbone_of(model), output_head(model)
     assert head.weight is model.get_input_embeddings().weight  # tied
     ids = torch.tensor([[5, 6, 7, 0], [9, 0, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
-    hidden = backbone(input_ids=ids, attention_mask=mask)
+    hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     assert hidden.shape == (2, 4, 64)
     expected = model(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(head_logits(hidden, head)[mask.bool()], expected[mask.bool()])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gkd.monitor import BeforeAfter, HeldoutSample, RunSummary, loss_curve, make_console, time_totals
+from gkd.monitor import HeldoutSample, RunSummary, loss_curve, make_console, time_totals
 from gkd.monitor.summary_view import bar, sparkline
 
 HOSTILE = (
@@ -22,7 +22,7 @@ SUMMARY = RunSummary(
     name="quickstart",
     steps=40,
     wall_s=100.0,
-    heldout={"heldout_forward_kl": BeforeAfter(8.65, 1.73), "heldout_jsd": BeforeAfter(0.5, 0.6)},
+    heldout={"heldout_forward_kl": (8.65, 1.73), "heldout_jsd": (0.5, 0.6)},
     time_s={
         "time/sample_s": 30.0,
         "time/score_s": 5.0,

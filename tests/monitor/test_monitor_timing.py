@@ -66,27 +66,6 @@ def test_inner_time_counts_for_the_inner_phase_only(timer: PhaseTimer, clock: Cl
     assert record["time/other_s"] == 0
 
 
-def test_time_measured_elsewhere_leaves_the_open_phase(timer: PhaseTimer, clock: Clock) -> None:
-    with timer.phase("forward_backward"):
-        clock.pass_s(5)
-        timer.add("optimizer", 2)
-    timer.add("sync", 1)
-    clock.pass_s(1)
-    record = timer.finish_step()
-    assert (record["time/forward_backward_s"], record["time/optimizer_s"]) == (3, 2)
-    assert (record["time/sync_s"], record["time/other_s"]) == (1, 0)
-
-
-def test_more_time_than_passed_never_makes_a_negative(timer: PhaseTimer, clock: Clock) -> None:
-    with timer.phase("forward_backward"):
-        clock.pass_s(1)
-        timer.add("optimizer", 3)
-    record = timer.finish_step()
-    assert record["time/forward_backward_s"] == 0
-    assert record["time/other_s"] == 0
-    assert min(timer.finish_step(step_wall=0.0).values()) == 0
-
-
 def test_a_step_ends_inside_a_phase(timer: PhaseTimer, clock: Clock) -> None:
     with timer.phase("sample"):
         clock.pass_s(1)
@@ -106,15 +85,16 @@ def test_a_phase_that_raises_is_closed(timer: PhaseTimer, clock: Clock) -> None:
     assert (record["time/sample_s"], record["time/other_s"]) == (1, 1)
 
 
-def test_a_given_wall_time_and_a_new_start(timer: PhaseTimer, clock: Clock) -> None:
+def test_a_new_start(timer: PhaseTimer, clock: Clock) -> None:
     with timer.phase("sample"):
         clock.pass_s(7)
     timer.start()
     with timer.phase("score"):
         clock.pass_s(1)
-    record = timer.finish_step(step_wall=4.0)
+        clock.pass_s(1)
+    record = timer.finish_step()
     assert record["time/sample_s"] == 0
-    assert (record["time/step_s"], record["time/other_s"]) == (4, 3)
+    assert (record["time/step_s"], record["time/other_s"]) == (2, 0)
 
 
 def test_a_device_is_waited_for_where_a_phase_begins_and_ends(clock: Clock) -> None:
@@ -126,10 +106,6 @@ def test_a_device_is_waited_for_where_a_phase_begins_and_ends(clock: Clock) -> N
     assert (record["time/score_s"], record["time/other_s"]) == (6, 3)
 
 
-def test_unknown_phases_and_negative_times_are_refused(timer: PhaseTimer) -> None:
+def test_unknown_phases_are_refused(timer: PhaseTimer) -> None:
     with pytest.raises(ValueError, match="no phase 'smaple'; known: sample, score"), timer.phase("smaple"):
         pass
-    with pytest.raises(ValueError, match="optimizer: -1 s"):
-        timer.add("optimizer", -1)
-    with pytest.raises(ValueError, match="optimizer: nan s"):
-        timer.add("optimizer", float("nan"))

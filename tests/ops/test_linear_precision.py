@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gkd.objectives import Divergence, divergence_value, value_and_gradient
-from gkd.ops import linear_divergence, matmul
+from gkd.ops import linear_divergence, matmul, scratch
 
 N, H, V = 48, 64, 4096  # logits of a realistic size: bfloat16 spaces numbers above 16 by 1/8
 KINDS = ("forward_kl", "reverse_kl", "jsd")
@@ -180,6 +180,7 @@ def test_all_logits_are_never_held_at_once(dtype: torch.dtype, reduction: str, s
     generator = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(500, 8, generator=generator), torch.randn(2000, 8, generator=generator)
     sides = [tensor.to(dtype).requires_grad_() for tensor in (hidden, head)] + [hidden.to(dtype), head.to(dtype)]
+    scratch.release()  # it could be larger than what is needed here
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the mode sees this thread only
     try:

