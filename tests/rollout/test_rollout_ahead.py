@@ -142,6 +142,7 @@ def test_weights_that_are_too_old_are_refused(hf_sampler: Sampler, model: PreTra
 
 
 def test_closing_does_not_wait_for_a_sampler_that_hangs(hf_sampler: Sampler, model: PreTrainedModel) -> None:
+    others = set(threading.enumerate())  # of tests that leave theirs waiting
     run = Run(hf_sampler, model, 1)
     run.watched.held_up_at = 1
     run.ahead.sample(batch(0), 0)
@@ -149,6 +150,7 @@ def test_closing_does_not_wait_for_a_sampler_that_hangs(hf_sampler: Sampler, mod
     run.ahead.close()
     assert time.monotonic() - started < 5
     run.watched.may_go_on.set()
-    for thread in [one for one in threading.enumerate() if one.name == "sampling ahead"]:
+    for thread in set(threading.enumerate()) - others:
         thread.join(30)
+        assert not thread.is_alive()
     assert run.watched.batches <= 2, "nothing further was begun"
