@@ -15,7 +15,8 @@ from gkd.objectives.divergence import Divergence, RowScores, working_dtype
 from gkd.objectives.reduction import weigh
 from gkd.objectives.tiles import row_tiles
 from gkd.objectives.topk import TopkFunctions, score_topk_rows
-from gkd.ops.common import times, valid_columns, working_memory
+from gkd.ops import scratch
+from gkd.ops.common import times, valid_columns
 from gkd.ops.heads import Head, HeadGradients
 from gkd.ops.linear_divergence import default_chunk_bytes
 from gkd.ops.rows import score_rows
@@ -129,7 +130,7 @@ def _pass(job: _Job, needs: tuple[bool, bool, bool]) -> tuple[Tensor, list[Tenso
         product = head.product(job.columns, job.weights, job.compute_dtype, job.dtype)
         gradients = HeadGradients(head, product, job.columns, needs)
         factors = gradients.row_factors(job.weights.to(job.dtype))
-        memory = working_memory((min(job.chunk_rows, n_rows), job.columns), job.dtype, device)
+        memory = scratch.take((min(job.chunk_rows, n_rows), job.columns), job.dtype, device)
         for start in range(0, n_rows, job.chunk_rows):
             rows = slice(start, min(start + job.chunk_rows, n_rows))
             logits = head.logits(product, rows, memory[: rows.stop - rows.start])  # [n, V]
@@ -151,6 +152,7 @@ def _pass(job: _Job, needs: tuple[bool, bool, bool]) -> tuple[Tensor, list[Tenso
             if gradient is not None:
                 head.pull_back_(gradient, logits)
                 gradients.add(rows, gradient)
+        scratch.give_back(memory)
     loss = weigh(value, job.weights.to(job.dtype)).sum()
     return loss, [weigh(of_rows, alive) for of_rows in measured], gradients.results()
 

@@ -91,7 +91,7 @@ def run_split(
         scores,
         micro_batch_size=config.optim.micro_batch_size,
         micro_batch_tokens=config.optim.micro_batch_tokens,
-        agree_on_largest=lambda count: int(distributed.max_over_ranks(count)),
+        agree_on_largest=distributed.largest_count,
         pad_token_id=0,
         reduction=config.objective.reduction,
     )

@@ -89,7 +89,7 @@ def run_split(
         teacher.score(mine),
         micro_batch_size=config.optim.micro_batch_size,
         micro_batch_tokens=config.optim.micro_batch_tokens,
-        agree_on_largest=lambda count: int(distributed.max_over_ranks(count)),
+        agree_on_largest=distributed.largest_count,
         pad_token_id=0,
         reduction="token_mean",
     )

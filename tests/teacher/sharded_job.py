@@ -38,12 +38,7 @@ def main() -> None:
     model = load_causal_lm(teacher_folder, dtype)
     parameters = sum(p.numel() for p in backbone_of(model).parameters())
     teacher = LocalTeacher(
-        model,
-        device=cpu,
-        micro_batch_size=2,
-        pad_token_id=0,
-        place=sharded,
-        agree_on_largest=lambda count: int(distributed.max_over_ranks(count)),
+        model, device=cpu, micro_batch_size=2, pad_token_id=0, place=sharded, agree_on_largest=distributed.largest_count
     )
     kept = sum(p.ds_tensor.numel() for p in backbone_of(model).parameters())  # pyright: ignore
     mine = ragged_rollouts()[: 7 if launch.rank == 0 else 1]
