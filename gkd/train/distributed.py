@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Sequence
@@ -43,18 +42,14 @@ def initialize(launch: Launch) -> None:
         torch.cuda.set_device(launch.local_rank)
     else:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if on_gpu else "gloo"
     if launch.world_size == 1:
-        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        for name, value in single.items():
-            os.environ.setdefault(name, value)
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+        if not dist.is_initialized():
+            # no address and no port: what this process starts later would inherit them and find the port taken
+            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
