@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from gkd.config import PROBE_NEW_TOKENS, PROBE_PROMPT_TOKENS
 from gkd.monitor.timing import PHASES
 from gkd.planning.devices import HOST_BANDWIDTH_BYTES_PER_S, RING_LATENCY_S
 from gkd.planning.memory import memory_plan
@@ -27,7 +28,6 @@ LOSS_PAIR_BYTES = 4 * 2 * 3 + 2 * 3
 MICRO_BATCH_BYTES = 4 + 2 * 3 + 4 * 4
 # Bytes a parameter of AdamW and clipping: norm and scaling (12), then weight, gradient and two moments (28).
 OPTIMIZER_BYTES = 12 + 28
-PROBE_PROMPT_TOKENS, PROBE_NEW_TOKENS = 160, 16  # of gkd.rollout.sync, which would import more
 
 # Bytes a parameter of an adapted matrix, merged for a sync: read and written as float32, then once more for the sum.
 MERGE_BYTES = 2 + 4 + 4 + 4
