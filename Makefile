@@ -43,7 +43,9 @@ install-cpu:
 	$(PIP) install --no-build-isolation -e ".[cpu,dev]"
 	$(PIP) uninstall -y torchvision torchaudio torchcodec
 
+# The kernels are compiled against torch, so it comes first here too.
 install-cuda:
+	$(PIP) install "$(TORCH)"
 	$(PIP) install --no-build-isolation -e ".[cuda,dev]"
 
 # The kernels are built by the install above; again when one of their files changes.
@@ -69,7 +71,7 @@ evidence: $(KERNELS)
 
 # A link to nowhere or a name that is gone fails. The variable silences advertising.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/site/index.html"
 
 # On a machine with a GPU, torch, numpy, pytest and nvcc; no virtual environment and no network are needed.

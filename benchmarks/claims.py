@@ -150,7 +150,7 @@ def failed_cells(path: Path) -> float:
 SAME_START = Again("quickstart", 0.95, 1.05, "the same student, prompts and teacher's answers")
 FASTER = Again("divergence", 0.5, NO_BOUND, "another machine, one shape, few rounds")
 LINEAR_FASTER = Again("linear_divergence", 0.5, NO_BOUND, "another machine, a quarter of the rows, few rounds")
-STILL_FASTER = Again("versus_trl", 0.66, NO_BOUND, "above 1; TRL untuned, 3 short steps")
+STILL_FASTER = Again("versus_trl", 0.66, NO_BOUND, "TRL untuned, 3 short steps", floor=1.0)
 SAME_BYTES = Again("teacher_scoring", 0.98, 1.02, "shorter or longer numbers in HTTP and JSON")
 
 QUICKSTART_CLAIMS = [
@@ -241,8 +241,7 @@ WHOLE_RUN_CLAIMS = [
         "versus TRL: speed-up",
         r"takes ([\d.]+) times as long a step",
         of(VERSUS_TRL, "speedup_vs_fastest_trl"),
-        STILL_FASTER,
-        BOTH_PAGES,
+        pages=BOTH_PAGES,  # the small run tries no settings: it tells of equal precision
     ),
     Claim(
         "versus TRL: speed-up at equal precision",
@@ -269,7 +268,7 @@ WHOLE_RUN_CLAIMS = [
         "packing: speed-up",
         r"Packed is ([\d.]+) times as fast",
         of(PACKING, "speedup"),
-        Again("packing", 0.75, NO_BOUND, "half the batch, shorter, few rounds"),
+        Again("packing", 0.75, NO_BOUND, "half the batch, shorter, few rounds", floor=1.0),
         BENCHMARKS,
     ),
     Claim(
@@ -316,7 +315,7 @@ OVERLAP_CLAIMS = [
         f"sampling ahead: {name}, × fewer seconds",
         says,
         Figure(OVERLAP, overlap_speedup(cores)),
-        Again("overlap", 0.66, NO_BOUND, "4 steps of 8 short answers"),
+        Again("overlap", 0.66, NO_BOUND, "4 steps of 8 short answers", floor=1.0),
         SERVING,
     )
     for name, cores, says in (
@@ -346,19 +345,19 @@ PLANNER_CLAIMS = [
 TABLE_CLAIMS = [
     Claim(
         "ways to distil: least ratio of gains",
-        r"gains ([\d.]+) to [\d.]+ times what supervised",
+        r"In greedy accuracy on-policy GKD gains (-?[\d.]+) to -?[\d.]+ times",
         gain_over_supervised(min),
         pages=TABLE,
     ),
     Claim(
         "ways to distil: greatest ratio of gains",
-        r"gains [\d.]+ to ([\d.]+) times what supervised",
+        r"In greedy accuracy on-policy GKD gains -?[\d.]+ to (-?[\d.]+) times",
         gain_over_supervised(max),
         pages=TABLE,
     ),
     Claim(
         "ways to distil: failed cells",
-        r"cells, (\d+) failed",
+        r"of which (\d+) failed",
         Figure(GKD_TABLE, failed_cells),
         Again("gkd_table", 1.0, 1.0, "none may fail"),
         TABLE,

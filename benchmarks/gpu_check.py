@@ -28,6 +28,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 PEERS = ROOT / "build" / "peers"
 JOB = ["tests/gpu/small_job.py"]
+DIVERGENCE, LINEAR = "divergence_cuda.csv", "linear_divergence_cuda.csv"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def main() -> int:
     if missing:
         say(f"peers that are missing here and will not be measured: {', '.join(missing)} (WHEELS=dir brings them)")
     environment["GKD_CUDA_ARCHS"] = gpu["capability"].replace(".", "")
+    for name in (DIVERGENCE, LINEAR):  # an earlier run's are not to be judged
+        (out / name).unlink(missing_ok=True)
     outcomes = [run(step, environment, out) for step in steps(out, options.quick)]
     bars = find_bars(out)
     for bar in bars:
@@ -155,8 +158,8 @@ def steps(out: Path, quick: bool) -> list[Step]:
         Step("tests", [python, "-m", "pytest", "-q", "--confcutdir=tests/gpu", "tests/gpu"], 120),
         Step("memcheck", [*sanitizer, "memcheck", python, *JOB], 60),
         Step("racecheck", [*sanitizer, "racecheck", python, *JOB], 60),
-        Step("divergence", [*divergence, "--out", str(out / "divergence_cuda.csv")], 150),
-        Step("linear_divergence", [*linear, "--out", str(out / "linear_divergence_cuda.csv")], 120),
+        Step("divergence", [*divergence, "--out", str(out / DIVERGENCE)], 150),
+        Step("linear_divergence", [*linear, "--out", str(out / LINEAR)], 120),
         Step(
             "roofline",
             [*profiler, "--kernel-name", "regex:rows", "--metrics", kernel_metrics, python, *JOB, "--large"],
@@ -196,7 +199,7 @@ def run(step: Step, environment: Mapping[str, str], out: Path) -> Outcome:
 def find_bars(out: Path) -> list[Bar]:
     """What an H100 has to reach at 8192 rows in bfloat16."""
     bars = []
-    logits = rows_of(out / "divergence_cuda.csv")
+    logits = rows_of(out / DIVERGENCE)
     for vocab in ("128256", "151936"):
         for kind in ("forward_kl", "reverse_kl", "jsd"):
             case = {r["implementation"]: r for r in logits if r["vocab"] == vocab and r["kind"] == kind}
@@ -206,7 +209,7 @@ def find_bars(out: Path) -> list[Bar]:
             if kind != "jsd":
                 bars.append(Bar(f"{name}: torch.compile's time", figure(case, "compiled_fp32", "ratio_to_gkd"), 2.0))
                 bars.append(Bar(f"{name}: Liger's time from logits", figure(case, "liger_jsd", "ratio_to_gkd"), 5.0))
-    case = {row["implementation"]: row for row in rows_of(out / "linear_divergence_cuda.csv")}
+    case = {row["implementation"]: row for row in rows_of(out / LINEAR)}
     name = "linear jsd, 8192 x 4096 -> 128256"
     bars.append(Bar(f"{name}: time of its bare products", figure(case, "gkd", "ratio_to_gemms"), 1.15, at_most=True))
     bars.append(Bar(f"{name}: TRL's time", figure(case, "trl_chunked", "ratio_to_gkd"), 1.5))
@@ -214,10 +217,11 @@ def find_bars(out: Path) -> list[Bar]:
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
+    """Of a result, the cases of as many rows as the bars are for; a quick run has none of some."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if row["rows"] == "8192"]
 
 
 def figure(case: Mapping[str, Mapping[str, str]], implementation: str, column: str) -> float | None:

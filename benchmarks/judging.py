@@ -33,8 +33,14 @@ class Again:
     least: float
     most: float
     why: str
+    floor: float = 0.0  # it may not lie below, however small the committed one: 1 where faster is claimed
+
+    def holds(self, committed: float, now: float) -> bool:
+        return max(self.least * committed, self.floor) <= now <= self.most * committed
 
     def __str__(self) -> str:
+        if self.floor:
+            return f"≥ {self.least:g} × and ≥ {self.floor:g}"
         if self.most == float("inf"):
             return f"≥ {self.least:g} ×"
         return f"≤ {self.most:g} ×" if self.least == 0 else f"{self.least:g} – {self.most:g} ×"
@@ -160,7 +166,7 @@ def judged(claim: Claim, committed: Path, fresh: Path, runs: Set[str]) -> Verdic
         now = claim.figure(fresh)
     except (OSError, ValueError, KeyError):
         return Verdict(claim, before, None, False, f"the run of {again.run} left no such figure")
-    return Verdict(claim, before, now, again.least * before <= now <= again.most * before)
+    return Verdict(claim, before, now, again.holds(before, now))
 
 
 def table(verdicts: Iterable[Verdict]) -> str:

@@ -23,6 +23,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 DivergenceKind = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 _MIXTURE_TOLERANCE = 1e-6
+_SET_FOR_TEMPLATES = {"conversation", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict"}
 MAIN_TEACHER = "main"  # name of `teacher`, beside those of `other_teachers`
 PROBE_PROMPT_TOKENS = 160  # vLLM's largest default block is 128 tokens
 PROBE_NEW_TOKENS = 16
@@ -39,7 +40,7 @@ class RunConfig(Section):
     dir: str | None = Field(None, description="folder of the run: metrics, samples, checkpoints, result")
     steps: int = Field(100, ge=1, description="optimizer steps")
     seed: int = Field(0, ge=0, description="every draw of the run derives from it")
-    save_every: int = Field(0, ge=0, description="steps between checkpoints; 0 = none until the end")
+    save_every: int = Field(0, ge=0, description="steps between checkpoints; 0 = never")
     keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay on disk")
 
     @model_validator(mode="after")
@@ -145,13 +146,25 @@ class DataConfig(Section):
     heldout: str | None = Field(None, description="the same, for evaluation")
     train_split: str = Field("train", description="split of a datasets folder or hub name")
     heldout_split: str = Field("test", description="split of a datasets folder or hub name")
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="what the chat template is given beside the messages, e.g. {enable_thinking: false}"
+    )
     max_prompt_tokens: int = Field(512, ge=1, description="longest prompt, chat template included")
     long_prompts: Literal["drop", "error"] = Field("drop", description="what happens to longer ones; counted")
+    long_completions: Literal["drop", "error"] = Field(
+        "drop", description="what happens to rows whose completion, if used, exceeds rollout.max_new_tokens; counted"
+    )
     empty_prompts: Literal["drop", "error"] = Field("error", description="what happens to empty ones; counted")
     teacher_column: str | None = Field(
         None, description="column of the rows that names their teacher of other_teachers; without a name: teacher"
     )
     shuffle: bool = Field(True, description="a new order each epoch, fixed by the seed")
+
+    @model_validator(mode="after")
+    def _template_arguments_are_the_templates_own(self) -> DataConfig:
+        for name in sorted(_SET_FOR_TEMPLATES & self.chat_template_kwargs.keys()):
+            raise ValueError(f"chat_template_kwargs: {name} is set by gkd")
+        return self
 
 
 class RolloutConfig(Section):

@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gkd.errors import ModelError
 
 _DEFAULTS = {
     # Threads that wait for one another sleep instead of spinning. Where any other process wants a core too, spinning
@@ -36,6 +40,16 @@ def cpu_kv_cache_bytes(gib: float) -> int | None:
     import torch
 
     return None if torch.cuda.is_available() else round(gib * 2**30)
+
+
+@contextmanager
+def vllm_failures(model: str) -> Iterator[None]:
+    """Raises ModelError, in one line, for what vLLM raises when it cannot run `model`."""
+    try:
+        yield
+    except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"vLLM cannot run {model}: {reason}") from error
 
 
 def adopt_slurm_launch() -> None:

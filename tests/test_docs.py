@@ -143,7 +143,7 @@ def test_the_quick_tours_snippet_runs() -> None:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built as `make docs` does: a link to nowhere, or an API name that is gone, is an error."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(
         command, cwd=DOCS.parent, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     )

@@ -122,6 +122,6 @@ def gain_ratio(
     """
     above, below = gains(cells, method, figure, setting), gains(cells, baseline, figure, setting)
     seeds = sorted(above.keys() & below.keys())
-    if not sum(below[seed] for seed in seeds):
+    if sum(below[seed] for seed in seeds) <= 0:
         return None
     return ratio_of_means([above[seed] for seed in seeds], [below[seed] for seed in seeds])

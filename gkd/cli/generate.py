@@ -28,6 +28,8 @@ def generate_command(
     """Sample a model's answers."""
     if not prompt and file is None:
         raise InputError("gkd generate: give --prompt TEXT or --file FILE")
+    if out is not None and not out.parent.is_dir():
+        raise InputError(f"--out: there is no folder {out.parent}")
     from gkd.evaluate.generation import generate_answers
     from gkd.types import SamplingSettings
 

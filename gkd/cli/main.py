@@ -58,14 +58,14 @@ def _options(
 def main() -> None:
     """Runs the command; a `GkdError` becomes one line on stderr and its exit code."""
     prepare_process()
-    is_main = Launch.from_environment().is_main
+    launch = Launch.from_environment()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("gkd").setLevel(logging.INFO if is_main else logging.WARNING)
+    logging.getLogger("gkd").setLevel(logging.INFO if launch.is_main else logging.WARNING)
     try:
         app()
     except GkdError as error:
-        if is_main or error.exit_code != 2:  # wrong input is wrong on every rank: said once
-            sys.stdout.flush()
-            where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-            print(f"gkd: {type(error).__name__}: {error}{where}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        rank = "" if launch.is_main else f" rank {launch.rank}:"  # said by all: a file may be missing on one machine
+        print(f"gkd:{rank} {type(error).__name__}: {error}{where}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

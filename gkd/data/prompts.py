@@ -8,86 +8,106 @@ Raw text is tokenised as it stands, control tokens included, because such rows o
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
 from gkd.config import MAIN_TEACHER, DataConfig
 from gkd.data.formats import Message, Row, read_rows
-from gkd.errors import DataError
+from gkd.errors import ConfigError, DataError
 from gkd.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_POLICIES = ("long_prompts", "empty_prompts", "long_completions")  # of DataConfig: drop or error
 _MARK = "\ue000"  # private use: no template contains it; doubled until the conversation does not either
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """The prompts that the policies kept; counts of `rows`, `kept`, `dropped_long` and `dropped_empty`."""
+    """The prompts that the policies kept; counts of `rows`, `kept`, and `dropped_` by each policy."""
 
     prompts: tuple[Prompt, ...]
     counts: dict[str, int]
 
 
 def load_prompts(
-    path: str, split: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, key: str = "data.train"
+    path: str,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    *,
+    key: str = "data.train",
+    max_completion_tokens: int | None = None,
 ) -> PromptSet:
     """Reads `path` (see `gkd.data.formats`) and renders and tokenises every row.
 
     `Prompt.index` is the row's number in the data, dropped rows counted. `key` is the config key to name in
-    messages. Raises DataError for a row that cannot be used or that a policy "error" refuses, and if no
-    prompt is left.
+    messages. `max_completion_tokens` None: the rows' completions are not trained on, and may have any length.
+    Raises DataError for a row that cannot be used or that a policy "error" refuses, and if no prompt is left;
+    ConfigError for an argument that the chat template does not know.
     """
     rows = read_rows(path, split, key=key, teacher_column=config.teacher_column)
-    encoder = _RowEncoder(tokenizer)
+    encoder = _RowEncoder(tokenizer, config.chat_template_kwargs)
     prompts: list[Prompt] = []
-    counts = {"rows": len(rows), "kept": 0, "dropped_long": 0, "dropped_empty": 0}
+    counts = {"rows": len(rows), "kept": 0, **{f"dropped_{policy}": 0 for policy in _POLICIES}}
     for index, row in enumerate(rows):
         ids = [] if _is_blank(row) else encoder.prompt_ids(row)
-        refusal = _refusal(len(ids), config)
+        refusal, completion = _prompt_refusal(len(ids), config), None
+        if refusal is None:
+            completion = encoder.completion_ids(row, ids)
+            refusal = _completion_refusal(len(completion or ()), max_completion_tokens)
         if refusal is not None:
             policy, reason = refusal
-            if getattr(config, f"{policy}_prompts") == "error":
-                raise DataError(f"{row.origin}: {reason}; data.{policy}_prompts: drop would leave it out")
+            if getattr(config, policy) == "error":
+                raise DataError(f"{row.origin}: {reason}; data.{policy}: drop would leave it out")
             counts[f"dropped_{policy}"] += 1
             continue
-        completion = encoder.completion_ids(row, ids)
         teacher = row.teacher or MAIN_TEACHER
         prompts.append(Prompt(index, tuple(ids), _shown_text(row), completion, row.origin, teacher))
     counts["kept"] = len(prompts)
     if not prompts:
         raise DataError(
-            f"{path}: no prompt is left of {len(rows)} rows: {counts['dropped_long']} longer than "
-            f"data.max_prompt_tokens = {config.max_prompt_tokens}, {counts['dropped_empty']} empty"
+            f"{path}: no prompt is left of {len(rows)} rows: {counts['dropped_long_prompts']} longer than "
+            f"data.max_prompt_tokens = {config.max_prompt_tokens}, {counts['dropped_empty_prompts']} empty, "
+            f"{counts['dropped_long_completions']} with a completion longer than rollout.max_new_tokens"
         )
     return PromptSet(tuple(prompts), counts)
 
 
-def render_message(text: str, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+def render_message(
+    text: str, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] = MappingProxyType({})
+) -> Prompt:
     """One user's message as a prompt, outside a data set; raw text where the tokenizer has no chat template.
 
     Raises DataError for an empty message, or one that the template refuses.
     """
     is_chat = tokenizer.chat_template is not None
     row = Row("message", messages=({"role": "user", "content": text},)) if is_chat else Row("message", prompt_text=text)
-    ids = [] if _is_blank(row) else _RowEncoder(tokenizer).prompt_ids(row)
+    ids = [] if _is_blank(row) else _RowEncoder(tokenizer, chat_template_kwargs).prompt_ids(row)
     if not ids:
         raise DataError(f"message: {text!r} is empty")
     return Prompt(0, tuple(ids), text, origin="message")
 
 
-def _refusal(tokens: int, config: DataConfig) -> tuple[str, str] | None:
+def _prompt_refusal(tokens: int, config: DataConfig) -> tuple[str, str] | None:
     """Which policy a prompt of so many tokens falls under, and why; None if it is fine."""
     if tokens == 0:
-        return "empty", "the prompt is empty"
+        return "empty_prompts", "the prompt is empty"
     if tokens > config.max_prompt_tokens:
         limit = f"data.max_prompt_tokens = {config.max_prompt_tokens}"
-        return "long", f"the prompt has {tokens} tokens, more than {limit}"
+        return "long_prompts", f"the prompt has {tokens} tokens, more than {limit}"
     return None
+
+
+def _completion_refusal(tokens: int, most: int | None) -> tuple[str, str] | None:
+    if most is None or tokens <= most:
+        return None
+    return "long_completions", f"the completion has {tokens} tokens, more than rollout.max_new_tokens = {most}"
 
 
 def _is_blank(row: Row) -> bool:
@@ -115,8 +135,12 @@ class _Marked:
 class _RowEncoder:
     """Token ids of a row's prompt and completion."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any]) -> None:
+        self._tokenizer, self._chat_template_kwargs = tokenizer, chat_template_kwargs
+        for name in chat_template_kwargs:  # jinja would ignore it
+            if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
+                where = f"the chat template of {tokenizer.name_or_path!r}"
+                raise ConfigError(f"data.chat_template_kwargs: {where} does not know {name!r}")
         added = tokenizer.added_tokens_decoder.items()
         self._control = {str(token.content): (index, token) for index, token in added if token.special}
         longest_first = sorted(self._control, key=len, reverse=True)
@@ -196,7 +220,9 @@ class _RowEncoder:
                 "has no chat template; use a model that has one, or rows with 'prompt' as raw text"
             )
         try:
-            text = self._tokenizer.apply_chat_template(list(messages), add_generation_prompt=ask, tokenize=False)
+            text = self._tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=ask, tokenize=False, **self._chat_template_kwargs
+            )
         except jinja2.TemplateError as error:  # templates raise for roles and orders that no model saw
             raise DataError(f"{origin}: the chat template refuses this conversation: {error}") from None
         assert isinstance(text, str)

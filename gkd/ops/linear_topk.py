@@ -57,6 +57,8 @@ def linear_topk_divergence(
     are computed in the forward pass. Raises InputError for shapes that do not fit.
     """
     hidden, weight, bias = student_hidden, student_head.weight, student_head.bias
+    if not torch.is_grad_enabled():  # autograd asks the tensors alone, and the head's gradient would be computed
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     head = Head("student", hidden, weight, bias, student_head.softcap, student_head.logit_scale)
     head.check()
     job = _Job(

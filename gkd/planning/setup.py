@@ -27,6 +27,7 @@ class Setup:
     devices: int
     batch_size: int  # sequences a step, over all ranks
     micro_batch_size: int
+    packed: bool  # micro-batches of so many of the longest sequences' tokens, without padding
     scoring_micro_batch_size: int
     zero_stage: int
     offload_optimizer: bool
@@ -154,6 +155,7 @@ def make_setup(
         devices=devices,
         batch_size=config.optim.batch_size,
         micro_batch_size=_micro_batch_size(config),
+        packed=config.optim.micro_batch_tokens is not None,
         scoring_micro_batch_size=config.teacher.micro_batch_size,
         zero_stage=zero["stage"],
         offload_optimizer=offload[0],

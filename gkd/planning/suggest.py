@@ -167,6 +167,8 @@ def _as_override(setup: Setup, name: str) -> str:
     if name == "teacher_placement":
         served = f" on {setup.teacher_devices} more devices" if value == "served" else ""
         return f"teacher.placement={value}{served}"
+    if name == "micro_batch_size" and setup.packed:
+        return f"optim.micro_batch_tokens={value * setup.longest_tokens}"
     if name in _OPTIONS:
         return f"{_OPTIONS[name]} {value}"
     keys = {

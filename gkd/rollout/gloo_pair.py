@@ -14,15 +14,16 @@ _distributed: Any = torch.distributed  # its stubs lack most of what is used her
 
 def listen_towards(host: str, port: int) -> socket.socket:
     """A listening socket on this machine's address as `host` sees it: loopback for loopback."""
-    return socket.create_server((own_address(host, port), 0))
+    family, address = own_address(host, port)
+    return socket.create_server((address, 0), family=family)
 
 
-def own_address(host: str, port: int) -> str:
+def own_address(host: str, port: int) -> tuple[socket.AddressFamily, str]:
     """This machine's address on the way to `host`. Nothing is sent."""
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0][0]
+    family, *_, there = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))
-        return probe.getsockname()[0]
+        probe.connect(there)
+        return family, probe.getsockname()[0]
 
 
 class GlooPair:
@@ -36,7 +37,7 @@ class GlooPair:
         options = _distributed.ProcessGroupGloo._Options()
         options._timeout = timeout
         options._devices = [
-            _distributed.ProcessGroupGloo.create_device(hostname=own_address(host, port))
+            _distributed.ProcessGroupGloo.create_device(hostname=own_address(host, port)[1])
         ]  # no other interface
         rank = 0 if listener is not None else 1
         self._group, self._other = _distributed.ProcessGroupGloo(store, rank, 2, options), 1 - rank

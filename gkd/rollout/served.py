@@ -54,11 +54,11 @@ class ServedSampler:
 
     def generate(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[Completion]:
         """Raises SamplerError if no server is left that completes a request, or if one answers something else."""
-        version, attempts = self._version, max(2, len(self._pool.replicas))
+        version = self._version
 
         def complete(request: SampleRequest) -> Completion:
             try:
-                return self._pool.attempt(lambda r: self._complete(r, request, settings, version), attempts)
+                return self._pool.attempt(lambda r: self._complete(r, request, settings, version))
             except NoServerLeftError as error:
                 raise SamplerError(f"no served sampler is left that completes a prompt: {error}") from None
 

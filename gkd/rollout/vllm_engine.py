@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gkd.config import LoraConfig
-from gkd.environment import cpu_kv_cache_bytes, prepare_vllm
+from gkd.environment import cpu_kv_cache_bytes, prepare_vllm, vllm_failures
 from gkd.errors import ModelError, SamplerError
 from gkd.models import save_adapter
 from gkd.types import Completion, SampleRequest, SamplingSettings
@@ -47,7 +47,8 @@ class VllmSettings:
 
 
 def start_vllm(model_folder: str, settings: VllmSettings, **further: Any) -> Any:
-    """A `vllm.LLM`; `further` are arguments of it. Raises ModelError if vLLM is not installed."""
+    """A `vllm.LLM`; `further` are arguments of it. Raises ModelError if vLLM is not installed or cannot run the
+    model."""
     prepare_vllm()
     try:
         from vllm import LLM
@@ -55,21 +56,22 @@ def start_vllm(model_folder: str, settings: VllmSettings, **further: Any) -> Any
         raise ModelError(
             f"rollout.engine: vLLM cannot be imported ({error}); install it, or set it to transformers"
         ) from error
-    return LLM(
-        model=model_folder,
-        dtype=settings.dtype,  # pyright: ignore[reportArgumentType]
-        max_model_len=settings.max_model_tokens,
-        max_num_seqs=settings.max_num_seqs,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        kv_cache_memory_bytes=cpu_kv_cache_bytes(settings.kv_cache_gib),
-        enforce_eager=settings.enforce_eager,
-        seed=settings.seed & 0x7FFFFFFF,  # vLLM's own seed is 32 bits; each request brings a full one
-        skip_tokenizer_init=True,
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-        trust_remote_code=False,
-        **further,
-    )
+    with vllm_failures(model_folder):
+        return LLM(
+            model=model_folder,
+            dtype=settings.dtype,  # pyright: ignore[reportArgumentType]
+            max_model_len=settings.max_model_tokens,
+            max_num_seqs=settings.max_num_seqs,
+            gpu_memory_utilization=settings.gpu_memory_utilization,
+            kv_cache_memory_bytes=cpu_kv_cache_bytes(settings.kv_cache_gib),
+            enforce_eager=settings.enforce_eager,
+            seed=settings.seed & 0x7FFFFFFF,  # vLLM's own seed is 32 bits; each request brings a full one
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+            trust_remote_code=False,
+            **further,
+        )
 
 
 class VllmSampler:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 from collections.abc import AsyncIterator, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import numpy as np
 from starlette.applications import Starlette
@@ -32,6 +34,28 @@ def make_app(routes: Sequence[BaseRoute]) -> ASGIApp:
     )
 
 
+class LoopbackGuard:
+    """For a server without a token: only programs of this machine, and no web page that is open on it.
+
+    A browser says with `Origin` that a page asks, and with `Host` which name the page believes in.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or self._is_allowed(scope):
+            await self._app(scope, receive, send)
+            return
+        refusal = _error(HTTPStatus.FORBIDDEN, "a server without a token answers programs of its own machine alone")
+        await refusal(scope, receive, send)
+
+    def _is_allowed(self, scope: Scope) -> bool:
+        headers = dict(scope["headers"])
+        host = urlsplit(f"//{headers.get(b'host', b'').decode('latin-1')}").hostname
+        return b"origin" not in headers and host is not None and is_loopback(host)
+
+
 class TokenGuard:
     """Outside of everything else, so that there is no route it does not cover."""
 
@@ -48,6 +72,14 @@ class TokenGuard:
     def _is_allowed(self, scope: Scope) -> bool:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
+
+
+def is_loopback(host: str) -> bool:
+    """Of a host name or address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def bad_request(message: str) -> HTTPException:

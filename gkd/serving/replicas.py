@@ -105,10 +105,12 @@ class ReplicaPool:
 
     # ---- sharing out
 
-    def attempt(self, call: Callable[[Replica], T], attempts: int) -> T:
+    def attempt(self, call: Callable[[Replica], T], most: int | None = None) -> T:
         """`call` with the least busy server that works; if that fails with another one, or, where there is none, with
-        the same again. Raises NoServerLeftError when all `attempts` failed, and at once what else `call` raises.
+        the same again: one attempt more than there are servers, as the other may be long known to be down, but `most`
+        in all. Raises NoServerLeftError when every attempt failed, and at once what else `call` raises.
         """
+        attempts = min(len(self.replicas) + 1, most or len(self.replicas) + 1)
         failed: Replica | None = None
         reasons: list[str] = []
         while len(reasons) < attempts:

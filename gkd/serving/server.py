@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from gkd.errors import InputError, RunError
-from gkd.serving.app import TokenGuard
+from gkd.serving.app import LoopbackGuard, TokenGuard, is_loopback
 from gkd.serving.protocol import TOKEN_VARIABLE
 
 if TYPE_CHECKING:
@@ -34,10 +33,7 @@ class ServerSettings:
 
     @property
     def is_loopback(self) -> bool:
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return is_loopback(self.host)
 
 
 @dataclass(frozen=True)
@@ -66,6 +62,13 @@ def serve(settings: ServerSettings, start: Callable[[Callable[[], None]], Servic
         _serve(settings, start, listener)
 
 
+def check_context(config: Any, max_model_tokens: int | None, path: str) -> None:
+    """`config` is transformers'. Raises InputError for sequences longer than what the model reads."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and max_model_tokens is not None and max_model_tokens > context:
+        raise InputError(f"--max-model-tokens: {max_model_tokens} is more than the {context} that {path} reads")
+
+
 def _serve(settings: ServerSettings, start: Callable[[Callable[[], None]], Service], listener: socket.socket) -> None:
     running: list[_Server] = []
 
@@ -75,8 +78,8 @@ def _serve(settings: ServerSettings, start: Callable[[Callable[[], None]], Servi
 
     service = start(stop_serving)
     try:
-        access = "asks for its token" if settings.token else "open to everyone on this machine"
-        app = service.app if settings.token is None else TokenGuard(service.app, settings.token)
+        access = "asks for its token" if settings.token else "open to every program on this machine"
+        app = LoopbackGuard(service.app) if settings.token is None else TokenGuard(service.app, settings.token)
         running.append(_Server(app, f"serving {service.words} on {_url(listener)}, {access}", settings.log_requests))
         _on_stop(lambda *_: None)  # uvicorn takes the signals, ends its requests, and raises them here again
         running[0].run(sockets=[listener])

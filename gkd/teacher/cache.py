@@ -14,6 +14,7 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +54,9 @@ class CachedTeacher:
         missing = [i for i in range(len(rollouts)) if i not in known]
         if missing:
             found = self._loaded_teacher().score([rollouts[i] for i in missing])
+            empty = self._keep_empty(found[0])
+            known = {i: _with_head_of(empty, scores) for i, scores in known.items()}  # two heads would be two teachers
             known |= dict(zip(missing, found, strict=True))
-            self._keep_empty(found[0])
             for i, scores in zip(missing, found, strict=True):
                 if _is_kept(rollouts[i]):
                     self._write(self._path(rollouts[i]), save(_tensors(scores)))
@@ -111,11 +113,13 @@ class CachedTeacher:
             return None
         return HiddenScores(head.weight.new_empty(0, head.weight.shape[1]), head)
 
-    def _keep_empty(self, scores: TeacherScores) -> None:
-        if self._empty is None:
-            self._empty = empty = first_rows(scores, 0)
+    def _keep_empty(self, scores: TeacherScores) -> TeacherScores:
+        is_on_disk, empty = self._empty is not None, first_rows(scores, 0)
+        self._empty = empty
+        if not is_on_disk:
             is_whole = isinstance(empty, HiddenScores)
             self._write(self._folder / _EMPTY, head_to_bytes(empty.head) if is_whole else save(_tensors(empty)))
+        return empty
 
     def _entries(self) -> list[tuple[float, int, Path]]:
         """(time of the last use, bytes, path) of all states; those that another process removes meanwhile are left
@@ -143,6 +147,12 @@ class CachedTeacher:
 
 def _is_kept(rollout: Rollout) -> bool:
     return rollout.source != "student" and bool(rollout.completion_ids)
+
+
+def _with_head_of(empty: TeacherScores, scores: TeacherScores) -> TeacherScores:
+    if isinstance(empty, HiddenScores) and isinstance(scores, HiddenScores):
+        return replace(scores, head=empty.head)
+    return scores
 
 
 def _tensors(scores: TeacherScores) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from gkd.serving.replicas import NoServerLeftError, Replica, ReplicaPool, Role, 
 _MODELS_PATH, _COMPLETIONS_PATH = "/v1/models", "/v1/completions"
 _DEFAULT_PORT = 8000
 _COOL_DOWN_S = 60.0  # for which a server that failed gets no work while another one does
-_ATTEMPTS = 2
+_MOST_ATTEMPTS = 3
 _LARGEST_SUM = 1.001  # of K probabilities: float32 is off by far less
 
 
@@ -79,11 +79,11 @@ class Endpoints:
     def top_tokens(self, token_ids: Sequence[int], first: int, what: str) -> TopTokens:
         """Of the tokens from `first` on, each given all before it. `what` names the sample in errors.
 
-        Raises TeacherError if two attempts fail, or at once if a server refuses the request or answers something else
+        Raises TeacherError if every attempt fails, or at once if a server refuses the request or answers something else
         than was asked for.
         """
         try:
-            body = self._pool.attempt(lambda replica: self._post(replica, token_ids), _ATTEMPTS)
+            body = self._pool.attempt(lambda replica: self._post(replica, token_ids), _MOST_ATTEMPTS)
         except NoServerLeftError as error:
             raise TeacherError(f"{what} could not be scored by a top-k teacher: {error}") from None
         except ServerRefusedError as error:

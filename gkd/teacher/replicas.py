@@ -23,7 +23,7 @@ from gkd.teacher.serving import protocol
 from gkd.teacher.serving.protocol import ServedModel
 
 _COOL_DOWN_S = 60.0  # for which a server that failed gets no work while another one does
-_ATTEMPTS = 2
+_MOST_ATTEMPTS = 3
 
 
 class Replicas:
@@ -71,11 +71,11 @@ class Replicas:
     def states(self, token_ids: Sequence[int], first_row: int, what: str) -> bytearray:
         """The states of rows `first_row` to the last, as they were sent. `what` names the sample in errors.
 
-        Raises TeacherError if two attempts fail, or at once if a server refuses the request or answers something else
+        Raises TeacherError if every attempt fails, or at once if a server refuses the request or answers something else
         than was asked for.
         """
         try:
-            return self._pool.attempt(lambda r: self._request_states(r, token_ids, first_row, what), _ATTEMPTS)
+            return self._pool.attempt(lambda r: self._request_states(r, token_ids, first_row, what), _MOST_ATTEMPTS)
         except NoServerLeftError as error:
             raise TeacherError(f"{what} could not be scored by a served teacher: {error}") from None
 

@@ -40,9 +40,20 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
                 f'{world_size} ranks make it {defaults[key]}; set it to "auto"'
             )
     if not _sets_precision(filled) and config.student.dtype != "float32":
-        # float32 master weights under autocast: the update is exact whatever the ZeRO stage
-        filled["torch_autocast"] = {"enabled": True, "dtype": config.student.dtype}
+        if config.student.dtype == "float16" and filled["zero_optimization"]["stage"]:
+            # not autocast, with which DeepSpeed 0.19 clips a sharded gradient by the norm of the still scaled one
+            filled["fp16"] = {"enabled": True}
+        else:
+            # float32 master weights under autocast: the update is exact whatever the ZeRO stage
+            filled["torch_autocast"] = {"enabled": True, "dtype": config.student.dtype}
     return filled
+
+
+def scales_loss(settings: dict[str, Any]) -> bool:
+    """Whether DeepSpeed scales the loss, as float16 needs: it then expects overflows, and leaves out their steps."""
+    autocast = settings.get("torch_autocast", {})
+    is_float16 = str(autocast.get("dtype", "")).removeprefix("torch.") in ("float16", "fp16", "half")
+    return bool(settings.get("fp16", {}).get("enabled") or (autocast.get("enabled") and is_float16))
 
 
 def _values_for_auto(config: Config) -> dict[str, Any]:

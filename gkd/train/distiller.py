@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -247,7 +249,7 @@ class _Run:
         requests, _ = parts.shown_requests(self.config, self.models, self._shown_prompts())
         teacher_answers = [self._text(self.texts.greedy.get(request).token_ids) for request in requests]
         texts = zip(self._shown_prompts(), teacher_answers, before["answers"], after["answers"], strict=False)
-        folder = self.folder.path
+        folder, gkd = self.folder.path, _command()
         return RunSummary(
             name=self.config.run.name,
             steps=self.config.run.steps,
@@ -260,8 +262,8 @@ class _Run:
             losses=loss_curve(records),
             final_folder=str(self.folder.final),
             next_commands=(
-                f"gkd generate {self.folder.final} --prompt 'List three uses for a paper clip.'",
-                f"gkd eval {folder / 'config.resolved.json'} --student {self.folder.final}",
+                f"{gkd} generate {self.folder.final} --prompt 'List three uses for a paper clip.'",
+                f"{gkd} eval {folder / 'config.resolved.json'} --student {self.folder.final}",
                 f"less {self.folder.samples}",
             ),
         )
@@ -303,6 +305,14 @@ def _measure(rollouts: Sequence[Rollout]) -> Metrics:
         "tokens/generated": total_generated,
         **{f"mixture/{source}": count / total for source, count in zip(counts, realised, strict=True)},
     }
+
+
+def _command() -> str:
+    """What a shell takes for gkd: its path, where the virtual environment is not active."""
+    if shutil.which("gkd"):
+        return "gkd"
+    path = Path(sys.executable).parent / "gkd"
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _describe_data(train: Mapping[str, int], heldout: Mapping[str, int] | None) -> str:

@@ -8,7 +8,8 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,10 @@ import torch.distributed as dist
 from gkd.config import Launch
 
 T = TypeVar("T")
+# For what the main rank may do alone for hours: sampling the teacher's texts, hashing a checkpoint. The group of all
+# collectives gives up after minutes, as it should when a rank hangs.
+_PATIENCE = timedelta(days=7)
+_patient_group: Any = None  # of all ranks; None is the group of all collectives
 
 
 def compute_device(launch: Launch) -> torch.device:
@@ -50,6 +55,9 @@ def initialize(launch: Launch) -> None:
             store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    if launch.world_size > 1:
+        global _patient_group
+        _patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
@@ -82,16 +90,17 @@ def largest_count(count: int) -> int:
 
 
 def from_main(value: T | None) -> T:
-    """The main rank's value, on every rank. Also a barrier: nobody passes before the main rank has it."""
+    """The main rank's value, on every rank, however long it takes. Nobody passes before the main rank has it."""
     box = [value]
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=_patient_group)
     return box[0]  # pyright: ignore[reportReturnType]
 
 
 def barrier() -> None:
+    """Waits for all ranks, however long one takes."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
+        dist.barrier(group=_patient_group)
 
 
 def end_process() -> None:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 
-from gkd.config import Config, Launch, ObjectiveConfig
+from gkd.config import Config, DivergenceKind, Launch, ObjectiveConfig
 from gkd.models.lora import LeavingWeight, adapter_weights, whole_weights
 from gkd.objectives.mismatch import MismatchSums, mismatch_means
-from gkd.train.deepspeed_config import deepspeed_config
+from gkd.train.deepspeed_config import deepspeed_config, scales_loss
 from gkd.train.distributed import compute_device, max_over_ranks, sum_over_ranks
 from gkd.train.guards import FiniteGuard
 from gkd.train.module import BYPRODUCTS, TOPK_BYPRODUCTS, DivergenceSums, StudentModule, token_divergences
@@ -45,11 +46,10 @@ class StudentEngine:
         # what is frozen is in the student's own folder, and in no checkpoint
         self._is_partly_frozen = not all(parameter.requires_grad for parameter in model.parameters())
         module = StudentModule(model, config.objective, valid_vocab, getattr(torch, config.student.dtype))
-        own_optimizer = "optimizer" not in settings
-        optimizer = make_optimizer(module, config.optim) if own_optimizer else None
-        schedule: Any = None
-        if optimizer is not None and "scheduler" not in settings:
-            schedule = make_schedule(optimizer, config.optim, config.run.steps)
+        optimizer = None if "optimizer" in settings else make_optimizer(module, config.optim)
+        schedule: Any = None  # a function, as it may be DeepSpeed that makes the optimizer
+        if "scheduler" not in settings:
+            schedule = partial(make_schedule, config=config.optim, steps=config.run.steps)
         self._engine: Any = deepspeed.initialize(
             model=module,
             model_parameters=[p for p in module.parameters() if p.requires_grad],  # pyright: ignore
@@ -58,7 +58,7 @@ class StudentEngine:
             config=settings,
             dist_init_required=False,
         )[0]
-        self._guard = FiniteGuard(module, enabled=not settings.get("fp16", {}).get("enabled"))
+        self._guard = FiniteGuard(module, enabled=not scales_loss(settings))
 
     # ---- training
 
@@ -76,7 +76,8 @@ class StudentEngine:
         ).to(self._device)  # fmt: skip
         total_weight, scored_tokens = sum_over_ranks(totals).tolist()
         self._engine.train()
-        sums = _StepSums(self._device)
+        lr = self._engine.get_lr()[0]  # the engine's step moves on to that of the next one
+        sums = _StepSums(self._device, self._config.objective.kind)
         for index, micro_batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             self._engine.set_gradient_accumulation_boundary(is_last)  # packed: another number of them every step
@@ -91,7 +92,7 @@ class StudentEngine:
             **sums.metrics(total_weight),
             "tokens/scored": scored_tokens,
             "grad_norm": float(self._engine.get_global_grad_norm() if grad_norm is None else grad_norm),
-            "lr": self._engine.get_lr()[0],
+            "lr": lr,
         }
 
     def _forward_backward(self, micro_batch: TokenBatch, total_weight: float) -> DivergenceSums:
@@ -106,7 +107,8 @@ class StudentEngine:
         if self._engine.zero_optimization() or self._engine.fp16_enabled() or self._engine.bfloat16_enabled():
             return None
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        scaler = self._engine.torch_autocast_z0_gradscaler  # of float16: the loss, and so the gradients, are larger
+        return float(torch.nn.utils.get_total_norm(gradients)) / (scaler.get_scale() if scaler else 1.0)
 
     # ---- evaluation
 
@@ -185,10 +187,11 @@ class _EngineWeights:
 class _StepSums:
     """What the micro-batches of a step add up to. No synchronisation until `metrics`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, kind: DivergenceKind) -> None:
         def zeros(count: int) -> torch.Tensor:
             return torch.zeros(count, dtype=torch.float64, device=device)
 
+        self._kind: DivergenceKind = kind
         self.loss = zeros(1)
         # tokens, then sums of their by-products: by teachers of whom the whole distribution is known, and by others
         self._whole, self._topk = zeros(1 + len(BYPRODUCTS)), zeros(1 + len(TOPK_BYPRODUCTS))
@@ -213,13 +216,16 @@ class _StepSums:
             mismatch["max_abs_log_ratio"] = max_over_ranks(self._largest_log_ratio.item())
         return {
             "loss": loss[0] / max(total_weight, 1e-30),
-            **_measures(whole, topk),
+            **_measures(whole, topk, self._kind),
             **{f"mismatch/{name}": value for name, value in mismatch.items()},
         }
 
 
-def _measures(whole: Sequence[float], topk: Sequence[float]) -> dict[str, float]:
-    """Means a token from tokens and sums, see `_StepSums`: each over the tokens on which it was measured."""
+def _measures(whole: Sequence[float], topk: Sequence[float], kind: DivergenceKind) -> dict[str, float]:
+    """Means a token from tokens and sums, see `_StepSums`: each over the tokens on which it was measured.
+
+    The KLs are always plain ones, whatever the conventions of an objective of `kind`.
+    """
     sums: dict[str, float] = dict(zip(BYPRODUCTS, whole[1:], strict=True))
     topk_sums: dict[str, float] = dict(zip(TOPK_BYPRODUCTS, topk[1:], strict=True))
     tokens, topk_tokens = whole[0], topk[0]
@@ -229,6 +235,7 @@ def _measures(whole: Sequence[float], topk: Sequence[float]) -> dict[str, float]
     }
     if tokens or not topk_tokens:
         measures |= {
+            f"divergence/{kind}": sums["divergence"] / max(tokens, 1.0),
             "divergence/forward_kl": sums["forward_kl"] / max(tokens, 1.0),
             "divergence/reverse_kl": sums["reverse_kl"] / max(tokens, 1.0),
             "entropy/teacher": sums["teacher_entropy"] / max(tokens, 1.0),

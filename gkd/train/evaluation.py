@@ -190,7 +190,8 @@ def _task_axis(contest: _Contest) -> Axis:
     bootstrap = task.Bootstrap(config.eval.resamples, config.run.seed)
     texts = {column: _written(contest, column) for column in COLUMNS}
     rollouts = heldout_rollouts(prompts, texts["teacher"].sampled)
-    references = [Rollout(PromptDraw(p, 0), "dataset", p.completion_ids) for p in prompts if p.completion_ids]
+    most = config.rollout.max_new_tokens  # what teacher and students are sure to read
+    references = [Rollout(PromptDraw(p, 0), "dataset", p.completion_ids[:most]) for p in prompts if p.completion_ids]
     scores = _score(contest, rollouts, references)
     source = f"the teacher's sampled completions: {_amount(rollouts)}"
     reference_source = f"completions of data.heldout: {_amount(references)}" if references else source
@@ -220,7 +221,7 @@ def _amount(rollouts: Sequence[Rollout]) -> str:
 def _written(contest: _Contest, column: str) -> _Texts:
     """What a model writes, from a process of its own and kept in the cache, as a run keeps its teacher's texts."""
     seed, settings = contest.config.run.seed, parts.sampling_settings(contest.config, contest.pair)
-    groups = [contest.prompts, *(_task_prompts(verified, contest.pair) for verified in contest.tasks)]
+    groups = [contest.prompts, *(_task_prompts(verified, contest) for verified in contest.tasks)]
     greedy = [request for group in groups for request in sample_requests(group, seed)]
     sampled = heldout_requests(contest.prompts, seed) if column == "teacher" else []
     completions = _complete(contest, column, [(settings, sampled), (greedy_settings(settings), greedy)])
@@ -229,8 +230,9 @@ def _written(contest: _Contest, column: str) -> _Texts:
     return _Texts(completions[0], texts[0], texts[1:])
 
 
-def _task_prompts(verified: VerifiedTask, pair: Models) -> list[Prompt]:
-    rendered = (render_message(question, pair.tokenizer) for question in verified.questions)
+def _task_prompts(verified: VerifiedTask, contest: _Contest) -> list[Prompt]:
+    tokenizer, arguments = contest.pair.tokenizer, contest.config.data.chat_template_kwargs
+    rendered = (render_message(question, tokenizer, arguments) for question in verified.questions)
     return [replace(prompt, index=index) for index, prompt in enumerate(rendered)]
 
 

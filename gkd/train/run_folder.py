@@ -22,8 +22,10 @@ from gkd.config import Config
 from gkd.errors import RunFolderError
 from gkd.monitor.text import write_atomically
 
-# Keys that may change between a run and its resume: none of them alters what a step computes.
+# Keys that may change between a run and its resume. None of them alters what a step computes, but that a schedule that
+# decays does so over the new run.steps; servers may have moved with their cluster's job.
 _FREE_ON_RESUME = ("run.steps", "run.save_every", "run.keep_checkpoints", "run.dir", "eval.every", "log.")
+_FREE_WHEREVER = (".addresses", ".token_file", ".timeout_s", ".max_concurrency")
 _WRITTEN_BY_A_RUN = (
     "config.resolved.json",
     "environment.json",
@@ -78,6 +80,13 @@ class RunFolder:
         """Claims the folder. Raises RunFolderError if it is in use, used without `resume`, or does not fit."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._claim()
+        try:
+            self._prepare(config, resume=resume, overwrite=overwrite)
+        except BaseException:
+            self.close()  # or the next try would find the folder in use
+            raise
+
+    def _prepare(self, config: Config, *, resume: bool, overwrite: bool) -> None:
         if resume:
             self._check_resume(config)
         elif self.is_used and not overwrite:
@@ -115,15 +124,24 @@ class RunFolder:
     def _check_resume(self, config: Config) -> None:
         if not self._config.exists():
             raise RunFolderError(f"run.dir: {self.path} holds no run to resume")
+        if self.final.exists() and not self.checkpoints.exists():
+            raise RunFolderError(
+                f"--resume: the run in {self.path} is finished and saved no checkpoint to go on from "
+                "(run.save_every); replace it with --overwrite, or set run.name"
+            )
         before = _flatten(json.loads(self._config.read_text()))
         now = _flatten(config.model_dump(mode="json"))
         changed = [
             f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not key.startswith(_FREE_ON_RESUME)
+            if before.get(key) != now.get(key) and not _is_free_on_resume(key)
         ]
         if changed:
             raise RunFolderError(f"--resume: the config differs from that of {self.path}: " + "; ".join(changed))
+
+
+def _is_free_on_resume(key: str) -> bool:
+    return key.startswith(_FREE_ON_RESUME) or key.endswith(_FREE_WHEREVER)
 
 
 def _flatten(values: Any, path: str = "") -> dict[str, Any]:

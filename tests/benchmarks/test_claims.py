@@ -178,7 +178,7 @@ def test_the_recorded_results_hold_against_themselves(modules: SimpleNamespace) 
 @pytest.mark.parametrize(
     ("name", "factor", "keys"),
     [
-        ("versus TRL: speed-up", 0.5, ("speedup_vs_fastest_trl",)),
+        ("packing: speed-up", 0.8, ("speedup",)),  # within its margin, and slower than padded
         ("packing: difference of gradients", 100, ("gradient_difference_float32",)),
         ("linear: gkd's gradient error", 10, ("gkd", "gradient_error")),
         ("quickstart: JSD before", 1.2, ("summary", "heldout_jsd_before")),
@@ -191,6 +191,21 @@ def test_what_no_longer_holds_is_found(
     lie_in(fresh / claim_named(modules, name).figure.file, factor, *keys)
     (found,) = (line for line in wrong("--now", fresh) if "committed" in line)
     assert found.startswith(f"{name}: now ")
+
+
+def test_the_table_of_ways_to_distil_says_what_is_claimed_of_it(modules: SimpleNamespace) -> None:
+    """Its claims read sentences that a script writes: each finds its own figure once, a negative one too."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        pages = importlib.import_module("table.pages")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    sentence = "In {} accuracy on-policy GKD gains {:.2f} to {:.2f} times what supervised KD does."
+    assert sentence.split("{")[0] in Path(pages.__file__).read_text()
+    page = " ".join([sentence.format("greedy", -0.25, 1.5), sentence.format("sampled", -3, 4), "of which 0 failed, in"])
+    names = ("least ratio of gains", "greatest ratio of gains", "failed cells")
+    found = [re.findall(claim_named(modules, f"ways to distil: {name}").says, page) for name in names]
+    assert found == [["-0.25"], ["1.50"], ["0"]]
 
 
 def test_a_run_without_results_does_not_hold_unless_it_was_not_asked_for(modules: SimpleNamespace, copy: Path) -> None:

@@ -203,6 +203,25 @@ def test_a_ratio_to_a_gain_that_may_be_nothing_has_no_interval(table: SimpleName
     assert table.summary.ratio_of_means([1.0, 1.1, 0.9], [0.1, -0.1, 0.05]).interval is None
 
 
+def test_a_ratio_to_a_loss_is_none(table: SimpleNamespace) -> None:
+    """Less of a loss than the baseline's would read as a gain."""
+
+    def cells(label: str, *greedy: float) -> list[dict[str, Any]]:
+        return [
+            {"seed": seed, "setting": "", "method": {"label": label}, "scores": {"greedy": {"all": one}}}
+            for seed, one in enumerate(greedy)
+        ]
+
+    known = [*cells(table.methods.START.label, 0.5, 0.5), *cells("worse", 0.4, 0.3), *cells("worst", 0.1, 0.2)]
+
+    def figure(cell: dict[str, Any]) -> float:
+        return cell["scores"]["greedy"]["all"]
+
+    assert table.summary.gain_ratio(known, "worst", "worse", figure) is None
+    known += cells("better", 0.6, 0.7)
+    assert table.summary.gain_ratio(known, "worst", "better", figure).value < 0
+
+
 # ---- jobs
 
 

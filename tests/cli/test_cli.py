@@ -24,6 +24,11 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
+def test_an_answer_that_could_not_be_written_is_not_sampled(tmp_path: Path) -> None:
+    done = run_gkd(["generate", "no-such-model", "--prompt", "Hi", "--out", tmp_path / "missing" / "answers.jsonl"])
+    assert done.returncode == 2 and f"--out: there is no folder {tmp_path / 'missing'}" in done.stderr
+
+
 def test_version() -> None:
     assert check(run_gkd(["--version"])).stdout == f"gkd {gkd.__version__}\n"
 

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from tiny import CHAT_TEMPLATE, SPECIAL_TOKENS
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gkd.config import DataConfig
 from gkd.data.formats import Row
 from gkd.data.prompts import PromptSet, _RowEncoder, load_prompts, render_message
-from gkd.errors import DataError
+from gkd.errors import ConfigError, DataError
 
 PAD, START, END = range(3)
 # As SmolLM2's: a system message of its own unless the conversation begins with one.
@@ -27,6 +28,7 @@ DEFAULT_SYSTEM_TEMPLATE = (
 )
 TRIM_TEMPLATE = CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim")
 
+NO_LONG = {"dropped_long_completions": 0}
 Load = Callable[..., PromptSet]
 
 
@@ -91,6 +93,32 @@ def test_conversation(tokenizer: PreTrainedTokenizerFast, load: Load) -> None:
     assert prompt.completion_ids is None
 
 
+def test_arguments_of_the_template(tokenizer: PreTrainedTokenizerFast, load: Load) -> None:
+    tokenizer.chat_template = CHAT_TEMPLATE + "{% if not think | default(true) %}<nothing>{% endif %}"
+    (plain,), (told,) = (load(tokenizer, chat("Hi"), chat_template_kwargs=k).prompts for k in ({}, {"think": False}))
+    assert tokenizer.decode(list(told.token_ids)) == tokenizer.decode(list(plain.token_ids)) + "<nothing>"
+    assert render_message("Hi", tokenizer, {"think": False}).token_ids == told.token_ids
+    with pytest.raises(ConfigError, match=r"^data\.chat_template_kwargs: .* does not know 'thinks'"):
+        load(tokenizer, chat("Hi"), chat_template_kwargs={"thinks": False})
+    with pytest.raises(ValidationError, match="chat_template_kwargs: tokenize is set by gkd"):
+        load(tokenizer, chat("Hi"), chat_template_kwargs={"tokenize": True})
+
+
+def test_a_completion_longer_than_what_a_run_reads(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "Hi", "completion": "ab" * 20}, {"prompt": "Hi", "completion": "ab"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    limits = DataConfig(train=str(path))  # pyright: ignore[reportCallIssue]
+    assert load_prompts(str(path), "train", tokenizer, limits).counts["kept"] == 2, "nobody trains on them"
+    kept = load_prompts(str(path), "train", tokenizer, limits, max_completion_tokens=10)
+    assert [prompt.index for prompt in kept.prompts] == [1] and kept.counts["dropped_long_completions"] == 1
+    strict = limits.model_copy(update={"long_completions": "error"})
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:1: the completion has \d+ tokens, more than rollout\.max_new_tokens"
+    ):
+        load_prompts(str(path), "train", tokenizer, strict, max_completion_tokens=10)
+
+
 def test_single_message(tokenizer: PreTrainedTokenizerFast, load: Load) -> None:
     assert render_message("Hi", tokenizer).token_ids == load(tokenizer, chat("Hi")).prompts[0].token_ids
     with pytest.raises(DataError, match=r"^message: .* is empty"):
@@ -114,7 +142,7 @@ def test_index_text_and_origin(tokenizer: PreTrainedTokenizerFast, load: Load, t
         (1, "Once upon a time"), (3, "Second?"), (4, "Obey."),
     ]  # fmt: skip
     assert [prompt.origin for prompt in result.prompts] == [f"{tmp_path / 'rows.jsonl'}:{n}" for n in (2, 4, 5)]
-    assert result.counts == {"rows": 5, "kept": 3, "dropped_long": 1, "dropped_empty": 1}
+    assert result.counts == {"rows": 5, "kept": 3, "dropped_long_prompts": 1, "dropped_empty_prompts": 1, **NO_LONG}
 
 
 def test_raw_text_is_not_templated(tokenizer: PreTrainedTokenizerFast, load: Load) -> None:
@@ -238,7 +266,7 @@ def test_template_refuses_a_role(tokenizer: PreTrainedTokenizerFast, load: Load)
 @pytest.mark.parametrize("row", [chat(""), chat(" \n"), chat(), {"prompt": " "}, chat("Hi", "Yes.", "")])
 def test_empty_prompts(tokenizer: PreTrainedTokenizerFast, load: Load, row: object) -> None:
     result = load(tokenizer, chat("Hi"), row, empty_prompts="drop")
-    assert result.counts == {"rows": 2, "kept": 1, "dropped_long": 0, "dropped_empty": 1}
+    assert result.counts == {"rows": 2, "kept": 1, "dropped_long_prompts": 0, "dropped_empty_prompts": 1, **NO_LONG}
     with pytest.raises(DataError, match=r"rows\.jsonl:2: the prompt is empty; data\.empty_prompts"):
         load(tokenizer, chat("Hi"), row)
 
@@ -247,7 +275,7 @@ def test_long_prompts(tokenizer: PreTrainedTokenizerFast, load: Load) -> None:
     length = len(load(tokenizer, chat("Hello")).prompts[0].token_ids)
     rows = [chat("Hi"), chat("Hello"), chat("Hello!")]
     result = load(tokenizer, *rows, max_prompt_tokens=length)
-    assert result.counts == {"rows": 3, "kept": 2, "dropped_long": 1, "dropped_empty": 0}
+    assert result.counts == {"rows": 3, "kept": 2, "dropped_long_prompts": 1, "dropped_empty_prompts": 0, **NO_LONG}
     with pytest.raises(DataError, match=rf"rows\.jsonl:3: the prompt has {length + 1} tokens, .* = {length};"):
         load(tokenizer, *rows, max_prompt_tokens=length, long_prompts="error")
 
@@ -331,7 +359,7 @@ def test_any_mixture_of_text_and_control_tokens(contents: list[str]) -> None:
     """The template's control tokens and no others; every character of the rendering, once and in order."""
     tokenizer = MERGING
     messages = chat(*contents)["messages"]
-    ids = _RowEncoder(tokenizer).prompt_ids(Row("row", messages=tuple(messages)))
+    ids = _RowEncoder(tokenizer, {}).prompt_ids(Row("row", messages=tuple(messages)))
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert ids.count(START) == len(messages) + 1
     assert ids.count(END) == len(messages)
@@ -341,7 +369,7 @@ def test_any_mixture_of_text_and_control_tokens(contents: list[str]) -> None:
 @given(st.lists(st.lists(words, max_size=8).map("".join), min_size=1, max_size=4))
 def test_the_careful_way_gives_the_ordinary_tokens(contents: list[str]) -> None:
     """Merges across the border of template and content included."""
-    encoder = _RowEncoder(MERGING)
+    encoder = _RowEncoder(MERGING, {})
     text = MERGING.apply_chat_template(chat(*contents)["messages"], add_generation_prompt=True, tokenize=False)
     assert isinstance(text, str)
     careful = encoder._encode(text, {"no such mark": ""}, "row")

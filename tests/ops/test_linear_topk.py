@@ -5,6 +5,7 @@ Legend: N rows, H hidden size, V vocabulary, K slots.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -153,6 +154,19 @@ def test_a_frozen_head_an_empty_batch_and_ignored_rows() -> None:
     loss, measured = apply(nothing, nothing.teacher(), Divergence())
     loss.backward()
     assert loss.item() == 0 and measured["topk_divergence"].shape == (0,)
+
+
+def test_without_gradients_none_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head's would be a product and a float32 matrix of its size, for every micro-batch that is only measured."""
+    module = sys.modules["gkd.ops.linear_topk"]
+    wanted, inner = [], module._pass
+    monkeypatch.setattr(module, "_pass", lambda job, needs: wanted.append(tuple(needs)) or inner(job, needs))
+    case = make_case()
+    with torch.no_grad():
+        loss, _ = apply(case, case.teacher(), Divergence())
+    assert not any(wanted[0]) and not loss.requires_grad
+    apply(case, case.teacher(), Divergence())
+    assert wanted[1][:2] == (True, True)
 
 
 def test_shapes_that_do_not_fit() -> None:

@@ -111,6 +111,18 @@ def test_an_impossible_plan_suggests_one_that_fits() -> None:
     assert setup_of(SMALL, 8, *overrides, *suggestion.changes) == suggestion.setup
 
 
+def test_a_packed_run_is_told_of_fewer_tokens() -> None:
+    """optim.micro_batch_size would change nothing for it."""
+    at_first = setup_of(SMALL, 8)
+    overrides = ["student.gradient_checkpointing=true", "deepspeed.zero_stage=3", "rollout.gpu_memory_utilization=0.1"]
+    overrides += ["optim.batch_size=2048", f"optim.micro_batch_tokens={256 * at_first.longest_tokens}"]
+    asked = setup_of(SMALL, 8, *overrides)
+    suggestion = suggest(asked)
+    assert suggestion is not None and asked.packed
+    assert any(change.startswith("optim.micro_batch_tokens=") for change in suggestion.changes)
+    assert setup_of(SMALL, 8, *overrides, *suggestion.changes) == suggestion.setup
+
+
 def test_a_suggestion_is_the_smallest_change() -> None:
     """Undoing any of it no longer fits."""
     asked = setup_of(

@@ -68,6 +68,14 @@ def test_what_was_scored_is_not_scored_again(tiny_teacher: Path, tmp_path: Path)
     assert office.asked[2:] == [[3]]
 
 
+def test_what_is_known_and_what_is_new_have_one_head(tiny_teacher: Path, tmp_path: Path) -> None:
+    """Two would be two teachers to whoever makes micro-batches: more of them, summed in another order."""
+    office = Office(tiny_teacher)
+    cached(office, tmp_path).score(ROLLOUTS[:2])
+    mixed = whole(cached(office, tmp_path).score([*ROLLOUTS, rollout(7, 5)]))
+    assert len({id(scores.head) for scores in mixed}) == 1
+
+
 def test_a_run_without_anything_new_makes_no_teacher(tiny_teacher: Path, tmp_path: Path) -> None:
     office = Office(tiny_teacher)
     expected = cached(office, tmp_path).score(ROLLOUTS[:3])

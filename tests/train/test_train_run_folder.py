@@ -66,3 +66,29 @@ def test_a_resume_needs_a_run_that_fits(tmp_path: Path) -> None:
     open_and_close(tmp_path, config(run={"steps": 7, "save_every": 3}), resume=True)
     with pytest.raises(RunFolderError, match=r"optim\.lr was 1e-05, is 0\.1; run\.seed was 0, is 4"):
         open_and_close(tmp_path, config(optim={"lr": 0.1}, run={"seed": 4}), resume=True)
+
+
+def test_a_resume_may_find_its_servers_elsewhere(tmp_path: Path) -> None:
+    served = {"model": "t", "placement": "served", "addresses": ["http://10.0.0.1:8300"], "max_concurrency": 2}
+    open_and_close(tmp_path, config(teacher=served))
+    open_and_close(tmp_path, config(teacher={**served, "addresses": ["http://10.0.0.9:8300"]}), resume=True)
+
+
+@pytest.mark.fault
+def test_a_finished_run_without_checkpoints_is_not_begun_again(tmp_path: Path) -> None:
+    open_and_close(tmp_path, config())
+    (tmp_path / "final").mkdir()
+    with pytest.raises(RunFolderError, match="is finished and saved no checkpoint"):
+        open_and_close(tmp_path, config(run={"steps": 200}), resume=True)
+    (tmp_path / "checkpoints").mkdir()
+    open_and_close(tmp_path, config(run={"steps": 200}), resume=True)
+
+
+@pytest.mark.fault
+def test_who_is_refused_leaves_the_folder_free(tmp_path: Path) -> None:
+    open_and_close(tmp_path, config())
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    try:
+        open_and_close(tmp_path, config())
+    except RunFolderError:
+        open_and_close(tmp_path, config(), overwrite=True)  # the error, and with it the folder, is still there

@@ -148,11 +148,7 @@ class SamplerEngine:
         except ImportError as error:
             raise ModelError(f"vLLM cannot be imported ({error}); install gkd[cuda] or gkd[cpu]") from error
         register_engines()
-        try:
-            self._llm = start_vllm(model, settings, weight_transfer_config=WeightTransferConfig(backend=transfer))
-        except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise ModelError(f"vLLM cannot serve {model}: {reason}") from error
+        self._llm = start_vllm(model, settings, weight_transfer_config=WeightTransferConfig(backend=transfer))
         without_dynamo_on_cpu().__enter__()  # for as long as this process lives
         return self._llm.llm_engine
 

@@ -16,7 +16,7 @@ from gkd.rollout.serving.app import make_sampler_app
 from gkd.rollout.serving.engine import SamplerEngine
 from gkd.rollout.serving.protocol import PROTOCOL_VERSION, ServedSamplerModel, Transfer, architecture_digest
 from gkd.rollout.vllm_engine import VllmSettings
-from gkd.serving.server import ServerSettings, Service, serve
+from gkd.serving.server import ServerSettings, Service, check_context, serve
 
 _KEY = "gkd serve-sampler"
 
@@ -61,7 +61,7 @@ def _start(
     with ExitStack() as cleaning:
         path = _model_folder(student, cleaning)
         config = read_config(path, revision=student.revision if student.layers is None else None, key=_KEY)
-        _check_context(config, settings, path)
+        check_context(config, settings.max_model_tokens, path)
         engine = SamplerEngine(path, settings, backend, on_failure=stop)
     folder = _weights_folder(backend, transfer, engine)
     served = ServedSamplerModel(
@@ -107,13 +107,6 @@ def _weights_folder(backend: Transfer, transfer: TransferSettings, engine: Sampl
     folder = transfer.folder or Path(tempfile.mkdtemp(prefix="gkd-weights-"))
     engine.connect({"folder": str(folder)}).result()
     return folder.absolute()
-
-
-def _check_context(config: object, settings: VllmSettings, path: str) -> None:
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)  # pyright: ignore
-    wanted = settings.max_model_tokens
-    if context is not None and wanted is not None and wanted > context:
-        raise InputError(f"--max-model-tokens: {wanted} is more than the {context} that {path} reads")
 
 
 def _words(served: ServedSamplerModel) -> str:

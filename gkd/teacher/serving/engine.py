@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gkd.environment import cpu_kv_cache_bytes, prepare_vllm
+from gkd.environment import cpu_kv_cache_bytes, prepare_vllm, vllm_failures
 from gkd.errors import ModelError
 from gkd.serving.engine import EngineThread
 
@@ -90,8 +90,5 @@ def _start_vllm(model: str, settings: EngineSettings, revision: str | None) -> A
         "use_tqdm_on_load": False,
         "trust_remote_code": False,
     }
-    try:
+    with vllm_failures(model):
         return LLMEngine.from_engine_args(EngineArgs(**arguments))
-    except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"vLLM cannot serve {model}: {reason}") from error

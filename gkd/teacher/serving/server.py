@@ -6,9 +6,8 @@ import hashlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from gkd.errors import InputError
 from gkd.models import model_fingerprint, read_config, resolve_model
-from gkd.serving.server import ServerSettings, Service, serve
+from gkd.serving.server import ServerSettings, Service, check_context, serve
 from gkd.teacher.serving.app import make_teacher_app
 from gkd.teacher.serving.engine import EngineSettings, PrefillEngine
 from gkd.teacher.serving.head import head_to_bytes, load_head
@@ -27,7 +26,7 @@ def serve_teacher(model: str, revision: str | None, engine: EngineSettings, serv
 
 def _start(model: str, revision: str | None, settings: EngineSettings, stop: Callable[[], None]) -> Service:
     path = resolve_model(model, revision=revision, key=_KEY)
-    _check_context(path, revision, settings.max_model_tokens)
+    check_context(read_config(path, revision=revision, key=_KEY), settings.max_model_tokens, path)
     head = load_head(path, settings.dtype, revision=revision, key=_KEY)
     head_bytes = head_to_bytes(head)
     engine = PrefillEngine(path, settings, revision=revision, on_failure=stop)
@@ -38,13 +37,6 @@ def _start(model: str, revision: str | None, settings: EngineSettings, stop: Cal
         raise
     app = make_teacher_app(served, head_bytes, engine)
     return Service(app, _words(served), lambda: engine.is_alive, engine.close)
-
-
-def _check_context(path: str, revision: str | None, max_model_tokens: int | None) -> None:
-    config = read_config(path, revision=revision, key=_KEY)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and max_model_tokens is not None and max_model_tokens > context:
-        raise InputError(f"--max-model-tokens: {max_model_tokens} is more than the {context} that {path} reads")
 
 
 def _describe(

@@ -27,7 +27,13 @@ class Prompts:
 
 def load_data(config: Config, models: Models) -> Prompts:
     """Raises DataError, also where the mixture needs completions that rows do not have."""
-    train = load_prompts(config.data.train, config.data.train_split, models.tokenizer, config.data)
+    train = load_prompts(
+        config.data.train,
+        config.data.train_split,
+        models.tokenizer,
+        config.data,
+        max_completion_tokens=config.rollout.max_new_tokens if config.mixture.dataset > 0 else None,
+    )
     train = _with_teachers(config, train, "train")
     if config.mixture.dataset > 0:
         bare = next((prompt for prompt in train.prompts if prompt.completion_ids is None), None)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gkd.config import Config, Launch
+from gkd.errors import RunFolderError
 from gkd.models import (
     inject_lora,
     load_causal_lm,
@@ -49,7 +50,12 @@ def checkpoint_layout(config: Config, launch: Launch) -> dict[str, int]:
 def resume_step(config: Config, folder: RunFolder, launch: Launch, note: Callable[[str], None]) -> int:
     """Where a resume starts, before any model is loaded. Raises what `find_resume_step` raises."""
     layout = checkpoint_layout(config, launch)
-    return from_main(find_resume_step(folder.checkpoints, layout, note) if launch.is_main else None)
+    step = from_main(find_resume_step(folder.checkpoints, layout, note) if launch.is_main else None)
+    if step > config.run.steps:
+        raise RunFolderError(f"--resume: the newest checkpoint is of step {step}, and run.steps is {config.run.steps}")
+    if step == 0 and launch.is_main:
+        note("no checkpoint was saved yet: the run begins again")
+    return step
 
 
 def build_checkpoints(config: Config, folder: RunFolder, launch: Launch, student: StudentEngine) -> Checkpointer:

@@ -1,0 +1,56 @@
+"""Runs whose DeepSpeed settings differ from the default ones."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import MakeConfig, check, read_metrics, run_gkd
+
+FIXED = {"mixture": {"student": 0.0, "teacher": 0.0, "dataset": 1.0}, "optim": {"lr": 1e-2, "warmup_steps": 0}}
+
+
+def losses_and_norms(make_run_config: MakeConfig, name: str, **sections: dict[str, Any]) -> list[float]:
+    config = make_run_config(name, **FIXED, **sections, run={"steps": 5})
+    check(run_gkd(["train", config, "data.heldout=null", "rollout.sync_tolerance=1.0"]))
+    return [record[key] for record in read_metrics(config.parent / name) for key in ("loss", "grad_norm")]
+
+
+@pytest.mark.slow
+def test_float16_takes_the_steps_of_float32(make_run_config: MakeConfig) -> None:
+    """Scaled losses, and gradients that are clipped once they are not scaled any more, sharded or not."""
+    expected = losses_and_norms(make_run_config, "whole")
+    assert expected[-2] < 0.5 * expected[0]
+    for stage in (0, 2, 3):
+        half = {"student": {"dtype": "float16"}, "deepspeed": {"zero_stage": stage}}
+        found = losses_and_norms(make_run_config, f"half_{stage}", **half)
+        assert found == pytest.approx(expected, rel=0.05), stage
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_a_loss_scale_that_overflows_costs_steps_and_not_the_run(make_run_config: MakeConfig, tmp_path: Path) -> None:
+    settings = tmp_path / "deepspeed.json"
+    fp16 = {"enabled": True, "initial_scale_power": 18, "hysteresis": 1}
+    settings.write_text(json.dumps({"fp16": fp16, "zero_optimization": {"stage": 1}}))
+    found = losses_and_norms(make_run_config, "huge", student={"dtype": "float16"}, deepspeed={"config": str(settings)})
+    norms = found[1::2]
+    assert norms[0] is None and norms[-1] is not None and norms[-1] < 100, "left out at first, then none"
+
+
+@pytest.mark.slow
+def test_the_schedule_is_the_runs_own_beside_an_optimizer_of_the_json(
+    make_run_config: MakeConfig, tmp_path: Path
+) -> None:
+    settings = tmp_path / "deepspeed.json"
+    settings.write_text(json.dumps({"optimizer": {"type": "Adam", "params": {"lr": "auto", "torch_adam": True}}}))
+    optim = {"lr": 1e-3, "warmup_steps": 1, "schedule": "linear"}
+    objective = {"kind": "jsd"}
+    config = make_run_config("json", deepspeed={"config": str(settings)}, optim=optim, objective=objective)
+    check(run_gkd(["train", config, "data.heldout=null"]))
+    records = read_metrics(tmp_path / "json")
+    assert [record["lr"] for record in records] == pytest.approx([0.5e-3, 1e-3, 0.5e-3]), "of the step itself"
+    assert all(0 < record["divergence/jsd"] < math.log(2) for record in records)
