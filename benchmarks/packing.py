@@ -53,11 +53,11 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in splits}
     for index in range(-1, options.rounds):
         for name in random.Random(index).sample(list(splits), len(splits)):
-            taken_s = time_step(module, splits[name], head)
+            taken_s = time_step(module, splits[name])
             if index >= 0:
                 seconds[name].append(taken_s)
                 print(f"round {index + 1}/{options.rounds}  {name}  {taken_s:.2f} s", flush=True)
-    difference = gradient_difference(module, splits, head)
+    difference = gradient_difference(module, splits)
     record = summary(options, rollouts, splits, seconds, difference)
     options.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(record["ways"], indent=2), f"packed is {record['speedup']} x as fast", options.out, sep="\n")
@@ -109,28 +109,28 @@ def pack_all(
     )
 
 
-def backward(module: StudentModule, batches: Sequence[TokenBatch], head: OutputHead) -> None:
+def backward(module: StudentModule, batches: Sequence[TokenBatch]) -> None:
     total = sum(batch.scored_tokens for batch in batches)
     for batch in batches:
-        (module(batch, head).loss / total).backward()
+        (module(batch).loss / total).backward()
 
 
-def time_step(module: StudentModule, batches: Sequence[TokenBatch], head: OutputHead) -> float:
+def time_step(module: StudentModule, batches: Sequence[TokenBatch]) -> float:
     module.zero_grad()
     start = time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16):
-        backward(module, batches, head)
+        backward(module, batches)
     return time.perf_counter() - start
 
 
-def gradient_difference(module: StudentModule, splits: dict[str, list[TokenBatch]], head: OutputHead) -> float:
+def gradient_difference(module: StudentModule, splits: dict[str, list[TokenBatch]]) -> float:
     """Relative Frobenius norm of the difference of all gradients, in float32."""
-    exact = StudentModule(module.model, module.divergence_head._objective, head.weight.shape[0], torch.float32)
-    head = OutputHead(head.weight.float(), head.bias, head.logit_scale, head.softcap)
+    head = module.divergence_head
+    exact = StudentModule(module.model, head._objective, head._valid_vocab, torch.float32)
     gradients: list[torch.Tensor] = []
     for batches in splits.values():
         exact.zero_grad()
-        backward(exact, batches, head)
+        backward(exact, batches)
         gradients.append(torch.cat([p.grad.flatten() for p in exact.parameters() if p.grad is not None]))
     return float((gradients[0] - gradients[1]).norm() / gradients[0].norm())
 

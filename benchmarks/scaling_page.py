@@ -191,7 +191,7 @@ def error_sentence() -> str:
     sentences = (
         f"Nothing was fitted to {len(held_out)} of the runs: {sum(error < CLOSE for error in errors)} came out within",
         f"{CLOSE:.0%}, the furthest {max(errors):.0%} off.",
-        "Beside one factor a run (the last column) every phase but the optimizer, 2 % of a step, is within",
+        "With each plan multiplied by its last column, every phase but the optimizer, 2 % of a step, is within",
         f"{largest_error_beside_slowdown():.0%}.",
     )
     return textwrap.fill(" ".join(sentences), 130)

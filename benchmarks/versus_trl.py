@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from contenders import summary, tuning
-from contenders.bench import TRAINERS, Benchmark, say
+from contenders.bench import DISTILLATION, FLOAT32_WEIGHTS, TRAINERS, Benchmark, say, trainer_of
 from contenders.job import WARM_UP_STEPS, Work, write_json
 from contenders.launch import JobError
 from contenders.show import show
@@ -34,7 +34,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 KINDS = ("jsd", "forward_kl", "reverse_kl")  # what both have
 MICRO_BATCH_SIZE = 8
 # What a job takes on 2 quiet cores with the default work: to start, and a step.
-START_S, STEP_S = 25.0, {"gkd": 7.0, "TRL DistillationTrainer": 15.0, "TRL GKDTrainer": 25.0}
+START_S, STEP_S = 25.0, {"gkd": 7.0, DISTILLATION: 12.0, FLOAT32_WEIGHTS: 16.0, "TRL GKDTrainer": 18.0}
 
 
 def main() -> None:
@@ -197,7 +197,7 @@ def one_round(
 ) -> tuple[dict[str, summary.Round], dict[str, float]]:
     """Every contender once, each round beginning with another; then the held-out measure of all their students, and of
     the one that they all start from."""
-    names = ["gkd", *TRAINERS]
+    names = list(settings)
     turn = index % len(names)
     found: dict[str, summary.Round] = {}
     students: dict[str, str] = {}
@@ -205,7 +205,7 @@ def one_round(
         if name == "gkd":
             done = tuning.gkd_run(benchmark, f"round_{index}_gkd", settings[name], seed=index)
         else:
-            label = f"round_{index}_trl_{TRAINERS[name]}"
+            label = f"round_{index}_trl_{trainer_of(name)}" + ("_float32" if name == FLOAT32_WEIGHTS else "")
             done = tuning.trl_run(benchmark, name, label, settings[name], seed=index)
         found[name], students[name] = summary.round_figures(done), done["student"]
     start = str(benchmark.work.student)

@@ -11,7 +11,14 @@ from .job import Job, Work
 from .launch import is_done, launched
 from .summary import round_figures
 
-TRAINERS = {"TRL DistillationTrainer": "distillation", "TRL GKDTrainer": "gkd"}
+DISTILLATION = "TRL DistillationTrainer"
+TRAINERS = {DISTILLATION: "distillation", "TRL GKDTrainer": "gkd"}
+# The same trainer as gkd trains, which is a contender of its own where it is faster otherwise.
+FLOAT32_WEIGHTS = f"{DISTILLATION}, float32 weights"
+
+
+def trainer_of(contender: str) -> str:
+    return TRAINERS[contender.partition(",")[0]]
 
 
 @dataclass(frozen=True)

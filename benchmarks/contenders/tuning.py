@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from .bench import TRAINERS, Benchmark, say
+from .bench import DISTILLATION, FLOAT32_WEIGHTS, TRAINERS, Benchmark, say, trainer_of
 from .job import Work, read_json, write_json
 from .launch import JobError
 from .summary import round_figures
@@ -38,7 +39,7 @@ def vllm_in_trl(benchmark: Benchmark) -> str:
 
 
 def tuned(benchmark: Benchmark, vllm: str | None) -> tuple[dict[str, Settings], dict[str, list[Settings]]]:
-    """By trainer: its fastest settings, and the seconds a step of all that were tried; without trials its defaults."""
+    """By contender: its fastest settings, and the seconds a step of all that were tried, else its defaults."""
     work = benchmark.work
     if not benchmark.trials:
         settings = {"precision": "autocast", "micro_batch_size": work.micro_batch_size, "vllm": False}
@@ -54,9 +55,17 @@ def tuned(benchmark: Benchmark, vllm: str | None) -> tuple[dict[str, Settings], 
             label = f"trial_{trainer}_{precision}_{size}" + ("_vllm" if use_vllm else "")
             found = round_figures(trl_run(benchmark, name, label, settings, steps=STEPS))
             trials[name].append({**settings, "step_s": found["step_s"]})
-        best = min(trials[name], key=lambda trial: trial["step_s"])
-        fastest[name] = {key: value for key, value in best.items() if key != "step_s"}
+        fastest[name] = _fastest(trials[name])
+    if fastest[DISTILLATION]["precision"] != "autocast":
+        fastest[FLOAT32_WEIGHTS] = _fastest(
+            [trial for trial in trials[DISTILLATION] if trial["precision"] == "autocast"]
+        )
     return fastest, trials
+
+
+def _fastest(trials: Sequence[Settings]) -> Settings:
+    best = min(trials, key=lambda trial: trial["step_s"])
+    return {key: value for key, value in best.items() if key != "step_s"}
 
 
 def tuned_gkd(benchmark: Benchmark) -> tuple[Settings, list[Settings]]:
@@ -93,5 +102,5 @@ def trl_run(
 ) -> dict[str, Any]:
     """One run of a TRL trainer; `steps` are the work's unless given. Raises JobError."""
     work = benchmark.work if steps is None else replace(benchmark.work, steps=steps)
-    options = {**settings, "trainer": TRAINERS[name], "seed": seed, "folder": str(benchmark.folder / label)}
+    options = {**settings, "trainer": trainer_of(name), "seed": seed, "folder": str(benchmark.folder / label)}
     return benchmark.run("trl_trainers", label, work, **options)

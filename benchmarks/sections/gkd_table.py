@@ -32,7 +32,7 @@ TABLES: dict[str, Tables] = {
     "gkd_table-grid": lambda record: [pages.grid_rows(record, "greedy"), pages.grid_rows(record, "sampled")],
     "gkd_table-temperature": lambda record: [pages.temperature_rows(record)],
     "gkd_table-ratios": lambda record: [pages.ratio_rows(record)],
-    "gkd_table-sweep": lambda record: [pages.sweep_rows(record)],
+    "gkd_table-sweep": lambda record: [pages.sweep_rows(record, "greedy"), pages.sweep_rows(record, "sampled")],
 }
 
 GKD_TABLE_SECTIONS: dict[str, Callable[[Path], str]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+from contenders.bench import FLOAT32_WEIGHTS
 from contenders.show import profile_rows
 
 from .reading import Record, divergence_name, records
@@ -67,30 +68,22 @@ def versus_trl_summary(record: Record) -> str:
 
 
 def equal_precision(record: Record) -> str:
-    """What the trials say of TRL with float32 master weights under autocast, which is what gkd keeps."""
-    settings = record["contenders"][record["fastest_trl"]]["settings"]
-    if not record["trials"].get("gkd") or settings["precision"] != "bfloat16":
+    """Of TRL with float32 master weights under autocast, which is what gkd keeps."""
+    if FLOAT32_WEIGHTS not in record["contenders"]:
         return ""
     ours_s, theirs_s = equal_precision_step_s(record)
     return (
-        " TRL's weights are bfloat16 alone, which was its fastest; with float32 master weights, which gkd keeps, its "
-        f"best trial took {three_digits(theirs_s)} s a step, {three_digits(theirs_s / ours_s)} times gkd's."
+        " TRL's weights are bfloat16 alone, which was its fastest; with float32 master weights, which gkd keeps, "
+        f"DistillationTrainer takes {three_digits(theirs_s / ours_s)} times gkd's seconds."
     )
 
 
 def equal_precision_step_s(record: Record) -> tuple[float, float]:
-    """Seconds a step of gkd and of the faster TRL trainer under autocast: the best trials, or without trials, which
-    leaves TRL at autocast, the rounds."""
-    if not record["trials"].get("gkd"):
-        ours, theirs = (record["contenders"][name]["over_rounds"] for name in ("gkd", record["fastest_trl"]))
-        return ours["step_s"]["median"], theirs["step_s"]["median"]
-    theirs_s = (
-        trial["step_s"]
-        for name in record["speedup_by_trainer"]
-        for trial in record["trials"][name]
-        if trial["precision"] == "autocast"
-    )
-    return min(trial["step_s"] for trial in record["trials"]["gkd"]), min(theirs_s)
+    """Seconds a step of gkd and of TRL under autocast, which is TRL's fastest or was measured beside it."""
+    contenders = record["contenders"]
+    theirs = FLOAT32_WEIGHTS if FLOAT32_WEIGHTS in contenders else record["fastest_trl"]
+    ours_s, theirs_s = (contenders[name]["over_rounds"]["step_s"]["median"] for name in ("gkd", theirs))
+    return ours_s, theirs_s
 
 
 def versus_trl_profile_section(results: Path) -> str:

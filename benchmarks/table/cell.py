@@ -31,7 +31,7 @@ from gkd.types import Rollout, TokenBatch
 
 from .controls import FixedNegativeAdvantage, NoTeacher
 from .folder import Folder
-from .methods import START, Cell, Method
+from .methods import SLOW, START, Cell, Method
 from .score import HeldOut, Judge
 from .sizes import Size
 
@@ -100,7 +100,7 @@ def cell_config(folder: Folder, cell: Cell) -> Config:
                 "hard_label_weight": 1.0 if method.signal == "labels" else 0.0,
             },
             "optim": {
-                "lr": size.lr,
+                "lr": size.lr * (SLOW if method.signal == "fixed_negative_slow" else 1.0),
                 "warmup_steps": min(5, steps // 4),
                 "schedule": "linear",
                 "batch_size": size.batch_size,
@@ -195,7 +195,7 @@ class CellRun:
 
 
 def _build_student(config: Config, models: Models, method: Method, budget: TokenBudget) -> StudentEngine:
-    if method.signal != "fixed_negative":
+    if not method.signal.startswith("fixed_negative"):
         return parts.build_student(config, models, _LAUNCH, budget.phase)
     model: Any = load_causal_lm(models.student_path, "float32", key="student.model")
     model.to(_DEVICE).train()

@@ -8,7 +8,8 @@ from typing import Literal
 from .sizes import Size
 
 Completions = Literal["data", "teacher", "teacher_greedy"]
-Signal = Literal["teacher", "labels", "fixed_negative"]
+Signal = Literal["teacher", "labels", "fixed_negative", "fixed_negative_slow"]
+SLOW = 1 / 30  # of the learning rate, at which the other control destroys its student
 LAMBDAS = (0.0, 0.5, 1.0)
 
 
@@ -58,6 +59,7 @@ SEQKD = Method("SeqKD, sampled at T = 1", "baseline", 0.0, completions="teacher"
 SEQKD_GREEDY = Method("SeqKD, greedy", "baseline", 0.0, completions="teacher_greedy", signal="labels")
 LONGER = Method("SFT, longer", "control", 0.0, signal="labels", longer=True)
 FIXED_NEGATIVE = Method("fixed negative advantage", "control", 1.0, signal="fixed_negative")
+FIXED_NEGATIVE_SLOW = Method("fixed negative advantage, 1/30 of the rate", "control", 1.0, signal="fixed_negative_slow")
 
 
 def gkd(objective: Objective, student_share: float) -> Method:
@@ -66,7 +68,7 @@ def gkd(objective: Objective, student_share: float) -> Method:
 
 SUPERVISED_KD = gkd(FORWARD, 0.0)
 ON_POLICY = tuple(gkd(objective, 1.0) for objective in OBJECTIVES)
-MAIN = (START, SFT, SEQKD, SEQKD_GREEDY, LONGER, FIXED_NEGATIVE, SUPERVISED_KD, *ON_POLICY)
+MAIN = (START, SFT, SEQKD, SEQKD_GREEDY, LONGER, FIXED_NEGATIVE, FIXED_NEGATIVE_SLOW, SUPERVISED_KD, *ON_POLICY)
 GRID = tuple(gkd(objective, share) for objective in OBJECTIVES for share in LAMBDAS)
 SWEPT = (START, SUPERVISED_KD, gkd(FORWARD, 1.0), gkd(REVERSE, 1.0))
 WARMER = tuple(

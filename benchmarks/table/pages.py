@@ -132,20 +132,21 @@ def ratio_rows(record: dict[str, Any]) -> Rows:
     return rows
 
 
-def sweep_rows(record: dict[str, Any]) -> Rows:
-    """The same ratio where one thing differs from the table's own size."""
+def sweep_rows(record: dict[str, Any], name: str) -> Rows:
+    """The same ratio, of one kind of accuracy, where one thing differs from the table's own size."""
+    figure = {"greedy": GREEDY, "sampled": SAMPLED}[name]
     cells, seeds = record["cells"], record["size"]["seeds"]
     on_policy = [method.label for method in SWEPT if method.student_share == 1.0]
-    header = ["", "initial student, %", "supervised KD, %"]
+    header = [f"{name} accuracy", "initial student, %", "supervised KD, %"]
     for label in on_policy:
         header += [f"{label}, %", "ratio of gains"]
     rows = [header]
     for setting in dict.fromkeys(cell["setting"] for cell in cells):
         known = [cell for cell in cells if cell["seed"] < seeds]
-        row = [percent(over_seeds(of(known, label, setting), GREEDY)) for label in (START.label, BASELINE)]
+        row = [percent(over_seeds(of(known, label, setting), figure)) for label in (START.label, BASELINE)]
         for label in on_policy:
-            row.append(percent(over_seeds(of(known, label, setting), GREEDY)))
-            row.append(ratio(gain_ratio(known, label, BASELINE, GREEDY, setting)))
+            row.append(percent(over_seeds(of(known, label, setting), figure)))
+            row.append(ratio(gain_ratio(known, label, BASELINE, figure, setting)))
         rows.append([setting or "the table above", *row])
     return rows
 

@@ -17,6 +17,7 @@ from .folder import Folder, write_json, write_rows
 from .methods import Completions
 from .models import END, PAD, VOCABULARY, decode, encode, in_turn, make_model, parameters, save_model, school
 from .score import is_solved
+from .sizes import Size
 from .tasks import Problem, by_task
 
 _TEACHER_SEED = 17
@@ -62,8 +63,8 @@ def write_train_files(folder: Folder, seed: int) -> str:
     sampler, problems = _teacher_sampler(folder), folder.train_problems(seed)
     texts: dict[Completions, list[str]] = {
         "data": [problem.answer for problem in problems],
-        "teacher": _texts(_complete(sampler, folder, problems, 1.0, seed)),
-        "teacher_greedy": _texts(_complete(sampler, folder, problems, 0.0, seed)),
+        "teacher": _texts(_complete(sampler, folder, problems, 1.0, seed), folder.size),
+        "teacher_greedy": _texts(_complete(sampler, folder, problems, 0.0, seed), folder.size),
     }
     for completions, answers in texts.items():
         write_rows(folder.train_file(seed, completions), [problem.prompt for problem in problems], answers)
@@ -91,9 +92,9 @@ def _complete(
     return sampler.generate(requests, settings)
 
 
-def _texts(completions: Sequence[Completion]) -> list[str]:
-    """Without the end token, which gkd puts behind every completion of a data set."""
-    return [decode(completion.token_ids) for completion in completions]
+def _texts(completions: Sequence[Completion], size: Size) -> list[str]:
+    """Without the end token, for which there is room: gkd puts one behind every completion of a data set."""
+    return [decode(completion.token_ids[: size.max_new_tokens - 1]) for completion in completions]
 
 
 def _accuracy(problems: Sequence[Problem], completions: Sequence[Completion]) -> dict[str, float]:

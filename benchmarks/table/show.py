@@ -18,7 +18,8 @@ def show(record: dict[str, Any]) -> None:
         pages.grid_rows(record, "greedy"),
         pages.temperature_rows(record),
         pages.ratio_rows(record),
-        pages.sweep_rows(record),
+        pages.sweep_rows(record, "greedy"),
+        pages.sweep_rows(record, "sampled"),
     ):
         print()
         columns(rows)

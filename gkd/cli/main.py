@@ -64,8 +64,10 @@ def main() -> None:
     try:
         app()
     except GkdError as error:
-        sys.stdout.flush()
-        where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        rank = "" if launch.is_main else f" rank {launch.rank}:"  # said by all: a file may be missing on one machine
-        print(f"gkd:{rank} {type(error).__name__}: {error}{where}", file=sys.stderr, flush=True)
+        # wrong input is wrong on all ranks of a machine: said once
+        if launch.local_rank == 0 or error.exit_code != 2:
+            sys.stdout.flush()
+            where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+            rank = "" if launch.is_main else f" rank {launch.rank}:"
+            print(f"gkd:{rank} {type(error).__name__}: {error}{where}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

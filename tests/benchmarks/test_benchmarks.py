@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -193,6 +194,17 @@ def test_plots(results: Path, tmp_path: Path) -> None:
     done = run_script("tables", "--results", results, "--plots", tmp_path)
     assert done.returncode == 0, done.stderr
     assert {path.suffix for path in tmp_path.iterdir()} == {".svg"} and len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.slow
+def test_packed_and_padded_rollouts_have_the_same_gradient(tmp_path: Path) -> None:
+    arguments = ["--batch", "3", "--max-new-tokens", "6", "--rounds", "1", "--micro-batch-size", "2"]
+    arguments += ["--micro-batch-tokens", "100", "--work", str(tmp_path), "--out", str(tmp_path / "packing.json")]
+    command = [sys.executable, str(BENCHMARKS / "packing.py"), *arguments]
+    done = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((tmp_path / "packing.json").read_text())
+    assert record["gradient_difference_float32"] < 1e-5 and record["speedup"] > 0
 
 
 def test_record_run_still_starts() -> None:

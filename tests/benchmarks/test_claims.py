@@ -203,9 +203,11 @@ def test_the_table_of_ways_to_distil_says_what_is_claimed_of_it(modules: SimpleN
     sentence = "In {} accuracy on-policy GKD gains {:.2f} to {:.2f} times what supervised KD does."
     assert sentence.split("{")[0] in Path(pages.__file__).read_text()
     page = " ".join([sentence.format("greedy", -0.25, 1.5), sentence.format("sampled", -3, 4), "of which 0 failed, in"])
-    names = ("least ratio of gains", "greatest ratio of gains", "failed cells")
-    found = [re.findall(claim_named(modules, f"ways to distil: {name}").says, page) for name in names]
-    assert found == [["-0.25"], ["1.50"], ["0"]]
+    names = [f"{which} ratio of gains, {kind}" for kind in ("greedy", "sampled") for which in ("least", "greatest")]
+    found = [
+        re.findall(claim_named(modules, f"ways to distil: {name}").says, page) for name in [*names, "failed cells"]
+    ]
+    assert found == [["-0.25"], ["1.50"], ["-3.00"], ["4.00"], ["0"]]
 
 
 def test_a_run_without_results_does_not_hold_unless_it_was_not_asked_for(modules: SimpleNamespace, copy: Path) -> None:

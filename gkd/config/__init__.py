@@ -1,0 +1,44 @@
+"""The configuration of a run: strict, frozen, and checked before anything expensive starts.
+
+A YAML file with one section a room, in the order of the data's way, plus `section.key=value` overrides.
+Every error is a `ConfigError` whose message starts with the path of the key.
+"""
+
+from gkd.config.files import describe_keys, load_config, make_config
+from gkd.config.process import Launch, cache_folder
+from gkd.config.sections import (
+    MAIN_TEACHER,
+    PROBE_NEW_TOKENS,
+    PROBE_PROMPT_TOKENS,
+    Config,
+    DataConfig,
+    DivergenceKind,
+    Dtype,
+    LoraConfig,
+    MixtureConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    RolloutConfig,
+    TeacherConfig,
+)
+
+__all__ = [
+    "MAIN_TEACHER",
+    "PROBE_NEW_TOKENS",
+    "PROBE_PROMPT_TOKENS",
+    "Config",
+    "DataConfig",
+    "DivergenceKind",
+    "Dtype",
+    "Launch",
+    "LoraConfig",
+    "MixtureConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "RolloutConfig",
+    "TeacherConfig",
+    "cache_folder",
+    "describe_keys",
+    "load_config",
+    "make_config",
+]

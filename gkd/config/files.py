@@ -1,0 +1,146 @@
+"""From YAML and overrides to a Config, and from what pydantic finds wrong to one line that names the key."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from gkd.config.sections import Config, Section
+from gkd.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats (3e-4 is a number) and no repeated keys."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
+
+
+def _parse_yaml(text: str, origin: str) -> Any:
+    """Parses YAML; a syntax error becomes a ConfigError that starts with `origin:line`."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # _Loader is a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{origin}:{line}: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{origin}: {error}") from None
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Reads a YAML file and applies `section.key=value` overrides, whose values are YAML too.
+
+    Raises ConfigError for a missing file, a syntax error (file:line), or anything `make_config` refuses.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+    values = _parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}:1: expected sections such as 'run:' and 'teacher:'")
+    for override in overrides:
+        _apply_override(values, override)
+    return make_config(values, origin=str(path))
+
+
+def make_config(values: Mapping[str, Any], origin: str = "config") -> Config:
+    """Checks nested plain values; raises ConfigError with one line a wrong key."""
+    try:
+        return Config.model_validate(dict(values))
+    except ValidationError as error:
+        lines = [_explain(dict(detail)) for detail in error.errors()]
+        raise ConfigError(f"{origin}: " + "; ".join(lines)) from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r}: expected section.key=value")
+    node = values
+    for key in keys[:-1]:
+        child = node.get(key)
+        if child is None:
+            child = node[key] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {key} is a value, not a section")
+        node = child
+    node[keys[-1]] = _parse_yaml(text, f"override {path}")
+
+
+def _explain(detail: dict[str, Any]) -> str:
+    location = [str(part) for part in detail["loc"] if not str(part).startswith(("function-", "constrained"))]
+    path = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        return f"{path}: unknown key{_suggestion(location)}"
+    if detail["type"] == "missing":
+        return f"{path}: is missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{path}.{message}" if path else message
+    return f"{path}: {message[0].lower()}{message[1:]}, not {detail['input']!r}"
+
+
+def _suggestion(location: list[str]) -> str:
+    model: Any = Config
+    for part in location[:-1]:
+        field = model.model_fields.get(part)
+        model = _section_of(field.annotation) if field else None
+        if model is None:
+            return ""
+    close = difflib.get_close_matches(location[-1], list(model.model_fields), n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {'.'.join([*location[:-1], close[0]])}?"
+    home = [
+        f"{name}.{location[-1]}"
+        for name, field in Config.model_fields.items()
+        if (section := _section_of(field.annotation)) and location[-1] in section.model_fields
+    ]
+    return f"; did you mean {' or '.join(home)}?" if home else f"; known: {', '.join(model.model_fields)}"
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+
+
+def describe_keys() -> list[tuple[str, str, str]]:
+    """(path, default, description) of every key, in the order of the file."""
+    rows: list[tuple[str, str, str]] = []
+    _describe(Config, "", rows)
+    return rows
+
+
+def _describe(model: type[Section], prefix: str, rows: list[tuple[str, str, str]]) -> None:
+    for name, field in model.model_fields.items():
+        section = _section_of(field.annotation)
+        if section is not None:
+            _describe(section, f"{prefix}{name}.", rows)
+        else:
+            default = "required" if field.is_required() else repr(field.default)
+            rows.append((f"{prefix}{name}", default, field.description or ""))
