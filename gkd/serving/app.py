@@ -34,40 +34,46 @@ def make_app(routes: Sequence[BaseRoute]) -> ASGIApp:
     )
 
 
-class LoopbackGuard:
+class _Guard:
+    """Outside of everything else, so that there is no route it does not cover."""
+
+    def __init__(self, app: ASGIApp, status: int, refusal: str) -> None:
+        self._app, self._refusal = app, _error(status, refusal)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        allowed = scope["type"] == "lifespan" or self._is_allowed(scope)
+        await (self._app if allowed else self._refusal)(scope, receive, send)
+
+    def _is_allowed(self, scope: Scope) -> bool:
+        raise NotImplementedError
+
+
+class LoopbackGuard(_Guard):
     """For a server without a token: only programs of this machine, and no web page that is open on it.
 
     A browser says with `Origin` that a page asks, and with `Host` which name the page believes in.
     """
 
     def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or self._is_allowed(scope):
-            await self._app(scope, receive, send)
-            return
-        refusal = _error(HTTPStatus.FORBIDDEN, "a server without a token answers programs of its own machine alone")
-        await refusal(scope, receive, send)
+        super().__init__(
+            app, HTTPStatus.FORBIDDEN, "a server without a token answers programs of its own machine alone"
+        )
 
     def _is_allowed(self, scope: Scope) -> bool:
         headers = dict(scope["headers"])
-        host = urlsplit(f"//{headers.get(b'host', b'').decode('latin-1')}").hostname
+        try:
+            host = urlsplit(f"//{headers.get(b'host', b'').decode('latin-1')}").hostname
+        except ValueError:  # no host at all
+            return False
         return b"origin" not in headers and host is not None and is_loopback(host)
 
 
-class TokenGuard:
-    """Outside of everything else, so that there is no route it does not cover."""
+class TokenGuard(_Guard):
+    """Whoever knows the token, from anywhere."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app, self._expected = app, f"Bearer {token}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or self._is_allowed(scope):
-            await self._app(scope, receive, send)
-            return
-        refusal = _error(HTTPStatus.UNAUTHORIZED, "this server asks for a token: Authorization: Bearer TOKEN")
-        await refusal(scope, receive, send)
+        super().__init__(app, HTTPStatus.UNAUTHORIZED, "this server asks for a token: Authorization: Bearer TOKEN")
+        self._expected = f"Bearer {token}".encode()
 
     def _is_allowed(self, scope: Scope) -> bool:
         given = [value for name, value in scope["headers"] if name == b"authorization"]

@@ -45,6 +45,7 @@ def test_without_a_token_programs_of_this_machine_are_answered(address: str) -> 
         ("http://rebound.evil.example:8400", {}),  # a name of the page's own that leads here
         ("http://10.0.0.7:8400", {}),
         ("http://127.0.0.1:8400", {"host": ""}),
+        ("http://127.0.0.1:8400", {"host": "[::1"}),
     ],
 )
 def test_without_a_token_no_web_page_is_answered(address: str, headers: dict[str, str]) -> None:
