@@ -18,9 +18,11 @@ import torch
 class PlainEngine:
     """The methods of a DeepSpeed engine that `gkd.train.engine` calls."""
 
+    torch_autocast_z0_gradscaler = None  # float16 is not for this engine
+
     def __init__(self, model: torch.nn.Module, optimizer: Any, lr_scheduler: Any, config: dict[str, Any]) -> None:
         self.module = model
-        self._optimizer, self._schedule = optimizer, lr_scheduler
+        self._optimizer, self._schedule = optimizer, lr_scheduler(optimizer)
         self._max_grad_norm = config["gradient_clipping"]
         autocast = config.get("torch_autocast", {})
         self._dtype = getattr(torch, autocast["dtype"]) if autocast.get("enabled") else None

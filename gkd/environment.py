@@ -20,6 +20,27 @@ _DEFAULTS = {
 }
 
 
+# What tells a process that it is one of several. DeepSpeed wants the rank on the machine also of a single one.
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def without_launcher() -> dict[str, str]:
+    """The environment for a process that works alone, whatever started this one."""
+    return {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+
+
+@contextmanager
+def local_rank_taken_back() -> Iterator[None]:
+    """Takes LOCAL_RANK out of the environment at the end, if it was not there: without the rest of a launcher's
+    variables it misleads what this process starts later."""
+    was_there = "LOCAL_RANK" in os.environ
+    try:
+        yield
+    finally:
+        if not was_there:
+            os.environ.pop("LOCAL_RANK", None)
+
+
 def prepare_process() -> None:
     """Sets what the user has not set."""
     for name, value in _DEFAULTS.items():

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gkd.environment import LAUNCHER_VARIABLES
+
 REPOSITORY = Path(__file__).parent.parent
 MakeConfig = Callable[..., Path]
-_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -20,7 +21,7 @@ def environment(**extra: str) -> dict[str, str]:
     own = {
         name: value
         for name, value in os.environ.items()
-        if name not in _LAUNCHER_VARIABLES and not name.startswith(("VLLM_", "DS_", "PYTEST_"))
+        if name not in LAUNCHER_VARIABLES and not name.startswith(("VLLM_", "DS_", "PYTEST_"))
     }
     return {**own, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **extra}
 

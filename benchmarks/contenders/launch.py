@@ -12,6 +12,8 @@ from typing import Any
 
 import psutil
 
+from gkd.environment import without_launcher
+
 from .job import Job, read_json, write_json
 
 BENCHMARKS = Path(__file__).parents[1]
@@ -43,7 +45,8 @@ def launched(job: Job) -> dict[str, Any]:
     start_s = time.perf_counter()
     with log.open("w") as output:
         command = [sys.executable, "-m", "contenders", str(description)]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])}
+        path = os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])
+        environment = without_launcher() | {"PYTHONPATH": path}
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:
             peak_bytes = watched(process)

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gkd.environment import LAUNCHER_VARIABLES
+
 Say = Callable[[str], None]
-_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -74,5 +75,5 @@ def _start_worker() -> None:
     """Ctrl-C ends a worker without a traceback: the parent says what there is to say. A launcher's variables would make
     all workers one process group, at one port."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    for name in _LAUNCHER_VARIABLES:
+    for name in LAUNCHER_VARIABLES:
         os.environ.pop(name, None)

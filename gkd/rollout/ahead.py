@@ -65,6 +65,7 @@ class SampleAhead:
         with self._changed:
             self._updating_to, due = version, self._sampled.get(version)
             self._changed.wait_for(lambda: not self._is_sampling and (due is None or due.done()))
+        self._sum_over_ranks([0.0])  # nor is another rank's batch under way: servers are shared by all
         try:
             return self._rollouts.load_weights(weights, version) | self._ages(version - 1)
         finally:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from gkd.config import LoraConfig
-from gkd.environment import prepare_process
+from gkd.environment import prepare_process, without_launcher
 from gkd.errors import SamplerError
 from gkd.rollout.base import Sampler
 from gkd.rollout.completion_cache import CompletionCache
 from gkd.types import SampleRequest, SamplingSettings
 
 _SHARD_REQUESTS = 256  # what an interruption can lose
-_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -99,12 +97,11 @@ def complete(
             for c, s, requests in missing
         ],
     }
-    environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES}
     with tempfile.TemporaryDirectory() as folder:
         job_file = Path(folder) / "job.json"
         job_file.write_text(json.dumps(plan))
         command = [sys.executable, "-m", "gkd.rollout.offline", str(job_file)]
-        result = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False)
+        result = subprocess.run(command, env=without_launcher(), stdin=subprocess.DEVNULL, check=False)
     for cache, _, _ in missing:
         cache.reload()
     if result.returncode or any(cache.missing(requests) for cache, _, requests in missing):

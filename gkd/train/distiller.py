@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gkd.config import Config, Launch, load_config, make_config
 from gkd.data.formats import read_rows
 from gkd.data.routing import check_teacher_names
-from gkd.environment import prepare_process
+from gkd.environment import local_rank_taken_back, prepare_process
 from gkd.errors import RunInterruptedError
 from gkd.monitor import HeldoutSample, JsonlSink, Monitor, RunSummary, loss_curve, read_metrics, time_totals
 from gkd.monitor.text import write_atomically
@@ -60,7 +60,7 @@ class Distiller:
         if self._launch.is_main:
             folder.open(self.config, resume=resume, overwrite=overwrite)
         try:
-            with rank_log(folder.logs, self._launch.rank, append=resume):
+            with rank_log(folder.logs, self._launch.rank, append=resume), local_rank_taken_back():
                 return self._train(folder, resume, started)
         finally:
             folder.close()

@@ -190,8 +190,7 @@ def _task_axis(contest: _Contest) -> Axis:
     bootstrap = task.Bootstrap(config.eval.resamples, config.run.seed)
     texts = {column: _written(contest, column) for column in COLUMNS}
     rollouts = heldout_rollouts(prompts, texts["teacher"].sampled)
-    most = config.rollout.max_new_tokens  # what teacher and students are sure to read
-    references = [Rollout(PromptDraw(p, 0), "dataset", p.completion_ids[:most]) for p in prompts if p.completion_ids]
+    references = [Rollout(PromptDraw(p, 0), "dataset", p.completion_ids) for p in prompts if p.completion_ids]
     scores = _score(contest, rollouts, references)
     source = f"the teacher's sampled completions: {_amount(rollouts)}"
     reference_source = f"completions of data.heldout: {_amount(references)}" if references else source

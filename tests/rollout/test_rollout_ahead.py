@@ -107,6 +107,24 @@ def test_the_age_is_bounded_however_far_ahead(hf_sampler: Sampler, model: PreTra
     assert run.watched.batches == LAST_STEP + 1
 
 
+def test_an_update_waits_for_the_other_ranks(hf_sampler: Sampler, model: PreTrainedModel) -> None:
+    """Their batches come from the same servers: what all ranks do together comes between the last batch and it."""
+    run, order = Run(hf_sampler, model, 1), list[str]()
+    inner = run.watched.update_weights
+
+    def update(weights: Any, version: int) -> None:
+        order.append("update")
+        inner(weights, version)
+
+    def agree(values: Sequence[float]) -> list[float]:
+        order.append("all ranks")
+        return [*values]
+
+    run.watched.update_weights, run.ahead._sum_over_ranks = update, agree
+    run.step(0)
+    assert order[:2] == ["all ranks", "update"]
+
+
 def test_an_update_waits_for_the_next_batch(hf_sampler: Sampler, model: PreTrainedModel) -> None:
     run = Run(hf_sampler, model, 1)
     run.watched.held_up_at = 1
