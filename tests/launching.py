@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gkd.environment import LAUNCHER_VARIABLES
+from gkd.environment import without_launcher
 
 REPOSITORY = Path(__file__).parent.parent
 MakeConfig = Callable[..., Path]
@@ -19,9 +18,7 @@ MakeConfig = Callable[..., Path]
 def environment(**extra: str) -> dict[str, str]:
     """This process's environment without what engines started in it have set."""
     own = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in LAUNCHER_VARIABLES and not name.startswith(("VLLM_", "DS_", "PYTEST_"))
+        name: value for name, value in without_launcher().items() if not name.startswith(("VLLM_", "DS_", "PYTEST_"))
     }
     return {**own, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **extra}
 

@@ -77,7 +77,7 @@ class StudentEngine:
         total_weight, scored_tokens = sum_over_ranks(totals).tolist()
         self._engine.train()
         lr = self._engine.get_lr()[0]  # the engine's step moves on to that of the next one
-        sums = _StepSums(self._device, self._config.objective.kind)
+        sums = _StepSums(self._device)
         for index, micro_batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             self._engine.set_gradient_accumulation_boundary(is_last)  # packed: another number of them every step
@@ -89,7 +89,7 @@ class StudentEngine:
                 grad_norm = self._gradient_norm() if is_last else None
                 self._engine.step()  # only counts, until the last micro-batch
         return {
-            **sums.metrics(total_weight),
+            **sums.metrics(total_weight, self._config.objective.kind),
             "tokens/scored": scored_tokens,
             "grad_norm": float(self._engine.get_global_grad_norm() if grad_norm is None else grad_norm),
             "lr": lr,
@@ -187,11 +187,10 @@ class _EngineWeights:
 class _StepSums:
     """What the micro-batches of a step add up to. No synchronisation until `metrics`."""
 
-    def __init__(self, device: torch.device, kind: DivergenceKind) -> None:
+    def __init__(self, device: torch.device) -> None:
         def zeros(count: int) -> torch.Tensor:
             return torch.zeros(count, dtype=torch.float64, device=device)
 
-        self._kind: DivergenceKind = kind
         self.loss = zeros(1)
         # tokens, then sums of their by-products: by teachers of whom the whole distribution is known, and by others
         self._whole, self._topk = zeros(1 + len(BYPRODUCTS)), zeros(1 + len(TOPK_BYPRODUCTS))
@@ -206,7 +205,7 @@ class _StepSums:
         self._mismatch += sums.mismatch
         self._largest_log_ratio = torch.maximum(self._largest_log_ratio, sums.largest_log_ratio)
 
-    def metrics(self, total_weight: float) -> dict[str, float]:
+    def metrics(self, total_weight: float, kind: DivergenceKind) -> dict[str, float]:
         """Of the global batch: collective."""
         parts = [self.loss, self._whole, self._topk, self._mismatch]
         joined = sum_over_ranks(torch.cat(parts)).cpu()
@@ -216,7 +215,7 @@ class _StepSums:
             mismatch["max_abs_log_ratio"] = max_over_ranks(self._largest_log_ratio.item())
         return {
             "loss": loss[0] / max(total_weight, 1e-30),
-            **_measures(whole, topk, self._kind),
+            **_measures(whole, topk, kind),
             **{f"mismatch/{name}": value for name, value in mismatch.items()},
         }
 
