@@ -115,15 +115,9 @@ def largest_step_error(path: Path) -> float:
     return max(100.0 * abs(one.step_error) for one in planner_errors(path))
 
 
-def largest_step_error_but_one(path: Path) -> float:
-    """In percent."""
-    return sorted(100.0 * abs(one.step_error) for one in planner_errors(path))[-2]
-
-
 def largest_phase_error(path: Path) -> float:
-    """In percent; of any phase but the optimizer, 2 % of a step."""
-    found = ((one, phase) for one in planner_errors(path) for phase in one.predicted_s if phase != "optimizer")
-    return max(100.0 * abs(one.error(phase)) for one, phase in found)
+    """In percent."""
+    return max(100.0 * abs(one.error(phase)) for one in planner_errors(path) for phase in one.predicted_s)
 
 
 def gain_over_supervised(choose: Callable[[Iterable[float]], float], accuracy: Callable[..., float]) -> Figure:
@@ -259,7 +253,7 @@ WHOLE_RUN_CLAIMS = [
     ),
     Claim(
         "versus TRL: gkd's held-out JSD",
-        r"\| gkd \| .* \(.*\).*\| ([\d.]+) \| [\d.]+ \|",
+        r"\| gkd \| .* \(.*\).*\| ([\d.]+) \([^|]*\) \| [\d.]+ \([^|]*\) \|",
         of(VERSUS_TRL, "contenders", "gkd", "over_rounds", "heldout/jsd", "median"),
         Again("versus_trl", 0.8, 1.2, "4 steps of 8 prompts instead of 6 of 16"),
         BOTH_PAGES,
@@ -325,11 +319,6 @@ OVERLAP_CLAIMS = [
 ]
 
 PLANNER_CLAIMS = [
-    Claim(
-        "planner: largest error of an unseen step but one, %",
-        r"all but one\s+within ([\d.]+) % for a step",
-        Figure(PLAN, largest_step_error_but_one),
-    ),
     Claim(
         "planner: largest error of an unseen step, %",
         r"came out within ([\d.]+) % for a step",

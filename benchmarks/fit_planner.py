@@ -3,10 +3,10 @@
     python benchmarks/fit_planner.py --write                               # fit
     python benchmarks/fit_planner.py --check NAME --write [section.key=value ...]
 
-It makes the run, and measures this machine's rates before and after. If they differ by more than a third, the machine
-was not one machine meanwhile, and the run is neither fitted to nor kept (exit status 3); that is decided by the rates
-alone, before the plan is looked at. Each phase gets the efficiency, a share of those rates, at which its plan takes the
-seconds that the run took.
+It makes the run, and measures this machine's rates before and after. If they differ by more than a third, or the host
+took more than 2 % of the processors' time meanwhile, the machine was not one machine, and the run is neither fitted to
+nor kept (exit status 3); that is decided by these alone, before the plan is looked at. Each phase gets the efficiency,
+a share of those rates, at which its plan takes the seconds that the run took.
 
 --write keeps run and rates in benchmarks/results/plan_cpu.json; a fit drops the runs of before, which were of other
 code or held against other numbers, and puts its own into gkd/planning/devices.py. docs/scaling.md follows with
@@ -42,6 +42,7 @@ from gkd.planning.setup import Setup
 from gkd.planning.time import time_plan
 
 STEADY = 4 / 3  # times: how far a rate may be apart before and after a run
+MOST_STOLEN = 0.02  # share of the processors' time that the host of a virtual machine may take meanwhile
 DEVICES = scaling_page.ROOT / "gkd" / "planning" / "devices.py"
 FITTED = {  # phase: its number in an Efficiency; sync last, as its probe samples and scores
     "sample": "sample",
@@ -99,8 +100,9 @@ def make_run(config_file: str, overrides: list[str], what: str) -> dict[str, Any
     load_config(scaling_page.ROOT / config_file, overrides)  # an error here costs no measuring
     measure.warn_if_busy(print)
     with tempfile.TemporaryDirectory(prefix="gkd_fit_planner_") as folder:
-        before = rates_now()
+        before, ticks = rates_now(), processor_ticks()
         train(config_file, [*overrides, f"run.dir={folder}"])
+        check_not_stolen(ticks, processor_ticks())
         after = rates_now()
         return record_of(Path(folder), config_file, overrides, what, steady_rates(before, after))
 
@@ -110,6 +112,22 @@ def rates_now() -> dict[str, float]:
 
     device = measured(device_named("cpu"))
     return {name: getattr(device, name) for name in scaling_page.RATES}
+
+
+def processor_ticks() -> tuple[int, int]:
+    """(stolen by the host, all) since this machine started; nothing is stolen where Linux does not say so."""
+    try:
+        ticks = [int(count) for count in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    except OSError:
+        return 0, 0
+    return ticks[7], sum(ticks)
+
+
+def check_not_stolen(before: tuple[int, int], after: tuple[int, int]) -> None:
+    """Raises UnsteadyError."""
+    stolen, ticks = after[0] - before[0], after[1] - before[1]
+    if stolen > MOST_STOLEN * ticks:
+        raise UnsteadyError(f"the host took {stolen / ticks:.0%} of the run's time; nothing is kept, try again")
 
 
 def steady_rates(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from contenders.bench import FLOAT32_WEIGHTS
@@ -33,19 +34,18 @@ def versus_trl_table(record: Record) -> str:
     lines = []
     for name, contender in record["contenders"].items():
         found = contender["over_rounds"]
-        step = found["step_s"]
         parts = [
             three_digits(found[f"{part}_s"]["median"] or None) for part in ("sampling", "scoring", "training", "sync")
         ]
         lines.append(
             [
                 name,
-                f"{three_digits(step['median'])} ({three_digits(step['least'])} – {three_digits(step['most'])})",
+                with_range(found["step_s"], three_digits),
                 *parts,
                 three_digits(found["tokens_per_s"]["median"]),
                 three_digits(found["peak_rss_bytes"]["median"] / 2**30),
-                f"{found['heldout/jsd']['median']:.4f}",
-                f"{found['heldout/forward_kl']['median']:.3f}",
+                with_range(found["heldout/jsd"], "{:.4f}".format),
+                with_range(found["heldout/forward_kl"], "{:.3f}".format),
             ]
         )
     before = record["heldout_before"]
@@ -53,6 +53,11 @@ def versus_trl_table(record: Record) -> str:
     lines.append(["the student before", *["–"] * 7, *untrained])
     header = ["", "s a step", "sampling", "scoring", "training", "weight sync", "tokens/s", "peak GiB"]
     return markdown([*header, "held-out JSD", "held-out KL"], lines)
+
+
+def with_range(found: Mapping[str, float], form: Callable[[float], str]) -> str:
+    """Median (least – most)."""
+    return f"{form(found['median'])} ({form(found['least'])} – {form(found['most'])})"
 
 
 def versus_trl_summary(record: Record) -> str:

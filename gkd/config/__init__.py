@@ -8,8 +8,7 @@ from gkd.config.files import describe_keys, load_config, make_config
 from gkd.config.process import Launch, cache_folder
 from gkd.config.sections import (
     MAIN_TEACHER,
-    PROBE_NEW_TOKENS,
-    PROBE_PROMPT_TOKENS,
+    PROBE_TOKENS,
     Config,
     DataConfig,
     DivergenceKind,
@@ -24,8 +23,7 @@ from gkd.config.sections import (
 
 __all__ = [
     "MAIN_TEACHER",
-    "PROBE_NEW_TOKENS",
-    "PROBE_PROMPT_TOKENS",
+    "PROBE_TOKENS",
     "Config",
     "DataConfig",
     "DivergenceKind",

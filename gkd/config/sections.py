@@ -16,8 +16,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 _MIXTURE_TOLERANCE = 1e-6
 _SET_FOR_TEMPLATES = {"conversation", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict"}
 MAIN_TEACHER = "main"  # name of `teacher`, beside those of `other_teachers`
-PROBE_PROMPT_TOKENS = 160  # vLLM's largest default block is 128 tokens
-PROBE_NEW_TOKENS = 16
+PROBE_TOKENS = 160  # of the text that proves a sync: more than a block of vLLM's prefix cache, 128 at most by default
 
 
 class Section(BaseModel):
@@ -195,9 +194,23 @@ class RolloutConfig(Section):
     kv_cache_gib: float = Field(1.0, gt=0.0, description="key-value cache of vLLM on CPU")
     gpu_memory_utilization: float = Field(0.3, gt=0.0, lt=1.0, description="share of a GPU for vLLM")
     enforce_eager: bool = Field(True, description="no graph capture in vLLM: a faster start")
+    tensor_parallel: int = Field(
+        1, ge=1, description="local vllm: ranks that one engine and its weights are split over; divides their number"
+    )
+    sleep_level: Literal[0, 1, 2] = Field(
+        0,
+        description="local vllm on a GPU: what it gives back while the student trains; 0 = nothing, 1 = its cache, and "
+        "its weights wait in host memory, 2 = its cache and weights",
+    )
 
     @model_validator(mode="after")
     def _settings_fit_the_placement(self) -> RolloutConfig:
+        for name, default in (("tensor_parallel", 1), ("sleep_level", 0)):
+            value, where = getattr(self, name), f"{self.placement} {self.engine}"
+            if value != default and where != "local vllm":
+                raise ValueError(
+                    f"{name}: {value} is for a local vllm sampler, and this one is {where}; set it to {default}"
+                )
         if self.placement == "local":
             if self.staleness:
                 raise ValueError(
@@ -335,6 +348,11 @@ class Config(Section):
             raise ValueError("rollout.lora_sync: adapter needs student.lora, which is null; set it to auto")
         if rollout.lora_sync == "adapter" and rollout.placement == "served":
             raise ValueError("rollout.lora_sync: a served sampler takes merged weights only; set it to auto or merged")
+        if rollout.sleep_level == 2 and self.student.lora is not None and rollout.lora_sync != "merged":
+            raise ValueError(
+                "rollout.sleep_level: 2 drops the frozen student's weights, which a sync of the adapter alone does not "
+                "bring back; set it to 1, or rollout.lora_sync to merged"
+            )
         if self.deepspeed.config is not None and not Path(self.deepspeed.config).is_file():
             raise ValueError(f"deepspeed.config: no file {self.deepspeed.config!r}")
         return self
@@ -376,8 +394,11 @@ class Config(Section):
             )
 
     def check_world_size(self, world_size: int) -> None:
-        """Raises ConfigError unless the global batch divides into whole micro-batches on `world_size` ranks."""
-        optim = self.optim
+        """Raises ConfigError unless `world_size` ranks divide into samplers, and the global batch into whole
+        micro-batches on them."""
+        optim, ranks = self.optim, self.rollout.tensor_parallel
+        if world_size % ranks:
+            raise ConfigError(f"rollout.tensor_parallel: {ranks} does not divide the number of ranks, {world_size}")
         packed = optim.micro_batch_tokens is not None
         unit = world_size if packed else optim.micro_batch_size * world_size
         if optim.batch_size % unit:
@@ -402,7 +423,7 @@ class Config(Section):
     def longest_sampled(self) -> int:
         """Tokens that the student's sampler has to take: a sequence, or the probe of a sync."""
         longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
-        return max(longest, PROBE_PROMPT_TOKENS + PROBE_NEW_TOKENS)
+        return max(longest, PROBE_TOKENS + 1)  # vLLM draws a token after whatever it scores
 
     @property
     def sync_tolerance(self) -> float:

@@ -56,8 +56,8 @@ GPU_DECODE_EAGER_S, GPU_DECODE_GRAPH_S = 0.015, 0.003  # ASSUMPTION: vLLM's sche
 # with AMX: the rates of gkd/planning/measure.py beside the run, and given those one efficiency a phase. docs/scaling.md
 # shows what error they leave on runs that they were not fitted to.
 # ASSUMPTION: link.
-CPU_BF16_FLOPS_PER_S, CPU_BANDWIDTH_BYTES_PER_S = 1.08e12, 23.8 * GB
-CPU_EFFICIENCY = Efficiency(sample=0.235, score=0.387, train=0.331, optimizer=0.8, sync=0.0821, link=0.5)
+CPU_BF16_FLOPS_PER_S, CPU_BANDWIDTH_BYTES_PER_S = 1.09e12, 23.3 * GB
+CPU_EFFICIENCY = Efficiency(sample=0.278, score=0.444, train=0.386, optimizer=0.88, sync=0.0647, link=0.5)
 
 DEVICES: dict[str, Device] = {
     # NVIDIA H100 SXM5 data sheet: 989.4 TFLOP/s bf16 dense, 80 GB HBM3 at 3.35 TB/s, NVLink 900 GB/s both ways.

@@ -77,12 +77,13 @@ def memory_plan(setup: Setup) -> MemoryPlan:
     """See MemoryPlan. Sequences are taken at their longest: memory has to hold the worst micro-batch."""
     state, host = student_state(setup)
     sampler, room = _sampler(setup)
+    awake, always = (sampler, {}) if setup.sleeps else ({}, sampler)
     one_sequence = setup.longest_tokens * setup.student.kv_bytes(setup.student_dtype) / setup.sampler_devices
     node_ranks = min(setup.devices, setup.device.devices_a_node)
     return MemoryPlan(
-        resident={**state, **_teacher(setup), **sampler},
-        phases={"sample": {}, "score": _scoring(setup), "train": _training(setup), "sync": _sync(setup)},
-        host={name: value * node_ranks for name, value in host.items()},
+        resident={**state, **_teacher(setup), **always},
+        phases={"sample": awake, "score": _scoring(setup), "train": _training(setup), "sync": awake | _sync(setup)},
+        host={name: value * node_ranks for name, value in {**host, **_sleeping(setup)}.items()},
         limit_bytes=setup.device.memory_bytes * USABLE_MEMORY_SHARE,
         host_limit_bytes=setup.device.host_memory_bytes * USABLE_MEMORY_SHARE,
         sampler_room_bytes=room,
@@ -157,6 +158,13 @@ def _sampler(setup: Setup) -> tuple[Bytes, float]:
         at_once = min(setup.sampler_sequences, max(1.0, setup.sampled_sequences))
         room = at_once * setup.longest_tokens * setup.student.kv_bytes(setup.student_dtype)
     return {"sampler weights": weights, "sampler keys and values": room}, room
+
+
+def _sleeping(setup: Setup) -> Bytes:
+    """Of a rank's host memory: where the weights of a sampler wait that sleeps at level 1."""
+    if not setup.sleeps or setup.sleep_level == 2:
+        return {}
+    return {"sampler weights": setup.student.parameters * DTYPE_BYTES[setup.student_dtype] / setup.sampler_devices}
 
 
 def _scoring_tokens(setup: Setup) -> float:

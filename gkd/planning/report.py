@@ -15,12 +15,10 @@ from gkd.planning.assumptions import assumptions
 from gkd.planning.compare import Comparison
 from gkd.planning.memory import MemoryPlan, gb, memory_plan
 from gkd.planning.models import Architecture
-from gkd.planning.setup import NOT_BUILT, Setup
+from gkd.planning.setup import Setup
 from gkd.planning.suggest import Suggestion, suggest
 from gkd.planning.sweep import Sweep
 from gkd.planning.time import TimePlan, time_plan
-
-_NOT_BUILT = "planned for, not built"
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,6 @@ def as_json(report: Report) -> dict[str, Any]:
             }
             for link in time_plan(report.used).links
         ],
-        "not_built": [NOT_BUILT[key] for key in report.used.not_built],
         "sweeps": [_sweep_json(sweep) for sweep in report.sweeps],
         "comparison": _comparison_json(report.comparison),
         "assumptions": [item._asdict() for item in assumptions(report.used)],
@@ -100,7 +97,8 @@ def _setup_json(setup: Setup) -> dict[str, Any]:
         "devices", "all_devices", "batch_size", "micro_batch_size", "scoring_micro_batch_size", "zero_stage",
         "offload_optimizer", "offload_parameters", "checkpointing", "student_dtype", "teacher_dtype", "prompt_tokens",
         "completion_tokens", "max_prompt_tokens", "max_new_tokens", "student_share", "sampler_memory_share",
-        "teacher_placement", "teacher_devices", "sampler_devices", "sampler_replicas", "staleness",
+        "teacher_placement", "teacher_devices", "sampler_devices", "sleep_level", "sampler_replicas",
+        "staleness",
     )  # fmt: skip
     return {"device": setup.device.name, **{name: getattr(setup, name) for name in names}}
 
@@ -125,7 +123,6 @@ def _suggestion_json(suggestion: Suggestion | None) -> dict[str, Any] | None:
     return {
         "changes": list(suggestion.changes),
         "why": list(suggestion.why),
-        "not_built": list(suggestion.not_built),
         "setup": _setup_json(suggestion.setup),
         "memory": _memory_json(memory_plan(suggestion.setup)),
     }
@@ -278,8 +275,6 @@ def _verdict(report: Report, plan: MemoryPlan, console: Console) -> None:
             f"{plan.sequences_at_once:.0f} longest sequences at once",
             "green",
         )
-        for key in report.asked.not_built:
-            _line(console, f"{_NOT_BUILT}: {NOT_BUILT[key]}", "yellow")
         console.print()
         return
     for fault in plan.faults:
@@ -290,8 +285,6 @@ def _verdict(report: Report, plan: MemoryPlan, console: Console) -> None:
     _line(console, "the smallest change that fits:")
     for why in report.suggestion.why:
         _line(console, f"  {why}")
-    for item in report.suggestion.not_built:
-        _line(console, f"{_NOT_BUILT}: {item}", "yellow")
     console.print()
 
 

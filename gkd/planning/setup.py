@@ -12,9 +12,6 @@ from gkd.planning.models import DTYPE_BYTES, Architecture
 from gkd.train.deepspeed_config import deepspeed_config
 
 Placement = Literal["local", "sharded", "served"]
-NOT_BUILT: dict[str, str] = {  # what the engine cannot do yet, by what of a Setup asks for it
-    "tensor_parallel": "a sampler whose weights are split over several devices (a served one has a device a server)"
-}
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,7 @@ class Setup:
     teacher_placement: Placement = "local"
     teacher_devices: int = 0  # of a served teacher
     sampler_devices: int = 1  # that one sampler is split over
+    sleep_level: int = 0  # of a local sampler while the student trains
     sampler_replicas: int = 0  # servers of a served sampler, a device each; 0: every rank has a sampler of its own
     staleness: int = 0  # steps that a served sampler works ahead of training
     adapter_parameters: int = 0  # of LoRA, beside a frozen student; 0: all of the student is trained
@@ -105,6 +103,11 @@ class Setup:
         return float(self.student.parameters * DTYPE_BYTES[self.student_dtype]) if self.adapter_parameters else 0.0
 
     @property
+    def sleeps(self) -> bool:
+        """Whether a sampler beside the student gives its memory back while that trains."""
+        return self.sleep_level > 0 and self.vllm and not (self.device.is_cpu or self.sampler_replicas)
+
+    @property
     def autocast(self) -> bool:
         return self.student_dtype != "float32" and not self.half_weights
 
@@ -112,11 +115,6 @@ class Setup:
     def teacher_bytes(self) -> float:
         """The whole teacher's weights."""
         return float(self.teacher.parameters * DTYPE_BYTES[self.teacher_dtype])
-
-    @property
-    def not_built(self) -> list[str]:
-        """Keys of NOT_BUILT that this setup needs."""
-        return ["tensor_parallel"] if self.sampler_devices > 1 else []
 
 
 def make_setup(
@@ -178,6 +176,8 @@ def make_setup(
         chunk_bytes=float((chunk_mib or (128 if device.is_cpu else 1024)) << 20),
         teacher_placement=teacher_placement,
         teacher_devices=teacher_devices,
+        sampler_devices=1 if sampler_replicas else config.rollout.tensor_parallel,
+        sleep_level=config.rollout.sleep_level,
         sampler_replicas=sampler_replicas,
         staleness=config.rollout.staleness,
         adapter_parameters=0 if lora is None else student.adapter_parameters(lora),

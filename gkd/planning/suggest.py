@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from gkd.planning.memory import gb, memory_plan
-from gkd.planning.setup import NOT_BUILT, Setup
+from gkd.planning.setup import Setup
 from gkd.planning.time import time_plan
 
 _CHANGEABLE = (
@@ -20,6 +20,7 @@ _CHANGEABLE = (
     "checkpointing",
     "scoring_micro_batch_size",
     "sampler_memory_share",
+    "sleep_level",
     "offload_optimizer",
     "teacher_placement",
     "teacher_devices",
@@ -39,17 +40,16 @@ class Suggestion:
     setup: Setup
     changes: tuple[str, ...]
     why: tuple[str, ...]
-    not_built: tuple[str, ...]
 
 
 def suggest(setup: Setup) -> Suggestion | None:
-    """The smallest change that fits; further devices, then what is not built, only if nothing else does.
+    """The smallest change that fits; further devices, then samplers split over ranks, only if nothing else does.
 
     None if nothing fits at all.
     """
     here = list(_candidates(setup))
     elsewhere = [*_with(here, _elsewhere)]
-    for candidates in (here, elsewhere, _with([*here, *elsewhere], _own_sampler), _with(elsewhere, _split)):
+    for candidates in (here, elsewhere, _with([*here, *elsewhere], _own_sampler), _with([*here, *elsewhere], _split)):
         fitting = [candidate for candidate in candidates if memory_plan(candidate).fits]
         if fitting:
             fewest = min(_distance(setup, candidate) for candidate in fitting)
@@ -60,12 +60,13 @@ def suggest(setup: Setup) -> Suggestion | None:
 
 def _candidates(setup: Setup) -> Iterator[Setup]:
     stages = [stage for stage in range(setup.zero_stage, 4) if setup.devices > 1 or stage in (setup.zero_stage, 1)]
-    for stage, micro, scoring, checkpointing, share, offload in itertools.product(
+    for stage, micro, scoring, checkpointing, share, sleep_level, offload in itertools.product(
         stages,
         _halvings(setup.micro_batch_size),
         _halvings(setup.scoring_micro_batch_size),
         {setup.checkpointing, True},
         _sampler_shares(setup),
+        _sleep_levels(setup),
         {setup.offload_optimizer, True},
     ):
         if offload and stage == 0:
@@ -77,6 +78,7 @@ def _candidates(setup: Setup) -> Iterator[Setup]:
             scoring_micro_batch_size=scoring,
             checkpointing=checkpointing,
             sampler_memory_share=share,
+            sleep_level=sleep_level,
             offload_optimizer=offload,
         )
         if share == setup.sampler_memory_share or memory_plan(candidate).sequences_at_once >= _SAMPLER_SEQUENCES:
@@ -96,6 +98,13 @@ def _sampler_shares(setup: Setup) -> list[float]:
     if setup.device.is_cpu or not setup.vllm:
         return [setup.sampler_memory_share]
     return [setup.sampler_memory_share, *(s for s in _SAMPLER_SHARES if s != setup.sampler_memory_share)]
+
+
+def _sleep_levels(setup: Setup) -> set[int]:
+    """The level as it is, and the deepest that the next update wakes a local vLLM from."""
+    if setup.device.is_cpu or not setup.vllm or setup.sampler_replicas:
+        return {setup.sleep_level}
+    return {setup.sleep_level, 1 if setup.sampler_applies_adapter else 2}
 
 
 def _elsewhere(setup: Setup) -> Iterator[Setup]:
@@ -118,12 +127,12 @@ def _own_sampler(setup: Setup) -> Iterator[Setup]:
     """Samplers with devices of their own, instead of one beside each rank."""
     for replicas in (1, 2, 4, 8):
         if not setup.sampler_replicas and replicas <= setup.devices:
-            yield replace(setup, sampler_replicas=replicas)
+            yield replace(setup, sampler_replicas=replicas, sampler_devices=1, sleep_level=0)
 
 
 def _split(setup: Setup) -> Iterator[Setup]:
     for devices in (2, 4, 8):
-        if devices <= min(setup.devices, setup.device.devices_a_node):
+        if devices <= setup.device.devices_a_node and setup.devices % devices == 0 and not setup.sampler_replicas:
             yield replace(setup, sampler_devices=devices)
 
 
@@ -157,7 +166,7 @@ def _explained(before: Setup, after: Setup) -> Suggestion:
         changes.append(_as_override(after, name))
         why.append(f"{_as_override(after, name)}: {_effect(at, changed)}")
         at = changed
-    return Suggestion(after, tuple(changes), tuple(why), tuple(NOT_BUILT[key] for key in after.not_built))
+    return Suggestion(after, tuple(changes), tuple(why))
 
 
 def _as_override(setup: Setup, name: str) -> str:
@@ -178,6 +187,7 @@ def _as_override(setup: Setup, name: str) -> str:
         "checkpointing": "student.gradient_checkpointing",
         "sampler_memory_share": "rollout.gpu_memory_utilization",
         "sampler_devices": "rollout.tensor_parallel",
+        "sleep_level": "rollout.sleep_level",
     }
     return f"{keys[name]}={str(value).lower() if isinstance(value, bool) else value}"
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gkd.config import PROBE_NEW_TOKENS, PROBE_PROMPT_TOKENS
+from gkd.config import PROBE_TOKENS
 from gkd.monitor.timing import PHASES
 from gkd.planning.devices import HOST_BANDWIDTH_BYTES_PER_S, RING_LATENCY_S
 from gkd.planning.memory import memory_plan
@@ -196,7 +196,7 @@ def optimizer_s(setup: Setup) -> Seconds:
 
 
 def syncing_s(setup: Setup) -> Seconds:
-    """Weights read in float32 and written in the sampler's dtype; then the probe, sampled and scored a server."""
+    """Weights read in float32 and written in the sampler's dtype; then the probe, scored by every server and here."""
     student, device, eff = setup.student, setup.device, setup.device.efficiency
     copied = float(student.parameters * (4 + DTYPE_BYTES[setup.student_dtype]))
     merged = MERGE_BYTES * student.matrix_parameters(student.experts) if setup.adapter_parameters else 0.0
@@ -204,14 +204,12 @@ def syncing_s(setup: Setup) -> Seconds:
         copied, merged = 8.0 * setup.adapter_parameters, 0.0
     rate = _flops_per_s(setup, setup.student_dtype)
     read = student.weights_read_bytes(1, setup.student_dtype)
-    decode = PROBE_NEW_TOKENS * read / device.bandwidth_bytes_per_s / eff.sample
-    tokens = 2 * PROBE_PROMPT_TOKENS + PROBE_NEW_TOKENS
-    compute = tokens * student.forward_flops(PROBE_PROMPT_TOKENS / 2) / rate
-    probe = decode + compute / eff.train + PROBE_NEW_TOKENS * setup.decode_overhead_s
+    compute_s = PROBE_TOKENS * student.forward_flops(PROBE_TOKENS / 2) / rate / eff.train
+    server_s = max(read / device.bandwidth_bytes_per_s / eff.sample, compute_s) + setup.decode_overhead_s
     seconds = {
         "weights": copied / device.bandwidth_bytes_per_s / eff.sync,
         "merging adapters": merged / device.bandwidth_bytes_per_s / eff.optimizer,
-        "probe": max(1, setup.sampler_replicas) * probe,
+        "probe": max(1, setup.sampler_replicas) * server_s + compute_s,
     }
     return {cause: value for cause, value in seconds.items() if value}
 

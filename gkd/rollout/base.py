@@ -15,7 +15,10 @@ class Sampler(Protocol):
     """Generates completions with one model's weights, and can be given new ones: one engine, or several alike."""
 
     def generate(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[Completion]:
-        """One completion a request, in order. A request's seed alone decides its draw."""
+        """One completion a request, in order. A request's seed alone decides its draw.
+
+        Collective where an engine spans several ranks.
+        """
         ...
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
@@ -25,12 +28,20 @@ class Sampler(Protocol):
         """
         ...
 
-    def probe(self, request: SampleRequest, settings: SamplingSettings) -> list[Completion]:
-        """The request completed by every engine there is, with the weights of the last update. Collective."""
+    def probe(self, token_ids: Sequence[int]) -> list[Sequence[float]]:
+        """What every engine there is makes of a text with the weights of the last update. Collective.
+
+        The natural log-probabilities of `token_ids[1:]`, each given all before it. Raises SamplerError if an engine
+        still holds anything computed from older weights.
+        """
         ...
 
     def accept_weights(self) -> None:
         """The weights of the last update are proven. Collective."""
+        ...
+
+    def sleep(self) -> None:
+        """Nothing more is asked before the next update: gives back memory, where that was wanted. Collective."""
         ...
 
     def close(self) -> None: ...

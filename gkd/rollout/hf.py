@@ -88,8 +88,11 @@ class HfSampler:
         logprobs = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # [B, T]
         return [_cut(t, lp, settings.stop_token_ids) for t, lp in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
 
-    def probe(self, request: SampleRequest, settings: SamplingSettings) -> list[Completion]:
-        return self.generate([request], settings)
+    @torch.no_grad()
+    def probe(self, token_ids: Sequence[int]) -> list[Sequence[float]]:
+        ids = torch.tensor(token_ids, device=self._device)
+        logprobs = self._model(ids[None]).logits[0, :-1].float().log_softmax(-1)  # [T - 1, V]
+        return [logprobs.gather(-1, ids[1:, None])[:, 0].tolist()]
 
     @torch.no_grad()
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
@@ -99,6 +102,9 @@ class HfSampler:
 
     def accept_weights(self) -> None:
         """Nobody else has to know."""
+
+    def sleep(self) -> None:
+        """Its caches live no longer than a batch."""
 
     def close(self) -> None:
         del self._model

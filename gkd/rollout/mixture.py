@@ -80,6 +80,8 @@ class MixtureRollouts:
             for d in mine
         ]
         completions = iter(self._sampler.generate(requests, self._settings))
+        if not self._staleness:  # or the next step may be sampled from the same weights
+            self._sampler.sleep()
         return [self._rollout(draw, source, completions) for draw, source in zip(draws, sources, strict=True)]
 
     def _rollout(self, draw: PromptDraw, source: CompletionSource, sampled: Iterator[Completion]) -> Rollout:

@@ -40,6 +40,8 @@ class SamplerSpec:
     enforce_eager: bool = True
     seed: int = 0
     lora: LoraConfig | None = None  # the sampler applies an adapter, which is all that its updates bring
+    tensor_parallel: int = 1  # ranks that one engine spans; start_sampler gives this rank's share of it
+    sleep_level: int = 0
 
 
 def start_sampler(spec: SamplerSpec) -> Sampler:
@@ -55,6 +57,8 @@ def start_sampler(spec: SamplerSpec) -> Sampler:
             kv_cache_gib=spec.kv_cache_gib,
             gpu_memory_utilization=spec.gpu_memory_utilization,
             enforce_eager=spec.enforce_eager,
+            tensor_parallel=spec.tensor_parallel,
+            sleep_level=spec.sleep_level,
         )
         return VllmSampler(spec.model_folder, settings, spec.lora)
     import torch

@@ -14,7 +14,7 @@ import httpx
 from gkd.config import Config, RolloutConfig
 from gkd.errors import ConfigError, SamplerError, WeightSyncError
 from gkd.rollout.serving import protocol
-from gkd.rollout.serving.protocol import CompletionQuery, ServedSamplerModel
+from gkd.rollout.serving.protocol import CompletionQuery, ProbeQuery, ServedSamplerModel
 from gkd.serving.replicas import (
     NoServerLeftError,
     Replica,
@@ -75,24 +75,24 @@ class ServedSampler:
                 pass
         self._agree(version)
 
-    def probe(self, request: SampleRequest, settings: SamplingSettings) -> list[Completion]:
+    def probe(self, token_ids: Sequence[int]) -> list[Sequence[float]]:
         """By every server that holds the weights; one that does not answer is set aside.
 
         Raises SamplerError, on all ranks, if one answers something else than was asked, or if none answers.
         """
-        mine = self._probe_all(request, settings) if self._is_main else None
+        mine = self._probe_all(token_ids) if self._is_main else None
         answers, reason = self._from_main(mine)
         if not answers:
             raise SamplerError(f"no served sampler could be probed: {reason}")
         return answers
 
-    def _probe_all(self, request: SampleRequest, settings: SamplingSettings) -> tuple[list[Completion], str]:
+    def _probe_all(self, token_ids: Sequence[int]) -> tuple[list[Sequence[float]], str]:
         """The answers; or none, and why: the other ranks have to know it too."""
-        answers: list[Completion] = []
+        answers: list[Sequence[float]] = []
         reasons: list[str] = []
         for replica in list(self._holding):
             try:
-                answers.append(self._complete(replica, request, settings, self._version, is_probe=True))
+                answers.append(self._probe(replica, token_ids))
             except (httpx.HTTPError, ServerFailedError) as error:
                 reasons.append(f"{replica.address}: {self._pool.reason(error)}")
                 self._pool.set_down(replica, reasons[-1])
@@ -106,6 +106,9 @@ class ServedSampler:
         if self._is_main:
             self._holding = self._sender.post(self._holding, protocol.ACCEPT_PATH, {"update": self._update})
         self._agree(self._version)
+
+    def sleep(self) -> None:
+        """The servers' memory is their own."""
 
     def close(self) -> None:
         self._pool.close()
@@ -125,33 +128,46 @@ class ServedSampler:
                 self._pool.set_down(replica, f"{replica.address}: it has no weights of version {version}")
 
     def _complete(
-        self,
-        replica: Replica,
-        request: SampleRequest,
-        settings: SamplingSettings,
-        version: int,
-        *,
-        is_probe: bool = False,
+        self, replica: Replica, request: SampleRequest, settings: SamplingSettings, version: int
     ) -> Completion:
-        query = CompletionQuery.of(settings, seed=request.seed, weights_version=version, is_probe=is_probe)
+        query = CompletionQuery.of(settings, seed=request.seed, weights_version=version)
         limit_bytes = settings.max_new_tokens * protocol.BYTES_A_TOKEN
-        try:
-            headers, body = self._pool.post_token_ids(
-                replica, protocol.COMPLETIONS_PATH, query.params, request.prompt_ids, limit_bytes + 1
-            )
-        except ServerRefusedError as error:
-            if error.status == protocol.CONFLICT:  # it was restarted, say
-                raise ServerFailedError(str(error)) from None
-            raise SamplerError(f"{replica.address}: {error}") from None
-        if headers.get(protocol.VERSION_HEADER) != str(version):
-            answered = headers.get(protocol.VERSION_HEADER)
-            raise SamplerError(f"{replica.address}: sampled from weights of version {answered!r}, not {version}")
+        headers, body = self._post(replica, protocol.COMPLETIONS_PATH, query, request.prompt_ids, limit_bytes)
         try:
             if len(body) > limit_bytes:
                 raise ValueError(f"more than the {settings.max_new_tokens} tokens that were asked for")
             return protocol.completion_from_bytes(body, headers.get(protocol.FINISH_REASON_HEADER))
         except ValueError as error:
             raise SamplerError(f"{replica.address}: {error}") from None
+
+    def _probe(self, replica: Replica, token_ids: Sequence[int]) -> Sequence[float]:
+        size_bytes = (len(token_ids) - 1) * protocol.LOGPROB_BYTES
+        _, body = self._post(
+            replica, protocol.PROBE_PATH, ProbeQuery(weights_version=self._version), token_ids, size_bytes
+        )
+        try:
+            if len(body) != size_bytes:
+                raise ValueError(f"{len(body)} bytes for a probe, instead of {size_bytes}")
+            return protocol.logprobs_from_bytes(body)
+        except ValueError as error:
+            raise SamplerError(f"{replica.address}: {error}") from None
+
+    def _post(
+        self, replica: Replica, path: str, query: ProbeQuery, token_ids: Sequence[int], limit_bytes: int
+    ) -> tuple[httpx.Headers, bytearray]:
+        """The answer from the weights that `query` names, a little more than `limit_bytes` of it at most."""
+        try:
+            headers, body = self._pool.post_token_ids(replica, path, query.params, token_ids, limit_bytes + 1)
+        except ServerRefusedError as error:
+            if error.status == protocol.CONFLICT:  # it was restarted, say
+                raise ServerFailedError(str(error)) from None
+            raise SamplerError(f"{replica.address}: {error}") from None
+        answered = headers.get(protocol.VERSION_HEADER)
+        if answered != str(query.weights_version):
+            raise SamplerError(
+                f"{replica.address}: answered from weights of version {answered!r}, not {query.weights_version}"
+            )
+        return headers, body
 
 
 def check_served_sampler(config: Config) -> ServedSamplerModel:

@@ -1,8 +1,8 @@
 """Weights from the trainer into the sampler: complete, proven, versioned.
 
-Complete: every parameter of the trainer arrives once, in its full shape. Proven: the sampler continues a probe
-prompt and the trainer scores the same tokens; if their log-probabilities disagree, nothing more is generated.
-The probe is longer than a block of the sampler's prefix cache, so that stale cached states are caught too.
+Complete: every parameter of the trainer arrives once, in its full shape. Proven: sampler and trainer score the same
+text, the probe; if their log-probabilities disagree, nothing more is generated.
+The probe is longer than a block of the sampler's prefix cache, so that states of older weights are found there.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from gkd.config import PROBE_NEW_TOKENS, PROBE_PROMPT_TOKENS
+from gkd.config import PROBE_TOKENS
 from gkd.errors import WeightSyncError
 from gkd.rollout.base import Sampler
-from gkd.seeding import derive_seed
 from gkd.types import Completion, SampleRequest, SamplingSettings, WeightStream
 
 if TYPE_CHECKING:
@@ -34,13 +33,11 @@ class SyncedSampler:
         *,
         probe_ids: Sequence[int],
         tolerance: float,
-        seed: int,
         max_over_ranks: Callable[[float], float] = lambda value: value,
     ) -> None:
         self._sampler = sampler
         self._probe_ids = tuple(probe_ids)
         self._tolerance = tolerance
-        self._seed = seed
         self._max_over_ranks = max_over_ranks
         self._proven = False
         self.weights_version: int | None = None
@@ -62,7 +59,7 @@ class SyncedSampler:
         checked = _Checked(weights)
         self._sampler.update_weights(checked, version)
         checked.raise_faults()
-        errors = self._probe_errors(weights, version)
+        errors = self._probe_errors(weights)
         mean = self._max_over_ranks(max((sum(e) / len(e) for e in errors), key=_nan_is_largest))
         largest = self._max_over_ranks(max(itertools.chain.from_iterable(errors), key=_nan_is_largest))
         if not mean <= self._tolerance:  # a NaN must not pass
@@ -76,15 +73,15 @@ class SyncedSampler:
         self.weights_version = version
         return {"sync/mean_logprob_error": mean, "sync/max_logprob_error": largest}
 
-    def _probe_errors(self, weights: WeightStream, version: int) -> list[list[float]]:
+    def _probe_errors(self, weights: WeightStream) -> list[list[float]]:
         """Of each engine and probe token."""
-        request = SampleRequest(self._probe_ids, derive_seed(self._seed, "probe", version))
-        settings = SamplingSettings(max_new_tokens=PROBE_NEW_TOKENS)  # no stop ids: as many tokens on every rank
-        errors: list[list[float]] = []
-        for completion in self._sampler.probe(request, settings):
-            trainer = weights.token_logprobs(self._probe_ids + completion.token_ids, len(self._probe_ids))
-            errors.append([abs(a - b) for a, b in zip(trainer, completion.logprobs, strict=True)])
-        return errors
+        answers = self._sampler.probe(self._probe_ids)
+        trainer = weights.token_logprobs(self._probe_ids, 1)
+        return [[abs(a - b) for a, b in zip(trainer, sampler, strict=True)] for sampler in answers]
+
+    def sleep(self) -> None:
+        """Nothing more is generated before the next `load_weights`."""
+        self._sampler.sleep()
 
     def close(self) -> None:
         self._proven = False
@@ -125,7 +122,7 @@ class _Checked:
 
 
 def probe_prompt(prompts: Iterable[Sequence[int]]) -> list[int]:
-    """`PROBE_PROMPT_TOKENS` token ids: prompts one after another, repeated if they are too few."""
-    texts = [list(prompt) for prompt in itertools.islice(prompts, PROBE_PROMPT_TOKENS)]
+    """`PROBE_TOKENS` token ids: prompts one after another, repeated if they are too few."""
+    texts = [list(prompt) for prompt in itertools.islice(prompts, PROBE_TOKENS)]
     flowing = itertools.chain.from_iterable(itertools.cycle(texts))
-    return list(itertools.islice(flowing, PROBE_PROMPT_TOKENS))
+    return list(itertools.islice(flowing, PROBE_TOKENS))

@@ -19,6 +19,7 @@ from gkd.types import Completion, SampleRequest, SamplingSettings
 if TYPE_CHECKING:
     import torch
 
+VllmRequest = tuple[Any, Any]  # vLLM's prompt and sampling parameters
 _ADAPTER = "student"
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.32 reserves room for
 
@@ -44,12 +45,21 @@ class VllmSettings:
     kv_cache_gib: float = 1.0
     gpu_memory_utilization: float = 0.3
     enforce_eager: bool = True
+    tensor_parallel: int = 1  # ranks, of a process group that is there already, that hold a share of the weights each
+    sleep_level: int = 0  # of `VllmSampler.sleep`
 
 
 def start_vllm(model_folder: str, settings: VllmSettings, **further: Any) -> Any:
     """A `vllm.LLM`; `further` are arguments of it. Raises ModelError if vLLM is not installed or cannot run the
     model."""
+    import torch
+
     prepare_vllm()
+    if settings.tensor_parallel > 1:
+        further["tensor_parallel_size"] = settings.tensor_parallel
+        further["distributed_executor_backend"] = "external_launcher"  # this process is one of them
+    if settings.sleep_level and torch.cuda.is_available():  # elsewhere sleeping gives nothing back
+        further["enable_sleep_mode"] = True
     try:
         from vllm import LLM
     except ImportError as error:
@@ -89,31 +99,49 @@ class VllmSampler:
         self._llm: Any = start_vllm(model_folder, settings, **adapters)
         self._lora = lora
         self._adapter: Any = None  # vLLM's request for it, once there is one
+        self._sleep_level, self._is_asleep = settings.sleep_level, False
 
     def generate(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[Completion]:
-        """Raises SamplerError if vLLM returns another number of completions, or one without log-probabilities."""
+        """Raises SamplerError while it sleeps, or if vLLM leaves out a completion or its log-probabilities."""
         if not requests:
             return []
-        prompts, params = zip(*(vllm_request(request, settings) for request in requests), strict=True)
+        return [completion_of(output) for output in self._run([vllm_request(r, settings) for r in requests])]
+
+    def probe(self, token_ids: Sequence[int]) -> list[Sequence[float]]:
+        return [probed_logprobs(output) for output in self._run([vllm_probe(token_ids)])]
+
+    def _run(self, requests: Sequence[VllmRequest]) -> list[Any]:
+        """vLLM's outputs, in order. Raises SamplerError if there is another number of them, or none to be had."""
+        if self._is_asleep:  # vLLM would wait for ever
+            raise SamplerError("the sampler sleeps until the next update of its weights")
+        prompts, params = zip(*requests, strict=True)
         with without_dynamo_on_cpu():
             outputs = self._llm.generate(list(prompts), list(params), use_tqdm=False, lora_request=self._adapter)
         if len(outputs) != len(requests):
-            raise SamplerError(f"vLLM returned {len(outputs)} completions for {len(requests)} requests")
-        return [completion_of(output.outputs[0]) for output in outputs]
-
-    def probe(self, request: SampleRequest, settings: SamplingSettings) -> list[Completion]:
-        return self.generate([request], settings)
+            raise SamplerError(f"vLLM returned {len(outputs)} outputs for {len(requests)} requests")
+        return outputs
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        if self._is_asleep:
+            self._llm.wake_up(["weights"])
         if self._lora is not None:
             self._adapter = self._load_adapter(weights, self._lora)
         else:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
             self._llm.apply_model(refresh_tied_head)
+        if self._is_asleep:
+            self._llm.wake_up(["kv_cache"])  # no sooner: gathering the weights takes memory too
+            self._is_asleep = False
         drop_prefix_cache(self._llm)
 
     def accept_weights(self) -> None:
         """Nobody else has to know."""
+
+    def sleep(self) -> None:
+        """Level 1: the cache is dropped and the weights wait in host memory; 2: both are dropped. 0: stays awake."""
+        if self._sleep_level:
+            self._llm.sleep(self._sleep_level)
+            self._is_asleep = True
 
     def _load_adapter(self, weights: Iterable[tuple[str, torch.Tensor]], lora: LoraConfig) -> Any:
         """Replaces the adapter by `weights`, on the way of vLLM's own: through a folder. Raises SamplerError."""
@@ -132,8 +160,7 @@ class VllmSampler:
         self._llm = None
 
 
-def vllm_request(request: SampleRequest, settings: SamplingSettings) -> tuple[Any, Any]:
-    """The request as vLLM's prompt and sampling parameters."""
+def vllm_request(request: SampleRequest, settings: SamplingSettings) -> VllmRequest:
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
     from vllm.sampling_params import RequestOutputKind
@@ -151,6 +178,22 @@ def vllm_request(request: SampleRequest, settings: SamplingSettings) -> tuple[An
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
     return TokensPrompt(prompt_token_ids=list(request.prompt_ids)), params
+
+
+def vllm_probe(token_ids: Sequence[int]) -> VllmRequest:
+    """To score a text, by whatever the prefix cache holds of it: after an update that must be nothing."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(
+        max_tokens=1,  # the least that vLLM does
+        prompt_logprobs=0,  # each token's own
+        skip_reading_prefix_cache=False,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+    return TokensPrompt(prompt_token_ids=list(token_ids)), params
 
 
 def drop_prefix_cache(engine: Any) -> None:
@@ -176,9 +219,25 @@ def refresh_tied_head(model: Any) -> None:
 
 
 def completion_of(output: Any) -> Completion:
-    token_ids = tuple(output.token_ids)
-    if output.logprobs is None or len(output.logprobs) != len(token_ids):
-        raise SamplerError("vLLM returned a completion without the log-probabilities of its tokens")
-    logprobs = tuple(float(position[token].logprob) for position, token in zip(output.logprobs, token_ids, strict=True))
-    reason = "stop" if output.finish_reason == "stop" else "length"
+    """Of vLLM's output for a `vllm_request`. Raises SamplerError if log-probabilities are missing."""
+    completion = output.outputs[0]
+    token_ids = tuple(completion.token_ids)
+    logprobs = _logprobs_of(token_ids, completion.logprobs)
+    reason = "stop" if completion.finish_reason == "stop" else "length"
     return Completion(token_ids=token_ids, logprobs=logprobs, finish_reason=reason)
+
+
+def probed_logprobs(output: Any) -> tuple[float, ...]:
+    """Of the second token and all after it, from vLLM's output for a `vllm_probe`.
+
+    Raises SamplerError if vLLM took states of older weights from its prefix cache, or if log-probabilities are missing.
+    """
+    if output.num_cached_tokens:
+        raise SamplerError(f"vLLM still holds the states of {output.num_cached_tokens} tokens from before the update")
+    return _logprobs_of(output.prompt_token_ids[1:], (output.prompt_logprobs or [None])[1:])
+
+
+def _logprobs_of(token_ids: Sequence[int], positions: Sequence[Any] | None) -> tuple[float, ...]:
+    if positions is None or len(positions) != len(token_ids):
+        raise SamplerError("vLLM returned tokens without their log-probabilities")
+    return tuple(float(position[token].logprob) for position, token in zip(positions, token_ids, strict=True))

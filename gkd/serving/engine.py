@@ -9,18 +9,19 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 _log = logging.getLogger(__name__)
 _STOP_TIMEOUT_S = 30.0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A request to prepare (prompt and parameters), or a call that needs the engine for itself."""
+    """A request to prepare (prompt and parameters), or a call that needs the engine for itself: it has no `finish`."""
 
     call: Callable[[Any], Any]
-    needs_engine_alone: bool
+    finish: Callable[[Any], Any] | None
     result: Future[Any]
 
 
@@ -30,31 +31,28 @@ class EngineThread:
     Requests may come from any thread at any time; the engine batches what waits (continuous batching).
     """
 
-    def __init__(
-        self, start: Callable[[], Any], finish: Callable[[Any], Any], *, name: str, on_failure: Callable[[], None]
-    ) -> None:
+    def __init__(self, start: Callable[[], Any], *, name: str, on_failure: Callable[[], None]) -> None:
         """Returns when `start` has made the engine, in the thread, and raises what it raises.
 
-        `finish` makes a request's result of vLLM's finished output. `on_failure` is called, from the engine's thread,
-        if the engine dies later.
+        `on_failure` is called, from the engine's thread, if the engine dies later.
         """
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._waiting: deque[_Job | None] = deque()  # taken out of the queue, not yet begun
-        self._running: dict[str, Future[Any]] = {}
-        self._finish, self._on_failure = finish, on_failure
+        self._running: dict[str, tuple[Callable[[Any], Any], Future[Any]]] = {}
+        self._on_failure = on_failure
         self.is_alive = True
         started: Future[int] = Future()
         self._thread = threading.Thread(target=self._run, args=(start, started), name=name, daemon=True)
         self._thread.start()
         self.max_tokens = started.result()
 
-    def submit(self, prepare: Callable[[], tuple[Any, Any]]) -> Future[Any]:
-        """The result for the (prompt, parameters) that `prepare` makes, in the engine's thread."""
-        return self._put(_Job(lambda _: prepare(), False, Future()))
+    def submit(self, prepare: Callable[[], tuple[Any, Any]], finish: Callable[[Any], T]) -> Future[T]:
+        """What `finish` makes of vLLM's output for `prepare`'s (prompt, parameters); both in the engine's thread."""
+        return self._put(_Job(lambda _: prepare(), finish, Future()))
 
-    def run_alone(self, call: Callable[[Any], Any]) -> Future[Any]:
+    def run_alone(self, call: Callable[[Any], T]) -> Future[T]:
         """What `call` returns for the engine, after all requests that came before and before all that come after."""
-        return self._put(_Job(call, True, Future()))
+        return self._put(_Job(call, None, Future()))
 
     def close(self) -> None:
         """Stops; to be called when no request is waited for any more."""
@@ -96,7 +94,7 @@ class EngineThread:
                 self._begin(engine, str(count), job)
             for output in engine.step() if self._running else ():
                 if output.finished:
-                    self._end(self._running.pop(output.request_id), output)
+                    self._end(*self._running.pop(output.request_id), output)
 
     def _receive(self, *, block: bool) -> None:
         if block:
@@ -106,7 +104,7 @@ class EngineThread:
 
     @staticmethod
     def _needs_engine_alone(job: _Job | None) -> bool:
-        return job is None or job.needs_engine_alone  # a stop comes after everything that arrived before it
+        return job is None or job.finish is None  # a stop comes after everything that arrived before it
 
     def _begin(self, engine: Any, request_id: str, job: _Job) -> None:
         if not job.result.set_running_or_notify_cancel():
@@ -116,7 +114,7 @@ class EngineThread:
         except Exception as error:  # noqa: BLE001  (told to whoever asked)
             job.result.set_exception(error)
             return
-        if job.needs_engine_alone:
+        if job.finish is None:
             job.result.set_result(made)
             return
         try:
@@ -124,11 +122,12 @@ class EngineThread:
         except Exception as error:  # noqa: BLE001  (one request that vLLM refuses is no reason to stop)
             job.result.set_exception(RuntimeError(f"vLLM refused the sequence: {error}"))
             return
-        self._running[request_id] = job.result
+        self._running[request_id] = job.finish, job.result
 
-    def _end(self, result: Future[Any], output: Any) -> None:
+    @staticmethod
+    def _end(finish: Callable[[Any], Any], result: Future[Any], output: Any) -> None:
         try:
-            result.set_result(self._finish(output))
+            result.set_result(finish(output))
         except Exception as error:  # noqa: BLE001  (told to whoever asked)
             result.set_exception(error)
 
@@ -136,6 +135,7 @@ class EngineThread:
         self.is_alive = False
         self._on_failure()
         self._receive(block=False)
-        for result in [*self._running.values(), *(job.result for job in self._waiting if job is not None)]:
+        running = (result for _, result in self._running.values())
+        for result in [*running, *(job.result for job in self._waiting if job is not None)]:
             if not result.done():
                 result.set_exception(RuntimeError(f"the engine failed: {error}"))

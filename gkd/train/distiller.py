@@ -203,7 +203,7 @@ class _Run:
         The answers go into `tokens_path`, token by token.
         """
         heldout = self._measure_heldout(steps_done)
-        answers = self._answers() if self.launch.is_main else []
+        answers = self._answers()
         self._score_answers(answers, tokens_path)
         return {"heldout": heldout, "answers": [self._text(ids) for ids in answers]}
 
@@ -229,9 +229,11 @@ class _Run:
         return () if self.prompts.heldout is None else self.prompts.heldout.prompts[: self.config.eval.samples]
 
     def _answers(self) -> list[Sequence[int]]:
+        """The main rank's; the others ask for none, but an engine may span several ranks."""
         from gkd.train import parts
 
-        requests, settings = parts.shown_requests(self.config, self.models, self._shown_prompts())
+        shown = self._shown_prompts() if self.launch.is_main else ()
+        requests, settings = parts.shown_requests(self.config, self.models, shown)
         return [c.token_ids for c in self.sampler.generate(requests, settings)]
 
     def _text(self, token_ids: Sequence[int]) -> str:

@@ -103,6 +103,23 @@ def barrier() -> None:
         dist.barrier(group=_patient_group)
 
 
+class Neighbours:
+    """Every `count` consecutive ranks, from the first on; to be made by all ranks together."""
+
+    def __init__(self, count: int) -> None:
+        """`count` divides the number of ranks."""
+        self._count, self.place = count, dist.get_rank() % count
+        first_ranks = range(0, dist.get_world_size(), count)
+        groups = {first: dist.new_group(range(first, first + count), backend="gloo") for first in first_ranks}
+        self._group = groups[dist.get_rank() - self.place]
+
+    def gather(self, value: T) -> list[T]:
+        """What all of them gave, in the order of their ranks; `place` is this one's."""
+        values: list[Any] = [None] * self._count
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+
 def end_process() -> None:
     """Leaves the process group after a last barrier and, on one rank of several, ends the process with code 0.
 

@@ -48,7 +48,6 @@ def main() -> None:
         start_sampler(SamplerSpec("vllm", folder, "float32", 256, 0)),
         probe_ids=probe_prompt(p.token_ids for p in prompts),
         tolerance=1e-3,
-        seed=0,
     )
     sampler.load_weights(student.weights(), version=0)
     rollouts = MixtureRollouts(

@@ -11,6 +11,7 @@ from planned import setup_of
 
 from gkd.config import load_config
 from gkd.errors import ConfigError
+from gkd.planning.devices import device_named
 from gkd.planning.memory import memory_plan, student_state
 from gkd.planning.models import architectures
 from gkd.planning.setup import make_setup
@@ -105,7 +106,7 @@ def test_an_impossible_plan_suggests_one_that_fits() -> None:
     asked = setup_of(SMALL, 8, *overrides)
     assert not memory_plan(asked).fits
     suggestion = suggest(asked)
-    assert suggestion is not None and not suggestion.not_built
+    assert suggestion is not None
     assert memory_plan(suggestion.setup).fits
     assert len(suggestion.changes) == len(suggestion.why) >= 1
     assert setup_of(SMALL, 8, *overrides, *suggestion.changes) == suggestion.setup
@@ -141,7 +142,6 @@ def test_a_teacher_that_is_too_large_goes_elsewhere(name: str, devices: int, pla
     suggestion = suggest(setup_of(name, devices))
     assert suggestion is not None and suggestion.setup.teacher_placement == placement
     assert memory_plan(suggestion.setup).fits
-    assert not suggestion.not_built
 
 
 def test_a_served_teacher_on_too_few_devices_gets_more() -> None:
@@ -162,10 +162,31 @@ def test_a_served_sampler_has_a_whole_device() -> None:
     assert plans[1].sequences_at_once == pytest.approx((0.9 * 80e9 - 2 * PARAMETERS) / a_sequence)
 
 
+def test_a_sampler_that_sleeps_takes_nothing_of_training() -> None:
+    """At level 1 its weights wait on the host, 2 bytes a parameter and rank; level 2 drops them."""
+    awake = setup_of(SMALL, 8)
+    for level, waiting in ((1, 8 * 2 * PARAMETERS), (2, 0)):
+        asleep = setup_of(SMALL, 8, f"rollout.sleep_level={level}")
+        plans = [memory_plan(setup) for setup in (awake, asleep)]
+        for phase, saved in (("sample", 0), ("score", 0.25 * 80e9), ("train", 0.25 * 80e9), ("sync", 0)):
+            assert plans[0].peak_of(phase) - plans[1].peak_of(phase) == pytest.approx(saved), phase
+        assert plans[1].host_bytes == waiting
+    on_cpu = replace(awake, device=device_named("cpu"))
+    assert memory_plan(replace(on_cpu, sleep_level=2)) == memory_plan(on_cpu), "there it gives nothing back"
+
+
+def test_a_sampler_split_over_ranks_has_a_share_of_the_weights_on_each() -> None:
+    whole, split = setup_of(SMALL, 8), setup_of(SMALL, 8, "rollout.tensor_parallel=4")
+    rooms = [memory_plan(setup).sampler_room_bytes for setup in (whole, split)]
+    assert rooms[1] - rooms[0] == pytest.approx(2 * PARAMETERS * 3 / 4)
+    with pytest.raises(ConfigError, match=r"^rollout\.tensor_parallel: 3 does not divide the number of ranks, 8"):
+        setup_of(SMALL, 8, "rollout.tensor_parallel=3")
+
+
 def test_a_sampler_that_fits_nowhere_else_is_served() -> None:
-    setup = setup_of(SMALL, 8)
-    suggestion = suggest(replace(setup, device=replace(setup.device, memory_bytes=20e9)))
-    assert suggestion is not None and memory_plan(suggestion.setup).fits and not suggestion.not_built
+    setup = setup_of(HUGE, 8)
+    suggestion = suggest(replace(setup, device=replace(setup.device, memory_bytes=40e9)))
+    assert suggestion is not None and memory_plan(suggestion.setup).fits
     assert f"--sampler-gpus {suggestion.setup.sampler_replicas}" in suggestion.changes
     beside = replace(suggestion.setup, sampler_replicas=0)
     assert not memory_plan(beside).fits

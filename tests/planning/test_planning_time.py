@@ -176,8 +176,10 @@ def test_weights_to_servers_by_hand() -> None:
     sharded = {link.name: link for link in time_plan(replace(setup, zero_stage=3)).links}
     assert sharded["weights gathered"].bytes_a_step == 4 * setup.student.parameters * 7 / 8
     assert sharded["weights to the sampler"] == links["weights to the sampler"]
-    probes = [time_plan(served(SMALL, 8, replicas=count)).phases["sync"]["probe"] for count in (1, 8)]
-    assert probes[1] == pytest.approx(8 * probes[0])
+    probes = [time_plan(served(SMALL, 8, replicas=count)).phases["sync"]["probe"] for count in (1, 2, 8)]
+    a_server = probes[1] - probes[0]
+    assert probes[2] - probes[0] == pytest.approx(7 * a_server)
+    assert 0 < probes[0] - a_server <= a_server, "the trainer scores it once, without an engine around it"
 
 
 def test_servers_share_the_batch() -> None:
@@ -264,6 +266,11 @@ def test_a_machine_that_changes_during_a_run_is_not_fitted_to(fit: ModuleType) -
     assert fit.steady_rates(before, {**before, "bf16_flops_per_s": 1.1e12})["bf16_flops_per_s"] == 1.05e12
     with pytest.raises(fit.UnsteadyError, match="bandwidth_bytes_per_s went from"):
         fit.steady_rates(before, {**before, "bandwidth_bytes_per_s": 1.4e10})
+    fit.check_not_stolen((100, 10_000), (119, 11_000))
+    with pytest.raises(fit.UnsteadyError, match="the host took 3% of the run's time"):
+        fit.check_not_stolen((100, 10_000), (130, 11_000))
+    stolen, ticks = fit.processor_ticks()
+    assert 0 <= stolen <= ticks
 
 
 def test_runs_that_nothing_was_fitted_to(page: ModuleType) -> None:

@@ -47,7 +47,7 @@ class Watched:
         self.may_go_on = threading.Event()
         self.batches = 0
         self.probe, self.accept_weights, self.close = sampler.probe, sampler.accept_weights, lambda: None
-        self.update_weights = sampler.update_weights
+        self.update_weights, self.sleep = sampler.update_weights, sampler.sleep
 
     def generate(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[Completion]:
         if self.batches >= self.held_up_at:
@@ -67,7 +67,7 @@ class Run:
 
     def __init__(self, sampler: Sampler, model: PreTrainedModel, staleness: int) -> None:
         self.watched, self.weights = Watched(sampler), Weights(model)
-        self.synced = SyncedSampler(self.watched, probe_ids=probe_prompt([[1, 40, 41]]), tolerance=1e-3, seed=0)
+        self.synced = SyncedSampler(self.watched, probe_ids=probe_prompt([[1, 40, 41]]), tolerance=1e-3)
         self.synced.load_weights(self.weights, 0)
         rollouts = MixtureRollouts(
             self.synced, mixture=MIXTURE, settings=SamplingSettings(4), seed=3, staleness=staleness,

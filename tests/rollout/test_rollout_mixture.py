@@ -30,10 +30,14 @@ class EchoSampler:
     def __init__(self, version: int | None = 0) -> None:
         self.weights_version = version
         self.requests: list[SampleRequest] = []
+        self.sleeps = 0
 
     def generate(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[Completion]:
         self.requests += requests
         return [Completion((r.seed % 251,), (-1.0,), "length") for r in requests]
+
+    def sleep(self) -> None:
+        self.sleeps += 1
 
 
 def rollouts_of(sampler: EchoSampler, config: MixtureConfig, seed: int = 3) -> MixtureRollouts:

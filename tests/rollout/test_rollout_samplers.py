@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from gkd.errors import SamplerError
 from gkd.rollout.base import Sampler
+from gkd.rollout.offline import SamplerSpec, start_sampler
 from gkd.types import SampleRequest, SamplingSettings
 
 END = 2
@@ -104,6 +106,64 @@ def test_new_weights_reach_cached_prefixes(sampler: Sampler, model: PreTrainedMo
     expected = [logprobs[199 + i, token].item() for i, token in enumerate(after.token_ids)]
     assert after.logprobs == pytest.approx(expected, abs=1e-4)
     assert after != before
+
+
+def test_a_probe_is_a_plain_forward(sampler: Sampler, model: PreTrainedModel) -> None:
+    text = tuple(3 + (7 * i) % 250 for i in range(200))
+    logprobs = next_logits(model, text)[:-1].log_softmax(-1)
+    expected = logprobs.gather(-1, torch.tensor(text[1:])[:, None])[:, 0].tolist()
+    assert sampler.probe(text) == [pytest.approx(expected, abs=1e-4)]
+
+
+@pytest.mark.fault
+@pytest.mark.vllm
+def test_a_probe_finds_states_of_older_weights(
+    vllm_sampler: Sampler, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = [(name, p.detach()) for name, p in model.named_parameters()]
+    text = tuple(3 + (11 * i) % 250 for i in range(200))
+    vllm_sampler.probe(text)
+    monkeypatch.setattr("gkd.rollout.vllm_engine.drop_prefix_cache", lambda engine: None)
+    vllm_sampler.update_weights(weights, version=1)
+    with pytest.raises(SamplerError, match="still holds the states of 128 tokens from before the update"):
+        vllm_sampler.probe(text)
+    monkeypatch.undo()
+    vllm_sampler.update_weights(weights, version=2)
+    assert len(vllm_sampler.probe(text)) == 1
+
+
+@pytest.mark.vllm
+def test_a_sampler_that_sleeps_wakes_with_the_next_update(
+    vllm_sampler: Sampler, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU nothing is given back, but vLLM's engine is as shut as it is on a GPU."""
+    weights = [(name, p.detach()) for name, p in model.named_parameters()]
+    before = vllm_sampler.generate(requests(), SETTINGS)
+    monkeypatch.setattr(vllm_sampler, "_sleep_level", 2)
+    for version in (1, 2):
+        vllm_sampler.sleep()
+        with pytest.raises(SamplerError, match="sleeps until the next update"):
+            vllm_sampler.generate(requests(), SETTINGS)
+        vllm_sampler.update_weights(weights, version)
+        assert vllm_sampler.generate(requests(), SETTINGS) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleeping_gives_memory_back(tiny_student: Path, model: PreTrainedModel, level: int) -> None:
+    spec = SamplerSpec("vllm", str(tiny_student), "float32", 256, 0, gpu_memory_utilization=0.3, sleep_level=level)
+    sampler = start_sampler(spec)
+    text = tuple(range(3, 200))
+    weights = [(name, p.detach().cuda()) for name, p in model.named_parameters()]
+    sampler.update_weights(weights, version=0)
+    before = sampler.probe(text)
+    free_bytes, all_bytes = torch.cuda.mem_get_info()
+    sampler.sleep()
+    assert torch.cuda.mem_get_info()[0] - free_bytes > 0.2 * all_bytes
+    sampler.update_weights(weights, version=1)
+    assert sampler.probe(text) == before
+    sampler.close()
 
 
 def test_nothing_asked_nothing_answered(sampler: Sampler) -> None:

@@ -74,7 +74,7 @@ class Servers:
     def sampler(self, *servers: TeacherServer, **options: Any) -> tuple[SyncedSampler, ServedSampler]:
         served = ServedSampler(self.config(*servers, **options), is_main=True, from_main=lambda value: value)
         self.opened.append(served)
-        return SyncedSampler(served, probe_ids=PROBE, tolerance=1e-3, seed=0), served
+        return SyncedSampler(served, probe_ids=PROBE, tolerance=1e-3), served
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_nccl(tiny_student: Path, weights: Weights, tmp_path: Path) -> None:
         weights.model.cuda()
         servers = SimpleNamespace(folder=tmp_path, model=tiny_student)
         served = ServedSampler(Servers.config(servers, server), is_main=True, from_main=lambda value: value)  # pyright: ignore
-        synced = SyncedSampler(served, probe_ids=PROBE, tolerance=1e-2, seed=0)
+        synced = SyncedSampler(served, probe_ids=PROBE, tolerance=1e-2)
         for version in (0, 1):
             assert synced.load_weights(weights.train(), version)["sync/mean_logprob_error"] < 1e-2
             assert len(synced.generate(REQUESTS, SETTINGS)) == len(REQUESTS)
@@ -224,7 +224,8 @@ def test_pieces_that_are_not_the_announced_ones_are_refused(servers: Servers, we
     synced.load_weights(weights, 2)
 
 
-POSTS = ("/completions", "/weights/connect", "/weights/start", "/weights/piece", "/weights/finish", "/weights/accept")
+UPDATES = ("connect", "start", "piece", "finish", "accept")
+POSTS = ("/completions", "/probe", *(f"/weights/{step}" for step in UPDATES))
 
 
 @pytest.mark.parametrize("authorization", [None, "Bearer", f"Bearer {TOKEN}x", TOKEN])
@@ -241,7 +242,7 @@ def test_malformed_requests_get_an_answer_and_the_server_lives(servers: Servers,
     synced, served = servers.sampler(servers.file)
     synced.load_weights(weights, 0)
     ids = b"".join(i.to_bytes(4, "little") for i in range(3, 10))
-    query = "weights_version=0&seed=1&max_new_tokens=4&temperature=1.0&top_p=1.0&top_k=0&stop_token_ids=2&is_probe=no"
+    query = "weights_version=0&seed=1&max_new_tokens=4&temperature=1.0&top_p=1.0&top_k=0&stop_token_ids=2"
     outside = b'{"update": "u", "piece": {"size_bytes": 1, "sha256": "x", "file": "../../etc/passwd"}}'
     with httpx.Client(base_url=servers.file.address, headers=AUTHORIZED, trust_env=False) as client:
         for path, body, status, words in (
@@ -252,6 +253,11 @@ def test_malformed_requests_get_an_answer_and_the_server_lives(servers: Servers,
             (f"/completions?{query}&more=1", ids, 400, "more"),
             (f"/completions?{query.replace('=4', '=250')}", ids, 400, "more than the 256"),
             (f"/completions?{query.replace('version=0', 'version=7')}", ids, 409, "holds version 0, not 7"),
+            ("/probe?weights_version=0", b"\xff" * 8, 400, "no token id -1"),
+            ("/probe?weights_version=0", (3).to_bytes(4, "little") * 256, 400, "more than the 256"),
+            ("/probe", ids, 400, "weights_version"),
+            (f"/probe?{query}", ids, 400, "seed"),
+            ("/probe?weights_version=7", ids, 409, "holds version 0, not 7"),
             ("/weights/connect", b'{"info": {"folder": "/"}}', 400, "files need no connection"),
             ("/weights/start", b"nonsense", 400, "JSON"),
             ("/weights/piece", outside, 409, "not in this update"),

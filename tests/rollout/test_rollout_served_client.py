@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from gkd.rollout.serving.protocol import (
     ServedSamplerModel,
     completion_from_bytes,
     completion_to_bytes,
+    logprobs_to_bytes,
 )
 from gkd.types import Completion, SampleRequest, SamplingSettings
 
@@ -45,8 +46,12 @@ def make_server() -> Iterator[MakeServer]:
     """A server that answers right, but for what is given."""
     started: list[FakeServer] = []
 
-    def make(completion: Answer = answer(), sampler: Answer = description()) -> FakeServer:  # noqa: B008
-        started.append(FakeServer({"/sampler": sampler, "/completions": completion}))
+    def make(
+        completion: Answer = answer(),  # noqa: B008
+        sampler: Answer = description(),  # noqa: B008
+        probe: Answer = answer(),  # noqa: B008
+    ) -> FakeServer:
+        started.append(FakeServer({"/sampler": sampler, "/completions": completion, "/probe": probe}))
         return started[-1]
 
     yield make
@@ -74,9 +79,35 @@ def test_what_a_server_sends_is_what_comes_out(make_server: MakeServer) -> None:
     assert completion_from_bytes(completion_to_bytes(COMPLETION), "stop") == COMPLETION
 
 
+def probed(server: FakeServer) -> list[Sequence[float]]:
+    sampler = ServedSampler(config(server), is_main=False, from_main=lambda value: value)
+    sampler._version, sampler._is_main, sampler._holding = 4, True, list(sampler._pool.replicas)
+    return sampler.probe((5, 6, 7))
+
+
+def test_a_probe_is_what_the_server_says(make_server: MakeServer) -> None:
+    assert probed(make_server(probe=answer(logprobs_to_bytes((-0.5, -1.25))))) == [(-0.5, -1.25)]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("probe", "message"),
+    [
+        (answer(logprobs_to_bytes((-0.5,))), "4 bytes for a probe, instead of 8"),
+        (answer(logprobs_to_bytes((-0.5,) * 3)), "12 bytes for a probe, instead of 8"),
+        (answer(logprobs_to_bytes((-0.5, float("nan")))), "not finite"),
+        (answer(logprobs_to_bytes((-0.5, -1.0)), x_gkd_weights_version="3"), "from weights of version '3', not 4"),
+        ((409, {}, b'{"error": "holds version 3"}'), "could be probed: .*status 409: holds version 3"),
+    ],
+)
+def test_a_probe_that_is_none_stops_the_run(make_server: MakeServer, probe: Answer, message: str) -> None:
+    with pytest.raises(SamplerError, match=message):
+        probed(make_server(probe=probe))
+
+
 def test_settings_survive_the_way() -> None:
     settings = SamplingSettings(9, 0.7, 0.1 + 0.2, 5, (2, 1_000_000))
-    query = CompletionQuery.of(settings, seed=2**63 - 1, weights_version=3, is_probe=True)
+    query = CompletionQuery.of(settings, seed=2**63 - 1, weights_version=3)
     again = CompletionQuery.model_validate(query.params)
     assert again == query and again.settings == settings
 
@@ -85,7 +116,7 @@ def test_settings_survive_the_way() -> None:
 @pytest.mark.parametrize(
     ("completion", "message"),
     [
-        (answer(x_gkd_weights_version="3"), "sampled from weights of version '3', not 4"),
+        (answer(x_gkd_weights_version="3"), "answered from weights of version '3', not 4"),
         (answer(x_gkd_finish_reason="tired"), "that is no completion"),
         (answer(completion_to_bytes(COMPLETION)[:-2]), "that is no completion"),
         (answer(b""), "that is no completion"),
@@ -130,7 +161,7 @@ def test_a_server_that_fails_gets_no_further_work(make_server: MakeServer, compl
         (description(weight_transfer="pigeon"), "is no gkd sampler"),
         (description(protocol=2), "version 2 of the protocol"),
         (description(dtype="bfloat16"), "samples in bfloat16, but student.dtype is float32"),
-        (description(max_tokens=175), "a probe can reach 176; start it with --max-model-tokens 176"),
+        (description(max_tokens=160), "a probe can reach 161; start it with --max-model-tokens 161"),
         (description(weight_transfer="file", weights_folder="/no/such"), "cannot be written here"),
         (description(weight_transfer="nccl"), "needs CUDA here too"),
         ((401, {}, b"{}"), r"rollout\.token_file: .* asks for its token"),

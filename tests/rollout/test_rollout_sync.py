@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gkd.errors import WeightSyncError
 from gkd.rollout.base import Sampler
-from gkd.rollout.sync import PROBE_PROMPT_TOKENS, SyncedSampler, probe_prompt
+from gkd.rollout.sync import PROBE_TOKENS, SyncedSampler, probe_prompt
 from gkd.types import SampleRequest, SamplingSettings
 
 Pairs = Iterator[tuple[str, torch.Tensor]]
@@ -48,7 +48,7 @@ def model(tiny_student: Path) -> PreTrainedModel:
 
 @pytest.fixture
 def synced(sampler: Sampler) -> SyncedSampler:
-    return SyncedSampler(sampler, probe_ids=PROBE, tolerance=1e-3, seed=0)
+    return SyncedSampler(sampler, probe_ids=PROBE, tolerance=1e-3)
 
 
 def test_a_sync_sets_the_version_and_its_errors_are_tiny(synced: SyncedSampler, model: PreTrainedModel) -> None:
@@ -108,7 +108,7 @@ def test_faults_are_caught_before_the_next_generation(
 @pytest.mark.fault
 def test_a_sampler_that_keeps_its_old_weights_is_caught(synced: SyncedSampler, model: PreTrainedModel) -> None:
     synced.load_weights(ModelWeights(model), version=1)
-    synced._sampler = DeafSampler(synced._sampler)
+    synced._sampler = DeafSampler(synced._sampler, [(name, p.clone()) for name, p in ModelWeights(model)])
     with torch.no_grad():
         model.get_parameter(Q_PROJ).mul_(1.5)
     with pytest.raises(WeightSyncError, match="differ from the trainer's by"):
@@ -118,24 +118,27 @@ def test_a_sampler_that_keeps_its_old_weights_is_caught(synced: SyncedSampler, m
 class DeafSampler:
     """Takes weights and keeps its own."""
 
-    def __init__(self, sampler: Sampler) -> None:
+    def __init__(self, sampler: Sampler, own: list[tuple[str, torch.Tensor]]) -> None:
         self.generate, self.probe, self.close = sampler.generate, sampler.probe, sampler.close
+        self.sleep = sampler.sleep
+        self._sampler, self._own = sampler, own
 
     def update_weights(self, weights: Pairs, version: int) -> None:
         for _ in weights:
             pass
+        self._sampler.update_weights(self._own, version)
 
     def accept_weights(self) -> None:
         raise AssertionError("weights that are not proven were accepted")
 
 
 def test_a_fault_on_another_rank_stops_this_one(sampler: Sampler, model: PreTrainedModel) -> None:
-    synced = SyncedSampler(sampler, probe_ids=PROBE, tolerance=1e-3, seed=0, max_over_ranks=lambda value: value + 1.0)
+    synced = SyncedSampler(sampler, probe_ids=PROBE, tolerance=1e-3, max_over_ranks=lambda value: value + 1.0)
     with pytest.raises(WeightSyncError):
         synced.load_weights(ModelWeights(model), version=1)
 
 
 def test_the_probe_is_longer_than_a_cache_block_and_made_of_prompts() -> None:
-    assert len(PROBE) == PROBE_PROMPT_TOKENS > 128
+    assert len(PROBE) == PROBE_TOKENS > 128
     assert PROBE[:7] == [1, 40, 41, 1, 50, 51, 52]
-    assert probe_prompt([[5]]) == [5] * PROBE_PROMPT_TOKENS
+    assert probe_prompt([[5]]) == [5] * PROBE_TOKENS

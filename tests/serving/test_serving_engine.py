@@ -43,15 +43,19 @@ def vllm() -> CountingVllm:
 
 @pytest.fixture
 def thread(vllm: CountingVllm) -> EngineThread:
-    return EngineThread(lambda: vllm, lambda output: output.prompt, name="test", on_failure=lambda: None)
+    return EngineThread(lambda: vllm, name="test", on_failure=lambda: None)
+
+
+def prompt_of(output: Any) -> Any:
+    return output.prompt
 
 
 def test_a_call_alone_waits_for_what_came_before_and_holds_up_what_comes_after(
     vllm: CountingVllm, thread: EngineThread
 ) -> None:
-    before = [thread.submit(lambda i=i: (i, None)) for i in range(3)]
+    before = [thread.submit(lambda i=i: (i, None), prompt_of) for i in range(3)]
     alone = thread.run_alone(lambda engine: (len(engine.requests), [b.done() for b in before]))
-    after = thread.submit(lambda: ("after", None))
+    after = thread.submit(lambda: ("after", None), prompt_of)
     assert not alone.done() and not after.done()
     vllm.may_step.set()
     assert alone.result(10) == (0, [True] * 3)
@@ -60,10 +64,9 @@ def test_a_call_alone_waits_for_what_came_before_and_holds_up_what_comes_after(
     thread.close()
 
 
-def test_an_output_that_cannot_be_used_is_an_error_of_its_request(vllm: CountingVllm) -> None:
+def test_an_output_that_cannot_be_used_is_an_error_of_its_request(vllm: CountingVllm, thread: EngineThread) -> None:
     vllm.may_step.set()
-    thread = EngineThread(lambda: vllm, lambda output: 1 // output.prompt, name="test", on_failure=lambda: None)
-    bad, good = thread.submit(lambda: (0, None)), thread.submit(lambda: (1, None))
+    bad, good = (thread.submit(lambda i=i: (i, None), lambda output: 1 // output.prompt) for i in (0, 1))
     with pytest.raises(ZeroDivisionError):
         bad.result(10)
     assert good.result(10) == 1 and thread.is_alive
@@ -76,15 +79,15 @@ def test_an_error_of_one_request_or_call_is_its_own(vllm: CountingVllm, thread: 
     def fails(*_: object) -> Any:
         raise KeyError("mine")
 
-    for future in (thread.submit(fails), thread.run_alone(fails)):
+    for future in (thread.submit(fails, prompt_of), thread.run_alone(fails)):
         with pytest.raises(KeyError, match="mine"):
             future.result(10)
-    assert thread.is_alive and thread.submit(lambda: ("fine", None)).result(10) == "fine"
+    assert thread.is_alive and thread.submit(lambda: ("fine", None), prompt_of).result(10) == "fine"
     thread.close()
 
 
 def test_a_stop_comes_after_everything_that_arrived_before_it(vllm: CountingVllm, thread: EngineThread) -> None:
-    waiting = [thread.submit(lambda: ("x", None)), thread.run_alone(lambda _: "y")]
+    waiting = [thread.submit(lambda: ("x", None), prompt_of), thread.run_alone(lambda _: "y")]
     threading.Timer(0.1, vllm.may_step.set).start()
     thread.close()
     assert [future.result(0) for future in waiting] == ["x", "y"]

@@ -49,7 +49,6 @@ def main() -> None:
         start_sampler(SamplerSpec(engine_name, folder, "float32", 256, 0, lora=LoraConfig(**LORA))),
         probe_ids=probe_prompt([[3 + (7 * j) % 250 for j in range(30)]]),
         tolerance=1e-3,
-        seed=0,
     )
     request, settings = SampleRequest((5, 80, 90, 33), 1), SamplingSettings(20)
     errors, completions = [], []

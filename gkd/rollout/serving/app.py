@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from gkd.rollout.serving import protocol
 from gkd.rollout.serving.engine import NotHeldError, SamplerEngine
-from gkd.rollout.serving.protocol import CompletionQuery, ServedSamplerModel
+from gkd.rollout.serving.protocol import ServedSamplerModel
 from gkd.serving.app import bad_request, bytes_response, make_app, read_body, read_token_ids
 
 if TYPE_CHECKING:
@@ -32,13 +32,18 @@ def make_sampler_app(served: ServedSamplerModel, engine: SamplerEngine) -> ASGIA
 
     async def completions(request: Request) -> Response:
         prompt_ids = await read_token_ids(request, max_tokens=served.max_tokens, vocabulary_rows=served.vocabulary_rows)
-        query = _completion_query(request, len(prompt_ids), served.max_tokens)
-        answer = await _result(engine.complete(tuple(prompt_ids), query))
-        headers = {
-            protocol.FINISH_REASON_HEADER: answer.completion.finish_reason,
-            protocol.VERSION_HEADER: str(answer.weights_version),
-        }
-        return bytes_response(memoryview(protocol.completion_to_bytes(answer.completion)), headers)
+        query = _query(request, protocol.CompletionQuery)
+        _check_room(len(prompt_ids), query.max_new_tokens, served.max_tokens)
+        made = await _result(engine.complete(prompt_ids, query))
+        body = protocol.completion_to_bytes(made.answer)
+        return _versioned_bytes(body, made.weights_version, {protocol.FINISH_REASON_HEADER: made.answer.finish_reason})
+
+    async def probe(request: Request) -> Response:
+        token_ids = await read_token_ids(request, max_tokens=served.max_tokens, vocabulary_rows=served.vocabulary_rows)
+        query = _query(request, protocol.ProbeQuery)
+        _check_room(len(token_ids), 1, served.max_tokens)
+        made = await _result(engine.probe(token_ids, query.weights_version))
+        return _versioned_bytes(protocol.logprobs_to_bytes(made.answer), made.weights_version, {})
 
     async def connect(request: Request) -> Response:
         return await _done(engine.connect(await _connection(request, served)))
@@ -60,6 +65,7 @@ def make_sampler_app(served: ServedSamplerModel, engine: SamplerEngine) -> ASGIA
 
     posts = {
         protocol.COMPLETIONS_PATH: completions,
+        protocol.PROBE_PATH: probe,
         protocol.CONNECT_PATH: connect,
         protocol.START_PATH: start,
         protocol.PIECE_PATH: piece,
@@ -70,17 +76,23 @@ def make_sampler_app(served: ServedSamplerModel, engine: SamplerEngine) -> ASGIA
     return make_app([Route(protocol.DESCRIPTION_PATH, description, methods=["GET"]), *routes])
 
 
-def _completion_query(request: Request, prompt_tokens: int, max_tokens: int) -> CompletionQuery:
+def _query(request: Request, kind: type[Message]) -> Message:
     try:
-        query = CompletionQuery.model_validate(dict(request.query_params))
+        return kind.model_validate(dict(request.query_params))
     except ValidationError as error:
         raise bad_request(_words(error)) from None
-    if prompt_tokens + query.max_new_tokens > max_tokens:
+
+
+def _check_room(prompt_tokens: int, new_tokens: int, max_tokens: int) -> None:
+    if prompt_tokens + new_tokens > max_tokens:
         raise bad_request(
-            f"a prompt of {prompt_tokens} tokens and {query.max_new_tokens} new ones are more than the {max_tokens} "
+            f"a prompt of {prompt_tokens} tokens and {new_tokens} new ones are more than the {max_tokens} "
             "that this sampler takes; start it with a larger --max-model-tokens, if the model can"
         )
-    return query
+
+
+def _versioned_bytes(body: bytes, version: int, headers: dict[str, str]) -> Response:
+    return bytes_response(memoryview(body), {protocol.VERSION_HEADER: str(version)} | headers)
 
 
 async def _connection(request: Request, served: ServedSamplerModel) -> dict[str, Any]:

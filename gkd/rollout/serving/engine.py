@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from gkd.errors import ModelError, SamplerError
 from gkd.rollout.serving.protocol import CompletionQuery, Transfer
 from gkd.rollout.vllm_engine import (
+    VllmRequest,
     VllmSettings,
     completion_of,
     drop_prefix_cache,
+    probed_logprobs,
     refresh_tied_head,
     start_vllm,
+    vllm_probe,
     vllm_request,
     without_dynamo_on_cpu,
 )
 from gkd.serving.engine import EngineThread
 from gkd.types import Completion, SampleRequest
+
+T = TypeVar("T")
 
 
 class NotHeldError(Exception):
@@ -27,8 +32,10 @@ class NotHeldError(Exception):
 
 
 @dataclass(frozen=True)
-class VersionedCompletion:
-    completion: Completion
+class Versioned(Generic[T]):
+    """What came of a request, and the version of the weights that it came from."""
+
+    answer: T
     weights_version: int
 
 
@@ -56,7 +63,7 @@ class SamplerEngine:
         self._weights: _Weights | None = None  # the engine thread's own
         self._is_updating = False
         self._thread = EngineThread(
-            lambda: self._start(model, settings, transfer), _finished, name="sampler engine", on_failure=on_failure
+            lambda: self._start(model, settings, transfer), name="sampler engine", on_failure=on_failure
         )
         self.max_tokens = self._thread.max_tokens
         self.close = self._thread.close
@@ -65,19 +72,32 @@ class SamplerEngine:
     def is_alive(self) -> bool:
         return self._thread.is_alive
 
-    def complete(self, prompt_ids: tuple[int, ...], query: CompletionQuery) -> Future[VersionedCompletion]:
-        """Fails with NotHeldError unless the weights are of the query's version, and accepted or only probed."""
-        request = SampleRequest(prompt_ids, query.seed)
+    def complete(self, prompt_ids: Sequence[int], query: CompletionQuery) -> Future[Versioned[Completion]]:
+        """Fails with NotHeldError unless the weights are of the query's version, and accepted."""
+        request = SampleRequest(tuple(prompt_ids), query.seed)
 
-        def prepare() -> tuple[Any, Any]:
-            held = self._weights
-            if held is None or not held.is_complete or not (held.is_accepted or query.is_probe):
-                raise NotHeldError("the sampler holds no complete, proven weights; it does not generate")
-            if held.version != query.weights_version:
-                raise NotHeldError(f"the sampler holds version {held.version}, not {query.weights_version}")
+        def prepare() -> VllmRequest:
+            self._check_held(query.weights_version, must_be_accepted=True)
             return vllm_request(request, query.settings)
 
-        return self._thread.submit(prepare)
+        return self._thread.submit(prepare, lambda output: _versioned(output, completion_of(output)))
+
+    def probe(self, token_ids: Sequence[int], version: int) -> Future[Versioned[Sequence[float]]]:
+        """As `Sampler.probe`. Fails with NotHeldError unless the weights are of `version`; nobody need have accepted
+        them."""
+
+        def prepare() -> VllmRequest:
+            self._check_held(version, must_be_accepted=False)
+            return vllm_probe(token_ids)
+
+        return self._thread.submit(prepare, lambda output: _versioned(output, probed_logprobs(output)))
+
+    def _check_held(self, version: int, *, must_be_accepted: bool) -> None:
+        held = self._weights
+        if held is None or not held.is_complete or (must_be_accepted and not held.is_accepted):
+            raise NotHeldError("the sampler holds no complete, proven weights; it does not generate")
+        if held.version != version:
+            raise NotHeldError(f"the sampler holds version {held.version}, not {version}")
 
     # ---- updates; each of these fails with NotHeldError out of turn
 
@@ -153,8 +173,8 @@ class SamplerEngine:
         return self._llm.llm_engine
 
 
-def _finished(output: Any) -> VersionedCompletion:
+def _versioned(output: Any, answer: T) -> Versioned[T]:
     versions = {span.version for span in output.outputs[0].weight_versions or ()}
     if len(versions) != 1:
-        raise SamplerError(f"a completion was sampled from weights of {len(versions)} versions, not of one")
-    return VersionedCompletion(completion_of(output.outputs[0]), int(versions.pop()))
+        raise SamplerError(f"vLLM answered from weights of {len(versions)} versions, not of one")
+    return Versioned(answer, int(versions.pop()))

@@ -3,6 +3,8 @@
 GET  /sampler              a `ServedSamplerModel` as JSON
 POST /completions?...      the token ids of a prompt, how to complete it as a `CompletionQuery`; the answer is the
                            completion: its n ids, then their n log-probabilities in little-endian float32
+POST /probe?weights_version=V   the token ids of a text; the answer is the log-probabilities of its second token and all
+                           after it, as above
 POST /weights/connect      {"info": {...}}: what the weight-transfer engine has to know of the trainer, once; then, for
                            each update:
 POST /weights/start        {"update": ID, "version": V}
@@ -10,14 +12,15 @@ POST /weights/piece        {"update": ID, "piece": {...}}: the engine receives s
 POST /weights/finish       {"update": ID, "pieces": N}
 POST /weights/accept       {"update": ID}: the trainer has proved them
 
-Nothing but probes is completed before weights were accepted, and only for a client that names their version. Token ids,
-errors and the token are as in `gkd/serving/protocol.py`.
+Nothing is completed before weights were accepted, and only for a client that names their version. Token ids, errors and
+the token are as in `gkd/serving/protocol.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,6 +32,7 @@ PROTOCOL_VERSION = 1
 DEFAULT_PORT = 8400
 DESCRIPTION_PATH = "/sampler"
 COMPLETIONS_PATH = "/completions"
+PROBE_PATH = "/probe"
 CONNECT_PATH = "/weights/connect"
 START_PATH = "/weights/start"
 PIECE_PATH = "/weights/piece"
@@ -37,7 +41,8 @@ ACCEPT_PATH = "/weights/accept"
 FINISH_REASON_HEADER = "x-gkd-finish-reason"
 VERSION_HEADER = "x-gkd-weights-version"
 LOGPROB_FORMAT = "<f4"  # numpy's name of little-endian float32
-BYTES_A_TOKEN = 8  # its id and its log-probability
+LOGPROB_BYTES = 4
+BYTES_A_TOKEN = 8  # of a completion: its id and its log-probability
 CONFLICT = 409  # the server does not hold the weights that the request is for
 Transfer = Literal["file", "gloo", "nccl"]
 _NO_ARCHITECTURE = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
@@ -59,22 +64,30 @@ class ServedSamplerModel(BaseModel):
     process: str  # another one after a restart
 
 
-class CompletionQuery(BaseModel):
-    """How to complete a prompt: the query of a request, in the words of `SamplingSettings`."""
+class ProbeQuery(BaseModel):
+    """Which weights a request is for: its query."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     weights_version: int = Field(ge=0)
+
+    @property
+    def params(self) -> dict[str, str]:
+        return {name: str(value) for name, value in self.model_dump().items()}
+
+
+class CompletionQuery(ProbeQuery):
+    """And how to complete a prompt, in the words of `SamplingSettings`."""
+
     seed: int = Field(ge=0, lt=1 << 63)
     max_new_tokens: int = Field(ge=1)
     temperature: float = Field(ge=0.0)
     top_p: float = Field(gt=0.0, le=1.0)
     top_k: int = Field(ge=0)
     stop_token_ids: str = Field(pattern=r"^(\d+(,\d+)*)?$")
-    is_probe: bool
 
     @classmethod
-    def of(cls, settings: SamplingSettings, *, seed: int, weights_version: int, is_probe: bool) -> CompletionQuery:
+    def of(cls, settings: SamplingSettings, *, seed: int, weights_version: int) -> CompletionQuery:
         return cls(
             weights_version=weights_version,
             seed=seed,
@@ -83,12 +96,7 @@ class CompletionQuery(BaseModel):
             top_p=settings.top_p,
             top_k=settings.top_k,
             stop_token_ids=",".join(map(str, settings.stop_token_ids)),
-            is_probe=is_probe,
         )
-
-    @property
-    def params(self) -> dict[str, str]:
-        return {name: str(value) for name, value in self.model_dump().items()}
 
     @property
     def settings(self) -> SamplingSettings:
@@ -134,8 +142,7 @@ def completion_to_bytes(completion: Completion) -> bytes:
 
     from gkd.serving.protocol import TOKEN_ID_FORMAT
 
-    logprobs = np.asarray(completion.logprobs, LOGPROB_FORMAT)
-    return np.asarray(completion.token_ids, TOKEN_ID_FORMAT).tobytes() + logprobs.tobytes()
+    return np.asarray(completion.token_ids, TOKEN_ID_FORMAT).tobytes() + logprobs_to_bytes(completion.logprobs)
 
 
 def completion_from_bytes(data: bytes | bytearray, finish_reason: str | None) -> Completion:
@@ -149,7 +156,20 @@ def completion_from_bytes(data: bytes | bytearray, finish_reason: str | None) ->
         raise ValueError(f"{len(data)} bytes, finish reason {finish_reason!r}: that is no completion")
     half = len(data) // 2
     token_ids = np.frombuffer(data[:half], TOKEN_ID_FORMAT)
-    logprobs = np.frombuffer(data[half:], LOGPROB_FORMAT)
+    return Completion(tuple(token_ids.tolist()), logprobs_from_bytes(data[half:]), finish_reason)  # pyright: ignore
+
+
+def logprobs_to_bytes(logprobs: Sequence[float]) -> bytes:
+    import numpy as np
+
+    return np.asarray(logprobs, LOGPROB_FORMAT).tobytes()
+
+
+def logprobs_from_bytes(data: bytes | bytearray) -> tuple[float, ...]:
+    """The inverse of `logprobs_to_bytes`. Raises ValueError if one is not finite, or there are half ones."""
+    import numpy as np
+
+    logprobs = np.frombuffer(data, LOGPROB_FORMAT)
     if not np.isfinite(logprobs).all():
         raise ValueError("its log-probabilities are not finite")
-    return Completion(tuple(token_ids.tolist()), tuple(logprobs.tolist()), finish_reason)  # pyright: ignore
+    return tuple(logprobs.tolist())

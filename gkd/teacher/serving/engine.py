@@ -40,10 +40,7 @@ class PrefillEngine:
         `on_failure` is called, from the engine's thread, if the engine dies later.
         """
         self._thread = EngineThread(
-            lambda: _start_vllm(model, settings, revision),
-            lambda output: output.outputs.data,
-            name="teacher engine",
-            on_failure=on_failure,
+            lambda: _start_vllm(model, settings, revision), name="teacher engine", on_failure=on_failure
         )
         self.max_tokens = self._thread.max_tokens
         self.close = self._thread.close
@@ -54,7 +51,7 @@ class PrefillEngine:
 
     def submit(self, token_ids: Sequence[int]) -> Future[torch.Tensor]:
         """The states [T, H] of one sequence, on the CPU, in the engine's dtype. The caller checks length and ids."""
-        return self._thread.submit(lambda: _request(token_ids))
+        return self._thread.submit(lambda: _request(token_ids), lambda output: output.outputs.data)
 
 
 def _request(token_ids: Sequence[int]) -> tuple[Any, Any]:

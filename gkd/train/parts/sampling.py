@@ -12,7 +12,8 @@ from gkd.rollout.mixture import MixtureRollouts
 from gkd.rollout.offline import start_sampler
 from gkd.rollout.served import ServedSampler
 from gkd.rollout.sync import SyncedSampler, probe_prompt
-from gkd.train.distributed import compute_device, from_main, max_over_ranks, sum_all
+from gkd.rollout.tensor_parallel import TensorParallelSampler
+from gkd.train.distributed import Neighbours, compute_device, from_main, max_over_ranks, sum_all
 from gkd.train.parts.data import Prompts
 from gkd.train.parts.models import Models
 from gkd.train.parts.settings import sampler_spec, sampling_settings
@@ -26,15 +27,23 @@ def build_sampler(config: Config, models: Models, prompts: Prompts, launch: Laun
         sampler: Sampler = ServedSampler(config, is_main=launch.is_main, from_main=from_main)
     else:
         sampler = _start_own_sampler(config, models, launch)
-    return SyncedSampler(
-        sampler, probe_ids=probe, tolerance=config.sync_tolerance, seed=config.run.seed, max_over_ranks=max_over_ranks
-    )
+    return SyncedSampler(sampler, probe_ids=probe, tolerance=config.sync_tolerance, max_over_ranks=max_over_ranks)
 
 
 def _start_own_sampler(config: Config, models: Models, launch: Launch) -> Sampler:
-    """One engine a rank."""
-    spec = sampler_spec(config, models, models.student_path, config.student.dtype)
-    return start_sampler(replace(spec, lora=config.sampler_lora(compute_device(launch).type)))
+    """One engine a rank, or one for rollout.tensor_parallel of them."""
+    ranks = config.rollout.tensor_parallel
+    spec = replace(
+        sampler_spec(config, models, models.student_path, config.student.dtype),
+        lora=config.sampler_lora(compute_device(launch).type),
+        tensor_parallel=ranks,
+        sleep_level=config.rollout.sleep_level,
+    )
+    sampler = start_sampler(spec)
+    if ranks == 1:
+        return sampler
+    neighbours = Neighbours(ranks)
+    return TensorParallelSampler(sampler, gather=neighbours.gather, place=neighbours.place)
 
 
 def build_rollouts(
