@@ -164,6 +164,15 @@ def test_sampling_ahead_by_hand() -> None:
     assert replace(plan, overlaps=False).bottleneck[0] == "forward_backward"
 
 
+def test_a_sampler_that_sleeps_lightly_moves_its_weights_twice() -> None:
+    awake, light, deep = (
+        time_plan(setup_of(SMALL, 8, f"rollout.sleep_level={level}")).phases["sync"] for level in (0, 1, 2)
+    )
+    device = device_named("h100")
+    expected_s = 2 * 2 * setup_of(SMALL, 8).student.parameters / device.host_link_bytes_per_s / device.efficiency.link
+    assert light == awake | {"sampler's sleep": pytest.approx(expected_s)} and deep == awake
+
+
 def test_weights_to_servers_by_hand() -> None:
     """Two bytes a parameter to each of 8 servers, over one GPU's 50 GB/s; sharded ones are gathered before."""
     setup = served(SMALL, 8)

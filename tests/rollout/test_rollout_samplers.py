@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gkd.errors import SamplerError
 from gkd.rollout.base import Sampler
-from gkd.rollout.offline import SamplerSpec, start_sampler
 from gkd.types import SampleRequest, SamplingSettings
 
 END = 2
@@ -146,24 +145,6 @@ def test_a_sampler_that_sleeps_wakes_with_the_next_update(
             vllm_sampler.generate(requests(), SETTINGS)
         vllm_sampler.update_weights(weights, version)
         assert vllm_sampler.generate(requests(), SETTINGS) == before
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("level", [1, 2])
-def test_sleeping_gives_memory_back(tiny_student: Path, model: PreTrainedModel, level: int) -> None:
-    spec = SamplerSpec("vllm", str(tiny_student), "float32", 256, 0, gpu_memory_utilization=0.3, sleep_level=level)
-    sampler = start_sampler(spec)
-    text = tuple(range(3, 200))
-    weights = [(name, p.detach().cuda()) for name, p in model.named_parameters()]
-    sampler.update_weights(weights, version=0)
-    before = sampler.probe(text)
-    free_bytes, all_bytes = torch.cuda.mem_get_info()
-    sampler.sleep()
-    assert torch.cuda.mem_get_info()[0] - free_bytes > 0.2 * all_bytes
-    sampler.update_weights(weights, version=1)
-    assert sampler.probe(text) == before
-    sampler.close()
 
 
 def test_nothing_asked_nothing_answered(sampler: Sampler) -> None:
