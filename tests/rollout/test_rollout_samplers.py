@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gkd.errors import SamplerError
 from gkd.rollout.base import Sampler
 from gkd.types import SampleRequest, SamplingSettings
 
@@ -112,39 +111,6 @@ def test_a_probe_is_a_plain_forward(sampler: Sampler, model: PreTrainedModel) ->
     logprobs = next_logits(model, text)[:-1].log_softmax(-1)
     expected = logprobs.gather(-1, torch.tensor(text[1:])[:, None])[:, 0].tolist()
     assert sampler.probe(text) == [pytest.approx(expected, abs=1e-4)]
-
-
-@pytest.mark.fault
-@pytest.mark.vllm
-def test_a_probe_finds_states_of_older_weights(
-    vllm_sampler: Sampler, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights = [(name, p.detach()) for name, p in model.named_parameters()]
-    text = tuple(3 + (11 * i) % 250 for i in range(200))
-    vllm_sampler.probe(text)
-    monkeypatch.setattr("gkd.rollout.vllm_engine.drop_prefix_cache", lambda engine: None)
-    vllm_sampler.update_weights(weights, version=1)
-    with pytest.raises(SamplerError, match="still holds the states of 128 tokens from before the update"):
-        vllm_sampler.probe(text)
-    monkeypatch.undo()
-    vllm_sampler.update_weights(weights, version=2)
-    assert len(vllm_sampler.probe(text)) == 1
-
-
-@pytest.mark.vllm
-def test_a_sampler_that_sleeps_wakes_with_the_next_update(
-    vllm_sampler: Sampler, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a CPU nothing is given back, but vLLM's engine is as shut as it is on a GPU."""
-    weights = [(name, p.detach()) for name, p in model.named_parameters()]
-    before = vllm_sampler.generate(requests(), SETTINGS)
-    monkeypatch.setattr(vllm_sampler, "_sleep_level", 2)
-    for version in (1, 2):
-        vllm_sampler.sleep()
-        with pytest.raises(SamplerError, match="sleeps until the next update"):
-            vllm_sampler.generate(requests(), SETTINGS)
-        vllm_sampler.update_weights(weights, version)
-        assert vllm_sampler.generate(requests(), SETTINGS) == before
 
 
 def test_nothing_asked_nothing_answered(sampler: Sampler) -> None:
