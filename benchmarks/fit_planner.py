@@ -44,7 +44,7 @@ from gkd.planning.time import time_plan
 STEADY = 4 / 3  # times: how far a rate may be apart before and after a run
 MOST_STOLEN = 0.02  # share of the processors' time that the host of a virtual machine may take meanwhile
 DEVICES = scaling_page.ROOT / "gkd" / "planning" / "devices.py"
-FITTED = {  # phase: its number in an Efficiency; sync last, as its probe samples and scores
+FITTED = {  # phase: its number in an Efficiency; sync last, as its probe goes by those of sampling and training
     "sample": "sample",
     "score": "score",
     "forward_backward": "train",

@@ -79,11 +79,12 @@ def memory_plan(setup: Setup) -> MemoryPlan:
     sampler, room = _sampler(setup)
     awake, always = (sampler, {}) if setup.sleeps else ({}, sampler)
     one_sequence = setup.longest_tokens * setup.student.kv_bytes(setup.student_dtype) / setup.sampler_devices
+    waiting = {"sampler weights": setup.waiting_bytes} if setup.waiting_bytes else {}
     node_ranks = min(setup.devices, setup.device.devices_a_node)
     return MemoryPlan(
         resident={**state, **_teacher(setup), **always},
         phases={"sample": awake, "score": _scoring(setup), "train": _training(setup), "sync": awake | _sync(setup)},
-        host={name: value * node_ranks for name, value in {**host, **_sleeping(setup)}.items()},
+        host={name: value * node_ranks for name, value in {**host, **waiting}.items()},
         limit_bytes=setup.device.memory_bytes * USABLE_MEMORY_SHARE,
         host_limit_bytes=setup.device.host_memory_bytes * USABLE_MEMORY_SHARE,
         sampler_room_bytes=room,
@@ -146,7 +147,7 @@ def _served(setup: Setup) -> float:
 
 def _sampler(setup: Setup) -> tuple[Bytes, float]:
     """(resident bytes of a training device, room for keys and values where the sampler is)."""
-    weights = setup.student.parameters * DTYPE_BYTES[setup.student_dtype] / setup.sampler_devices
+    weights = setup.sampler_weights_bytes
     if setup.sampler_replicas:
         own = SERVED_SAMPLER_SHARE * setup.device.memory_bytes - weights
         return {}, setup.kv_cache_bytes if setup.device.is_cpu else own
@@ -158,13 +159,6 @@ def _sampler(setup: Setup) -> tuple[Bytes, float]:
         at_once = min(setup.sampler_sequences, max(1.0, setup.sampled_sequences))
         room = at_once * setup.longest_tokens * setup.student.kv_bytes(setup.student_dtype)
     return {"sampler weights": weights, "sampler keys and values": room}, room
-
-
-def _sleeping(setup: Setup) -> Bytes:
-    """Of a rank's host memory: where the weights of a sampler wait that sleeps at level 1."""
-    if not setup.sleeps or setup.sleep_level == 2:
-        return {}
-    return {"sampler weights": setup.student.parameters * DTYPE_BYTES[setup.student_dtype] / setup.sampler_devices}
 
 
 def _scoring_tokens(setup: Setup) -> float:

@@ -108,6 +108,16 @@ class Setup:
         return self.sleep_level > 0 and self.vllm and not (self.device.is_cpu or self.sampler_replicas)
 
     @property
+    def sampler_weights_bytes(self) -> float:
+        """Of one sampler's share on each of its devices."""
+        return self.student.parameters * DTYPE_BYTES[self.student_dtype] / self.sampler_devices
+
+    @property
+    def waiting_bytes(self) -> float:
+        """Of `sampler_weights_bytes` what waits in host memory while the sampler sleeps; level 2 keeps nothing."""
+        return self.sampler_weights_bytes if self.sleeps and self.sleep_level == 1 else 0.0
+
+    @property
     def autocast(self) -> bool:
         return self.student_dtype != "float32" and not self.half_weights
 

@@ -206,11 +206,9 @@ def syncing_s(setup: Setup) -> Seconds:
     read = student.weights_read_bytes(1, setup.student_dtype)
     compute_s = PROBE_TOKENS * student.forward_flops(PROBE_TOKENS / 2) / rate / eff.train
     server_s = max(read / device.bandwidth_bytes_per_s / eff.sample, compute_s) + setup.decode_overhead_s
-    waiting = student.parameters * DTYPE_BYTES[setup.student_dtype] / setup.sampler_devices
-    awaken = 2 * waiting if setup.sleeps and setup.sleep_level == 1 else 0.0  # to the host and back
     seconds = {
         "weights": copied / device.bandwidth_bytes_per_s / eff.sync,
-        "sampler's sleep": awaken / device.host_link_bytes_per_s / device.efficiency.link,
+        "sampler's sleep": 2 * setup.waiting_bytes / device.host_link_bytes_per_s / eff.link,  # there and back
         "merging adapters": merged / device.bandwidth_bytes_per_s / eff.optimizer,
         "probe": max(1, setup.sampler_replicas) * server_s + compute_s,
     }

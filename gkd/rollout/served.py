@@ -6,7 +6,7 @@ import math
 import os
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 FromMain = Callable[[Any], Any]
+T = TypeVar("T")
 
 
 class ServedSampler:
@@ -132,30 +133,36 @@ class ServedSampler:
     ) -> Completion:
         query = CompletionQuery.of(settings, seed=request.seed, weights_version=version)
         limit_bytes = settings.max_new_tokens * protocol.BYTES_A_TOKEN
-        headers, body = self._post(replica, protocol.COMPLETIONS_PATH, query, request.prompt_ids, limit_bytes)
-        try:
+
+        def read(headers: httpx.Headers, body: bytearray) -> Completion:
             if len(body) > limit_bytes:
                 raise ValueError(f"more than the {settings.max_new_tokens} tokens that were asked for")
             return protocol.completion_from_bytes(body, headers.get(protocol.FINISH_REASON_HEADER))
-        except ValueError as error:
-            raise SamplerError(f"{replica.address}: {error}") from None
+
+        return self._ask(replica, protocol.COMPLETIONS_PATH, query, request.prompt_ids, limit_bytes, read)
 
     def _probe(self, replica: Replica, token_ids: Sequence[int]) -> Sequence[float]:
+        query = ProbeQuery(weights_version=self._version)
         size_bytes = (len(token_ids) - 1) * protocol.LOGPROB_BYTES
-        _, body = self._post(
-            replica, protocol.PROBE_PATH, ProbeQuery(weights_version=self._version), token_ids, size_bytes
-        )
-        try:
+
+        def read(_: httpx.Headers, body: bytearray) -> Sequence[float]:
             if len(body) != size_bytes:
                 raise ValueError(f"{len(body)} bytes for a probe, instead of {size_bytes}")
             return protocol.logprobs_from_bytes(body)
-        except ValueError as error:
-            raise SamplerError(f"{replica.address}: {error}") from None
 
-    def _post(
-        self, replica: Replica, path: str, query: ProbeQuery, token_ids: Sequence[int], limit_bytes: int
-    ) -> tuple[httpx.Headers, bytearray]:
-        """The answer from the weights that `query` names, a little more than `limit_bytes` of it at most."""
+        return self._ask(replica, protocol.PROBE_PATH, query, token_ids, size_bytes, read)
+
+    def _ask(
+        self,
+        replica: Replica,
+        path: str,
+        query: ProbeQuery,
+        token_ids: Sequence[int],
+        limit_bytes: int,
+        read: Callable[[httpx.Headers, bytearray], T],
+    ) -> T:
+        """What `read` makes of the answer from the weights that `query` names, of which it gets little more than
+        `limit_bytes`; its ValueError becomes a SamplerError."""
         try:
             headers, body = self._pool.post_token_ids(replica, path, query.params, token_ids, limit_bytes + 1)
         except ServerRefusedError as error:
@@ -167,7 +174,10 @@ class ServedSampler:
             raise SamplerError(
                 f"{replica.address}: answered from weights of version {answered!r}, not {query.weights_version}"
             )
-        return headers, body
+        try:
+            return read(headers, body)
+        except ValueError as error:
+            raise SamplerError(f"{replica.address}: {error}") from None
 
 
 def check_served_sampler(config: Config) -> ServedSamplerModel:

@@ -161,11 +161,8 @@ class VllmSampler:
 
 
 def vllm_request(request: SampleRequest, settings: SamplingSettings) -> VllmRequest:
-    from vllm import SamplingParams
-    from vllm.inputs import TokensPrompt
-    from vllm.sampling_params import RequestOutputKind
-
-    params = SamplingParams(
+    return _request(
+        request.prompt_ids,
         temperature=settings.temperature,
         top_p=settings.top_p,
         top_k=settings.top_k,
@@ -174,26 +171,27 @@ def vllm_request(request: SampleRequest, settings: SamplingSettings) -> VllmRequ
         stop_token_ids=list(settings.stop_token_ids),
         ignore_eos=True,  # the stop ids above already hold the model's end tokens
         logprobs=0,  # the sampled token's own
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
     )
-    return TokensPrompt(prompt_token_ids=list(request.prompt_ids)), params
 
 
 def vllm_probe(token_ids: Sequence[int]) -> VllmRequest:
     """To score a text, by whatever the prefix cache holds of it: after an update that must be nothing."""
+    return _request(
+        token_ids,
+        max_tokens=1,  # the least that vLLM does
+        prompt_logprobs=0,  # each token's own
+        skip_reading_prefix_cache=False,
+    )
+
+
+def _request(token_ids: Sequence[int], **params: Any) -> VllmRequest:
+    """Tokens in, tokens out, all at once."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
     from vllm.sampling_params import RequestOutputKind
 
-    params = SamplingParams(
-        max_tokens=1,  # the least that vLLM does
-        prompt_logprobs=0,  # each token's own
-        skip_reading_prefix_cache=False,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-    return TokensPrompt(prompt_token_ids=list(token_ids)), params
+    sampling = SamplingParams(detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY, **params)
+    return TokensPrompt(prompt_token_ids=list(token_ids)), sampling
 
 
 def drop_prefix_cache(engine: Any) -> None:
