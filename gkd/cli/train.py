@@ -38,6 +38,7 @@ def train_command(
     summary = distiller.train(resume=resume, overwrite=overwrite)
     if Launch.from_environment().is_main:
         from gkd.monitor import make_console
+        from gkd.monitor.summary_view import render_summary
 
-        summary.render(make_console())
+        render_summary(summary, make_console())
     distiller.end_process()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gkd.models.attention import use_short_attention
     from gkd.models.export import ModelCard, save_final
+    from gkd.models.fingerprint import model_fingerprint
     from gkd.models.heads import backbone_of, head_logits, head_settings, output_head, verify_head
     from gkd.models.load import (
         empty_model,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
         whole_weights,
     )
     from gkd.models.packed import packed_inputs, use_packed_attention
-    from gkd.models.resolve import local_folder, model_fingerprint, resolve_model
+    from gkd.models.resolve import local_folder, resolve_model
     from gkd.models.subset import choose_layers, make_student_from_layers
     from gkd.models.tokenizer_pair import check_tokenizer_pair
     from gkd.models.weights import file_tensors
@@ -49,7 +50,8 @@ _HOMES = {
     ),
     "attention": ("use_short_attention",),
     "packed": ("packed_inputs", "use_packed_attention"),
-    "resolve": ("local_folder", "model_fingerprint", "resolve_model"),
+    "fingerprint": ("model_fingerprint",),
+    "resolve": ("local_folder", "resolve_model"),
     "subset": ("choose_layers", "make_student_from_layers"),
     "tokenizer_pair": ("check_tokenizer_pair",),
     "weights": ("file_tensors",),

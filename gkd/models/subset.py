@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gkd.errors import ModelError
+from gkd.models.fingerprint import model_fingerprint
 from gkd.models.folders import copy_side_files, written_aside
 from gkd.models.load import empty_model, read_config
-from gkd.models.resolve import local_folder, model_fingerprint
+from gkd.models.resolve import local_folder
 from gkd.models.weights import check_model_folder, check_weights, read_header, read_tensors, write_weights
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from gkd.config import cache_folder
 from gkd.errors import ModelError
 from gkd.models.folders import written_aside
+from gkd.models.hub import quiet_transformers
 from gkd.models.weights import check_model_folder, write_weights
 
 if TYPE_CHECKING:
@@ -122,8 +123,6 @@ def _convert_gguf(gguf_file: Path, target: Path) -> None:
     """Writes config, generation config, tokenizer and bfloat16 weights of a GGUF file into `target`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    from gkd.models.load import quiet_transformers
 
     source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
     with quiet_transformers(), _without_gguf_bar():

@@ -9,10 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-
 from gkd.monitor.metrics import MetricValue, without_non_finite
-from gkd.monitor.summary_view import render_summary
 from gkd.monitor.text import clean, write_atomically
 from gkd.monitor.timing import PHASES
 
@@ -75,10 +72,6 @@ class RunSummary:
             for title, text in zip(("Prompt", "Teacher", "Student before", "Student after"), sample, strict=True):
                 parts.append(f"**{title}**\n\n{_fenced(text)}\n")
         return "\n".join(parts)
-
-    def render(self, console: Console) -> None:
-        """Shows the whole summary."""
-        render_summary(self, console)
 
 
 def loss_curve(records: Iterable[Mapping[str, Any]]) -> tuple[float, ...]:

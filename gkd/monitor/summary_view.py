@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -16,10 +15,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from gkd.monitor.summary import HeldoutSample, RunSummary
 from gkd.monitor.text import clean, format_duration, format_value, shorten
-
-if TYPE_CHECKING:
-    from gkd.monitor.summary import HeldoutSample, RunSummary
 
 DIVERGENCE_TITLES = {
     "forward_kl": "forward KL",

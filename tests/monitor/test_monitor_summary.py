@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from gkd.monitor import HeldoutSample, RunSummary, loss_curve, make_console, time_totals
-from gkd.monitor.summary_view import bar, sparkline
+from gkd.monitor.summary_view import bar, render_summary, sparkline
 
 HOSTILE = (
     "```\n# not a heading\n````text\n<script>alert(1)</script> [bold red]x[/] [/nothing] \x1b[2J\x1b]0;t\x07 :smile:"
@@ -43,7 +43,7 @@ SUMMARY = RunSummary(
 
 def shown(summary: RunSummary, width: int = 80, *, terminal: bool = False) -> str:
     file = io.StringIO()
-    summary.render(Console(file=file, width=width, force_terminal=terminal, legacy_windows=False))
+    render_summary(summary, Console(file=file, width=width, force_terminal=terminal, legacy_windows=False))
     return file.getvalue()
 
 
@@ -138,7 +138,7 @@ def test_further_times_have_their_own_rows() -> None:
 def test_an_ascii_terminal_gets_ascii() -> None:
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding="ascii")
-    SUMMARY.render(make_console(file))
+    render_summary(SUMMARY, make_console(file))
     file.flush()
     text = raw.getvalue().decode("ascii")
     assert "####" in text and "loss  8.000 @-x_ 2.000" in text
