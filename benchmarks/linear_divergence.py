@@ -23,8 +23,8 @@ import torch
 from measure import Candidate, Errors, Results
 from torch import Tensor
 
+from gkd.chunks import loss_chunk_bytes
 from gkd.objectives import KINDS, Divergence, divergence_value
-from gkd.ops.linear_divergence import default_chunk_bytes
 
 CPU_SHAPES = ["1024x576x576x49152"]
 CUDA_SHAPES = [f"{rows}x{widths}x128256" for rows in (1024, 8192) for widths in ("4096x4096", "2048x4096")]
@@ -91,7 +91,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(f"benchmarks/results/linear_divergence_{device}.csv"))
     options = parser.parse_args()
     options.repeats = options.repeats or (5 if options.quick else 25)
-    options.chunk_mib = options.chunk_mib or default_chunk_bytes(torch.device(options.device)) // measure.MIB
+    options.chunk_mib = options.chunk_mib or loss_chunk_bytes(torch.device(options.device).type) // measure.MIB
     return options
 
 

@@ -136,8 +136,9 @@ class TokenBudget:
     def first_batch(self, rollouts: Sequence[Rollout], micro_batches: Sequence[TokenBatch]) -> None:
         del rollouts, micro_batches
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, *groups: dict[str, float]) -> None:
         del step
+        metrics = {name: value for group in groups for name, value in group.items()}
         self.trained += int(metrics["tokens/scored"])
         self.sampled += int(metrics["tokens/sampled"])
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from gkd.chunks import LOSS_CHUNK_BYTES
 from gkd.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -257,7 +258,10 @@ class ObjectiveConfig(Section):
     )
     importance_cap: float = Field(2.0, gt=0.0, description="largest such weight")
     chunk_mib: int | None = Field(
-        None, ge=1, description="float32 logits of one side in memory at once; null: 256 on a CPU, 1024 on a GPU"
+        None,
+        ge=1,
+        description="float32 logits of one side in memory at once; "
+        f"null: {LOSS_CHUNK_BYTES['cpu'] >> 20} on a CPU, {LOSS_CHUNK_BYTES['cuda'] >> 20} on a GPU",
     )
 
 
@@ -328,7 +332,7 @@ class Config(Section):
                 f"optim.batch_size: {optim.batch_size} is not a multiple of rollout.samples_per_prompt = "
                 f"{rollout.samples_per_prompt}; the nearest is {_nearest(optim.batch_size, rollout.samples_per_prompt)}"
             )
-        longest = self.data.max_prompt_tokens + rollout.max_new_tokens
+        longest = self.longest_sequence
         if optim.micro_batch_tokens is not None and optim.micro_batch_tokens < longest:
             raise ValueError(
                 f"optim.micro_batch_tokens: {optim.micro_batch_tokens} does not hold one sequence of "
@@ -420,10 +424,14 @@ class Config(Section):
         return self.student.lora if is_adapter else None
 
     @property
+    def longest_sequence(self) -> int:
+        """Tokens of prompt and completion together."""
+        return self.data.max_prompt_tokens + self.rollout.max_new_tokens
+
+    @property
     def longest_sampled(self) -> int:
         """Tokens that the student's sampler has to take: a sequence, or the probe of a sync."""
-        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
-        return max(longest, PROBE_TOKENS + 1)  # vLLM draws a token after whatever it scores
+        return max(self.longest_sequence, PROBE_TOKENS + 1)  # vLLM draws a token after whatever it scores
 
     @property
     def sync_tolerance(self) -> float:

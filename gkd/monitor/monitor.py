@@ -83,8 +83,8 @@ class Monitor:
         finally:
             self._progress.phase(None)
 
-    def log(self, step: int, metrics: Mapping[str, MetricValue]) -> dict[str, MetricValue]:
-        """Ends the step: one record of `metrics`, the time split and the speeds, to every sink.
+    def log(self, step: int, *metrics: Mapping[str, MetricValue]) -> dict[str, MetricValue]:
+        """Ends the step: one record of all groups of `metrics`, the time split and the speeds, to every sink.
 
         Returns the record (the time split alone on a rank that is not main). Raises ValueError for a metric that
         is unknown, no plain value, or there twice with different values, for a missing `loss`, and for a step
@@ -95,7 +95,7 @@ class Monitor:
             return dict(timing)
         if step <= self._last_step:
             raise ValueError(f"step {step} is logged after step {self._last_step}")
-        record = merge_metrics({"step": step}, metrics)
+        record = merge_metrics({"step": step}, *metrics)
         if "loss" not in record:
             raise ValueError(f"the metrics of step {step} have no loss")
         record = merge_metrics(record, _speeds(record, timing), timing)

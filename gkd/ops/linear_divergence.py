@@ -12,6 +12,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
+from gkd.chunks import loss_chunk_bytes
 from gkd.errors import ConfigError, InputError
 from gkd.objectives.byproducts import BYPRODUCTS, concatenate
 from gkd.objectives.divergence import Divergence, working_dtype
@@ -23,11 +24,6 @@ from gkd.ops.heads import Head, HeadGradients, common_columns
 from gkd.ops.rows import RowMemory, score_rows
 
 LABEL_LOGPROB = "label_logprob"  # a by-product
-
-
-def default_chunk_bytes(device: torch.device) -> int:
-    """Logits of one side of a chunk. Rather few and large chunks: each reads both heads and updates a gradient."""
-    return 1 << 30 if device.type == "cuda" else 256 << 20
 
 
 class LinearOptions(TypedDict, total=False):
@@ -136,7 +132,7 @@ def linear_divergence(
     spec = Divergence(kind, beta, alpha, temperature, scale_by_temperature_squared, normalize_jsd)
     check_reduction(reduction)
     if chunk_bytes is None:
-        chunk_bytes = default_chunk_bytes(student_hidden.device)
+        chunk_bytes = loss_chunk_bytes(student_hidden.device.type)
     if chunk_bytes < 1:
         raise ConfigError(f"chunk_bytes: {chunk_bytes} must be at least 1")
     student = Head("student", student_hidden, student_head, student_bias, student_softcap, student_logit_scale)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gkd.chunks import loss_chunk_bytes
 from gkd.objectives.divergence import Divergence, RowScores, working_dtype
 from gkd.objectives.reduction import weigh
 from gkd.objectives.tiles import row_tiles
@@ -18,7 +19,6 @@ from gkd.objectives.topk import TopkFunctions, score_topk_rows
 from gkd.ops import scratch
 from gkd.ops.common import times, valid_columns
 from gkd.ops.heads import Head, HeadGradients
-from gkd.ops.linear_divergence import default_chunk_bytes
 from gkd.ops.rows import score_rows
 from gkd.ops.topk_divergence import student_topk_log_probs, write_topk_gradient
 from gkd.types import OutputHead, TopkScores
@@ -69,7 +69,7 @@ def linear_topk_divergence(
         weights.detach(),
         labels,
         compute_dtype,
-        default_chunk_bytes(hidden.device) if chunk_bytes is None else chunk_bytes,
+        loss_chunk_bytes(hidden.device.type) if chunk_bytes is None else chunk_bytes,
     )
     outputs: Any = _LinearTopk.apply(hidden, weight, bias, job)
     loss, *measured = outputs

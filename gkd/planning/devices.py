@@ -46,6 +46,11 @@ class Device:
     def is_cpu(self) -> bool:
         return self.name == "cpu"
 
+    @property
+    def torch_type(self) -> str:
+        """What torch calls such a device."""
+        return "cpu" if self.is_cpu else "cuda"
+
 
 # ASSUMPTION: of an eager transformers model under autocast (train, score), vLLM's decode (sample), AdamW fused
 # (optimizer), copies in one device (sync), NCCL's large messages (link). Not measured with this engine.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gkd.chunks import WEIGHT_PIECE_BYTES
 from gkd.planning.devices import SERVED_SAMPLER_SHARE, USABLE_MEMORY_SHARE
 from gkd.planning.models import DTYPE_BYTES
 from gkd.planning.setup import Setup
@@ -16,7 +17,6 @@ PHASES = ("sample", "score", "train", "sync")
 # DeepSpeed's defaults, in elements: reduce_bucket_size, stage3_max_live_parameters
 REDUCE_BUCKET_ELEMENTS = 5e8
 LIVE_PARAMETERS = 1e9
-SYNC_PIECE_BYTES = float(128 << 20)  # of gkd.rollout.weight_transfer, which would import torch
 
 Bytes = dict[str, float]
 
@@ -210,6 +210,6 @@ def _sync(setup: Setup) -> Bytes:
     cast = float(largest * width)
     items = {
         "gathered parameter": held * largest if setup.zero_stage == 3 else 0.0,
-        "cast parameter": max(cast, SYNC_PIECE_BYTES) if setup.sampler_replicas else cast,
+        "cast parameter": max(cast, float(WEIGHT_PIECE_BYTES)) if setup.sampler_replicas else cast,
     }
     return {name: value for name, value in items.items() if value}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from gkd.chunks import loss_chunk_bytes
 from gkd.config import Config
 from gkd.errors import ConfigError
 from gkd.planning.devices import Device
@@ -182,8 +183,7 @@ def make_setup(
         sampler_memory_share=config.rollout.gpu_memory_utilization,
         kv_cache_bytes=config.rollout.kv_cache_gib * 2**30,
         decode_overhead_s=device.decode_eager_s if config.rollout.enforce_eager else device.decode_graph_s,
-        # the defaults of gkd.ops.linear_divergence, which needs torch to be imported
-        chunk_bytes=float((chunk_mib or (128 if device.is_cpu else 1024)) << 20),
+        chunk_bytes=float(loss_chunk_bytes(device.torch_type) if chunk_mib is None else chunk_mib << 20),
         teacher_placement=teacher_placement,
         teacher_devices=teacher_devices,
         sampler_devices=1 if sampler_replicas else config.rollout.tensor_parallel,
@@ -203,14 +203,14 @@ def _sampler_sequences(config: Config, devices: int, sampler_replicas: int) -> i
 
 
 def _sampler_applies_adapter(config: Config, device: Device) -> bool:
-    return config.sampler_lora("cpu" if device.is_cpu else "cuda") is not None
+    return config.sampler_lora(device.torch_type) is not None
 
 
 def _micro_batch_size(config: Config) -> int:
     """Sequences a forward; packed, as many of the longest as its tokens hold."""
     if config.optim.micro_batch_tokens is None:
         return config.optim.micro_batch_size
-    return config.optim.micro_batch_tokens // (config.data.max_prompt_tokens + config.rollout.max_new_tokens)
+    return config.optim.micro_batch_tokens // config.longest_sequence
 
 
 def _offloads(zero: dict[str, dict[str, str]], name: str) -> bool:

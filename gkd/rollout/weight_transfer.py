@@ -19,6 +19,7 @@ import httpx
 import torch
 from safetensors.torch import save
 
+from gkd.chunks import WEIGHT_PIECE_BYTES
 from gkd.errors import ConfigError
 from gkd.rollout.gloo_pair import GlooPair, listen_towards
 from gkd.rollout.serving import protocol
@@ -27,7 +28,6 @@ from gkd.serving.replicas import Replica, ReplicaPool, ServerFailedError, Server
 from gkd.serving.threads import map_in_threads
 
 T = TypeVar("T")
-_PIECE_BYTES = 128 << 20  # of a piece, or one parameter that is larger
 FAILURES = (httpx.HTTPError, ServerFailedError, ServerRefusedError, ConfigError, OSError, RuntimeError)
 
 
@@ -94,7 +94,7 @@ class NcclLink:
         with listen_towards(parts.hostname or "", parts.port or protocol.DEFAULT_PORT) as probe:
             host, port = probe.getsockname()[:2]
         rendezvous = {"master_address": host, "master_port": port, "world_size": 2}
-        info = {**rendezvous, "rank_offset": 1, "packed": True, "packed_buffer_size_bytes": _PIECE_BYTES}
+        info = {**rendezvous, "rank_offset": 1, "packed": True, "packed_buffer_size_bytes": WEIGHT_PIECE_BYTES}
         self._group: Any = _both(
             lambda: trainer_init(rendezvous), lambda: pool.post_json(replica, protocol.CONNECT_PATH, {"info": info})
         )
@@ -114,7 +114,7 @@ class NcclLink:
                 group=self._group,
                 src=0,
                 post_iter_func=lambda item: item[1],
-                buffer_size_bytes=_PIECE_BYTES,
+                buffer_size_bytes=WEIGHT_PIECE_BYTES,
             ),
             lambda: announce(described),
         )
@@ -203,7 +203,7 @@ def _pieces(weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> 
     size_bytes = 0
     for name, tensor in weights:
         copied = tensor.to(dtype, copy=True).contiguous()
-        if tensors and size_bytes + copied.nbytes > _PIECE_BYTES:
+        if tensors and size_bytes + copied.nbytes > WEIGHT_PIECE_BYTES:
             yield Piece(tensors)
             tensors, size_bytes = [], 0
         tensors.append((name, copied))

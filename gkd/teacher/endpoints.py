@@ -197,7 +197,7 @@ def check_topk_teacher(config: Config, name: str = MAIN_TEACHER) -> None:
     section = config.teacher_key(name)
     endpoints = Endpoints(config.teachers[name], section)
     endpoints.close()
-    needed = config.data.max_prompt_tokens + config.rollout.max_new_tokens + 1
+    needed = config.longest_sequence + 1
     if endpoints.max_tokens is not None and endpoints.max_tokens < needed:
         raise ConfigError(
             f"{section}.addresses: a sequence can reach {needed - 1} tokens (data.max_prompt_tokens + "

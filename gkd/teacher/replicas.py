@@ -126,7 +126,7 @@ def check_served_teacher(config: Config, name: str = MAIN_TEACHER) -> ServedMode
     section = config.teacher_key(name)
     replicas = Replicas(config.teachers[name], section)
     replicas.close()
-    served, longest = replicas.served, config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    served, longest = replicas.served, config.longest_sequence
     needed = longest - 1  # the last token is only predicted, never read
     if served.max_tokens < needed:
         raise ConfigError(

@@ -46,7 +46,9 @@ class Monitor(Protocol):
 
     def first_batch(self, rollouts: Sequence[Rollout], micro_batches: Sequence[TokenBatch]) -> None: ...
 
-    def log(self, step: int, metrics: Metrics) -> object: ...
+    def log(self, step: int, *metrics: Metrics) -> object:
+        """Of all groups together. Raises ValueError for a name that two of them have with different values."""
+        ...
 
 
 def train_loop(
@@ -76,5 +78,5 @@ def train_loop(
         with monitor.phase("sync"):
             sync = rollout.load_weights(student.weights(), version=step + 1)
 
-        monitor.log(step, {**stats, **sync, **measure(rollouts), **evaluate(step + 1)})
+        monitor.log(step, stats, sync, measure(rollouts), evaluate(step + 1))
         save(step + 1)

@@ -81,6 +81,8 @@ def test_what_cannot_be_right_is_refused(tmp_path: Path) -> None:
             run.log(0, {**STATS, "time/sample_s": 1.0})
         with pytest.raises(ValueError, match="'step' is logged twice in one step: 0 and 5"):
             run.log(0, {**STATS, "step": 5})
+        with pytest.raises(ValueError, match="twice"):
+            run.log(0, STATS, {"loss": 9.0})
         run.log(0, STATS)
         with pytest.raises(ValueError, match="step 0 is logged after step 0"):
             run.log(0, STATS)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from planned import setup_of
 
+from gkd import chunks
 from gkd.config import load_config
 from gkd.errors import ConfigError
+from gkd.objectives.divergence import Divergence
+from gkd.ops import linear_divergence, scratch
+from gkd.ops.linear_topk import linear_topk_divergence
 from gkd.planning.devices import device_named
 from gkd.planning.memory import memory_plan, student_state
 from gkd.planning.models import architectures
 from gkd.planning.setup import make_setup
 from gkd.planning.suggest import suggest
+from gkd.types import OutputHead, TopkScores
 
 SMALL, LARGE, HUGE = "qwen3_8b_to_1.7b", "qwen3_32b_to_1.7b", "qwen3_235b_to_8b"
 PARAMETERS = 1_720_574_976  # of Qwen3-1.7B: 151936 x 2048 + 28 x (12582912 + 37748736 + 4096 + 256) + 2048
@@ -229,3 +236,42 @@ def test_lora_by_hand() -> None:
     assert some.adapter_parameters == 28 * 8 * (2048 + 2048 + 2048 + 1024)
     with pytest.raises(ConfigError, match=r"^student\.lora\.target_modules: 'lm_head' of .* is not planned for"):
         setup_of(SMALL, 8, "student.lora.target_modules=[lm_head]")
+
+
+def _whole_loss(rows: int, vocabulary: int) -> None:
+    student, teacher = torch.randn(rows, 2), torch.randn(rows, 3)
+    linear_divergence(student, torch.randn(vocabulary, 2), teacher, torch.randn(vocabulary, 3), "jsd")
+
+
+def _topk_loss(rows: int, vocabulary: int) -> None:
+    teacher = TopkScores(torch.zeros(rows, 1, dtype=torch.int64), torch.full((rows, 1), -1.0))
+    linear_topk_divergence(
+        torch.randn(rows, 2),
+        OutputHead(torch.randn(vocabulary, 2)),
+        teacher,
+        Divergence("forward_kl"),
+        weights=torch.ones(rows),
+        labels=torch.zeros(rows, dtype=torch.int64),
+        valid_vocab=vocabulary,
+    )
+
+
+@pytest.mark.parametrize("loss", [_whole_loss, _topk_loss])
+def test_the_plan_counts_with_the_chunk_of_the_losses(
+    loss: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the default is, both follow it: a number of its own on either side would show."""
+    vocabulary, chunk_rows = 16, 5
+    monkeypatch.setitem(chunks.LOSS_CHUNK_BYTES, "cpu", 4 * vocabulary * chunk_rows)
+    monkeypatch.setitem(chunks.LOSS_CHUNK_BYTES, "cuda", 12345)
+    taken: list[int] = []
+    take = scratch.take
+
+    def recorded(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        taken.append(shape[0] * shape[1] * dtype.itemsize)
+        return take(shape, dtype, device)
+
+    monkeypatch.setattr(scratch, "take", recorded)
+    loss(4 * chunk_rows, vocabulary)
+    assert max(taken) == setup_of(SMALL, 1, gpu="cpu").chunk_bytes == 4 * vocabulary * chunk_rows
+    assert setup_of(SMALL, 1).chunk_bytes == 12345

@@ -195,7 +195,7 @@ class Interrupted(Weights):
 def test_an_update_cut_off_half_way_is_not_sampled_from_and_the_next_one_heals(
     servers: Servers, weights: Weights, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gkd.rollout.weight_transfer._PIECE_BYTES", 1 << 14)  # many pieces
+    monkeypatch.setattr("gkd.rollout.weight_transfer.WEIGHT_PIECE_BYTES", 1 << 14)  # many pieces
     synced, served = servers.sampler(getattr(servers, kind))
     synced.load_weights(weights, 0)
     with pytest.raises(KeyboardInterrupt):

@@ -73,8 +73,7 @@ def locate_models(config: Config, folder: RunFolder, launch: Launch) -> Models:
     if stop_ids is None:
         generation = read_generation_config(student_path, revision=student_revision(config))
         stop_ids = end_token_ids(tokenizer, generation, student_config)
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    _check_context("student.model", student_config, longest)
+    _check_context("student.model", student_config, config.longest_sequence)
     rows = _vocabulary_rows(student_config)
     shared = [
         _check_teacher(config, name, path, tokenizer, rows)
@@ -114,7 +113,7 @@ def _check_teacher(config: Config, name: str, path: str, tokenizer: PreTrainedTo
     """How many columns of the vocabulary the student shares with a teacher. Raises ModelError or ConfigError."""
     revision, key = config.teachers[name].revision, f"{config.teacher_key(name)}.model"
     teacher_config = read_config(path, revision=revision, key=key)
-    _check_context(key, teacher_config, config.data.max_prompt_tokens + config.rollout.max_new_tokens)
+    _check_context(key, teacher_config, config.longest_sequence)
     teacher_tokenizer = load_tokenizer(path, revision=revision, key=key)
     return check_tokenizer_pair(tokenizer, teacher_tokenizer, student_rows, _vocabulary_rows(teacher_config))
 

@@ -1,0 +1,16 @@
+"""How large the pieces are that large things are worked on or sent in.
+
+Plain numbers without torch: `gkd plan` counts with the same ones that the losses and the weight updates use.
+"""
+
+from __future__ import annotations
+
+WEIGHT_PIECE_BYTES = 128 << 20  # of a weight update to a served sampler, or one parameter that is larger
+# Logits of one side of a chunk of the fused loss. Rather few and large chunks: each reads both heads and updates a
+# gradient.
+LOSS_CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+
+
+def loss_chunk_bytes(device_type: str) -> int:
+    """The default of the fused losses on a device of torch's type `device_type`."""
+    return LOSS_CHUNK_BYTES.get(device_type, LOSS_CHUNK_BYTES["cpu"])
