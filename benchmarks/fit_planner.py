@@ -32,7 +32,7 @@ import scaling_page
 
 from gkd.config import load_config
 from gkd.errors import DataError, GkdError
-from gkd.json_files import read_json_object
+from gkd.files import read_json_object
 from gkd.monitor import read_metrics
 from gkd.monitor.timing import PHASES
 from gkd.planning.compare import compare_summary

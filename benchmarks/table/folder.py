@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gkd.monitor.text import write_atomically
+from gkd.files import write_atomically
 
 from .methods import Cell, Completions
 from .sizes import Size, key

@@ -54,12 +54,13 @@ def _axes(only: str) -> Sequence[str]:
 
 def _write(evaluation: Evaluation, folder: Path) -> None:
     from gkd.evaluate.report import markdown
-    from gkd.monitor.text import write_atomically
+    from gkd.files import write_atomically, write_json
+    from gkd.run_files import RunFiles
 
-    content = json.dumps(evaluation.as_json(), indent=2, allow_nan=False) + "\n"
+    files = RunFiles(folder)
     try:
-        write_atomically(folder / "eval.json", content.encode())
-        write_atomically(folder / "eval.md", markdown(evaluation).encode())
+        write_json(files.evaluation, evaluation.as_json())
+        write_atomically(files.evaluation_page, markdown(evaluation).encode())
     except OSError as error:
         raise RunError(f"--out: {error.filename}: {error.strerror}") from error
 

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ROW_KEYS = ("prompt", "completion", "messages")
 _EXPECTED = 'expected {"prompt": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
-_FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+JSON_SUFFIXES = (".jsonl", ".json")  # read without any library
+_FILE_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 Message = dict[str, str]

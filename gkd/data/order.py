@@ -1,4 +1,4 @@
-"""Which prompts a step trains on: a pure function of (seed, step).
+"""Which prompts a step trains on, a pure function of (seed, step), and in which order sequences are worked on.
 
 Nothing is kept between steps, so a resume, a retry or another number of ranks cannot change the order.
 """
@@ -12,6 +12,15 @@ from collections.abc import Sequence
 from gkd.errors import ConfigError, DataError
 from gkd.seeding import derive_seed
 from gkd.types import Prompt, PromptDraw
+
+
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """The places of `lengths`, that of the largest first; ties keep their order.
+
+    Neighbours of like length need little padding, what does not fit in memory fails at once, and nothing long is left
+    for the end.
+    """
+    return sorted(range(len(lengths)), key=lambda place: -lengths[place])
 
 
 class PromptData:

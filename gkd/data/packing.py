@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch.nn.functional import pad as pad_columns
 
+from gkd.data.order import longest_first
 from gkd.errors import SamplerError
 from gkd.types import HiddenScores, Rollout, TeacherScores, TokenBatch, TopkScores, first_rows
 
@@ -48,7 +49,7 @@ def pack(
     if scores is not None:
         _check_scores(rollouts, scores)
     lengths = [len(rollout.token_ids) for rollout in rollouts]
-    order = sorted(range(len(rollouts)), key=lambda i: -lengths[i])  # stable: ties keep their order
+    order = longest_first(lengths)
     groups: list[list[int]] = []
     for own in _by_teacher(order, scores):
         if micro_batch_tokens is None:

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 
 from gkd.config import ObjectiveConfig
-from gkd.json_files import finite_or_none
 from gkd.seeding import derive_seed
 from gkd.teacher.base import Teacher
 from gkd.types import Completion, Prompt, PromptDraw, Rollout, SampleRequest, TeacherScores, TokenBatch
@@ -55,9 +54,8 @@ class HeldoutFigures:
     by_position: dict[str, list[float]]  # forward_kl and so on: the mean of each bucket
 
     def as_record(self) -> dict[str, Any]:
-        """What a line of a heldout_positions.jsonl holds beside its step. What is not finite is null."""
-        profiles = {name: [finite_or_none(value) for value in means] for name, means in self.by_position.items()}
-        return {"bucket_tokens": self.bucket_tokens, "tokens": self.tokens, **profiles}
+        """What a line of a heldout_positions.jsonl holds beside its step."""
+        return {"bucket_tokens": self.bucket_tokens, "tokens": self.tokens, **self.by_position}
 
 
 def heldout_requests(prompts: Sequence[Prompt], seed: int) -> list[SampleRequest]:

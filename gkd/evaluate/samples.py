@@ -14,7 +14,7 @@ import torch
 
 from gkd.evaluate.answer_tokens import Alternative, Answer, AnswerToken, AnswerTokens
 from gkd.evaluate.heldout import COMPARED, DIVERGENCES, MeasuresDivergence, Pack
-from gkd.json_files import finite_or_none
+from gkd.files import finite
 from gkd.ops.token_logprobs import token_logprobs, top_logprobs
 from gkd.seeding import derive_seed
 from gkd.teacher.base import Teacher
@@ -92,7 +92,7 @@ class AnswerScoring:
         best = zip(teacher.best_ids.tolist(), teacher.best_probabilities.tolist(), strict=True)
         tokens = []
         for place, (token_id, alternatives) in enumerate(zip(ids, best, strict=True)):
-            values = {name: finite_or_none(column[place]) for name, column in columns.items()}
+            values = {name: finite(column[place]) for name, column in columns.items()}
             if token_id >= self._valid_vocab:
                 values |= {"student_probability": None, "teacher_probability": None}
             before = ids[max(0, place - _CONTEXT_TOKENS) : place]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from gkd.data import pack
+from gkd.data.order import longest_first
 from gkd.models import backbone_of, output_head
 from gkd.ops import linear_divergence
 from gkd.ops.token_logprobs import token_logprobs
@@ -56,7 +57,7 @@ def student_scores(
     The teacher's scores are whole distributions, with one head.
     """
     results: list[TokenScores] = [{}] * len(rollouts)
-    order = sorted(range(len(rollouts)), key=lambda i: -len(rollouts[i].token_ids))  # little padding in each forward
+    order = longest_first([len(rollout.token_ids) for rollout in rollouts])
     for start in range(0, len(order), settings.micro_batch_size):
         rows = order[start : start + settings.micro_batch_size]
         given = None if teacher is None else [teacher[i] for i in rows]

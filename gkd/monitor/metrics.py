@@ -89,13 +89,6 @@ def merge_metrics(*groups: Mapping[str, MetricValue]) -> dict[str, MetricValue]:
     return merged
 
 
-def without_non_finite(record: Mapping[str, object]) -> dict[str, object]:
-    """The record with NaN and infinities as None: JSON has no other way to write them that all readers accept."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
-    }
-
-
 def metrics_table() -> str:
     """METRICS as a Markdown table, the one in docs/metrics.md."""
     rows = ["| name | unit | meaning |", "|---|---|---|"]

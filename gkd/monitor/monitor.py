@@ -13,19 +13,17 @@ from rich.console import Console
 from rich.text import Text
 
 from gkd.config import Config, Launch
+from gkd.files import write_atomically
 from gkd.monitor.first_batch import Decode, first_batch_text, render_first_batch, scored_tokens
 from gkd.monitor.metrics import MetricValue, merge_metrics
 from gkd.monitor.sinks import JsonlSink, MetricSink, OptionalSink, TensorBoardSink, WandbSink
 from gkd.monitor.terminal import QuietProgress, RunProgress, TerminalProgress
-from gkd.monitor.text import write_atomically
 from gkd.monitor.timing import PhaseTimer
+from gkd.run_files import RunFiles
 from gkd.types import Rollout, TokenBatch
 
 PHASE_LOGGER = "gkd.phases"  # says where a rank is; for a file, not for the terminal
 _log = logging.getLogger(PHASE_LOGGER)
-
-METRICS_FILE = "metrics.jsonl"
-FIRST_BATCH_FILE = "samples/first_batch.txt"
 
 
 class Monitor:
@@ -47,7 +45,7 @@ class Monitor:
         console: Console | None = None,
         synchronize: Callable[[], None] | None = None,
     ) -> None:
-        self._config, self._folder = config, Path(run_folder)
+        self._config, self._files = config, RunFiles(Path(run_folder))
         self._is_main, self._start_step, self._decode = is_main, start_step, decode
         self._timer = PhaseTimer(synchronize=synchronize)
         self._last_step = start_step - 1
@@ -120,7 +118,7 @@ class Monitor:
         self._first_batch_shown = True
         scored = scored_tokens(rollouts, micro_batches)
         plain = first_batch_text(rollouts, self._decode, scored=scored)
-        write_atomically(self._folder / FIRST_BATCH_FILE, plain.encode("utf-8"))
+        write_atomically(self._files.first_batch, plain.encode("utf-8"))
         colours = isinstance(self._progress, TerminalProgress) and self._progress.console.color_system is not None
         self.note(render_first_batch(rollouts, self._decode, scored=scored) if colours else plain.rstrip("\n"))
 
@@ -145,15 +143,15 @@ class Monitor:
         self.close()
 
     def _make_sinks(self) -> list[MetricSink]:
-        config, folder = self._config, self._folder
-        lines = JsonlSink(folder / METRICS_FILE)
+        config, files = self._config, self._files
+        lines = JsonlSink(files.metrics)
         lines.truncate_after(self._start_step - 1)
         sinks: list[MetricSink] = [lines]
         if config.log.tensorboard:
-            events = partial(TensorBoardSink, folder / "tensorboard", self._start_step)
+            events = partial(TensorBoardSink, files.tensorboard, self._start_step)
             sinks.append(OptionalSink("TensorBoard", events, self.note))
         if config.log.wandb:
-            service = partial(WandbSink, folder, config.run.name, config.model_dump(mode="json"))
+            service = partial(WandbSink, files.path, config.run.name, config.model_dump(mode="json"))
             sinks.append(OptionalSink("W&B", service, self.note))
         return sinks
 

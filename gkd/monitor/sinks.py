@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gkd.errors import RunFolderError
-from gkd.monitor.metrics import MetricValue, without_non_finite
-from gkd.monitor.text import write_atomically
+from gkd.files import finite, write_atomically
+from gkd.monitor.metrics import MetricValue
+from gkd.run_files import RunFiles, parse_record
 
 
 class MetricSink(Protocol):
@@ -35,7 +36,7 @@ class JsonlSink:
         self._file = self.path.open("ab", buffering=0)
 
     def log(self, step: int, metrics: Mapping[str, object]) -> None:
-        record = without_non_finite({"step": step, **metrics})
+        record = finite({"step": step, **metrics})
         rest = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
         try:
             while rest:  # a raw write may take a part only
@@ -103,7 +104,7 @@ class WandbSink:
     def __init__(self, run_folder: str | Path, name: str, config: Mapping[str, Any], project: str = "gkd") -> None:
         import wandb  # pyright: ignore[reportMissingImports]
 
-        id_file = Path(run_folder) / "wandb_run_id"
+        id_file = RunFiles(Path(run_folder)).wandb_id
         known_id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
         # An unattended run must not wait for a login, and W&B's capture of stdout would break the progress bar.
         settings = wandb.Settings(login_timeout=30, init_timeout=60, console="off")
@@ -159,17 +160,9 @@ def _records(path: Path, content: bytes) -> list[tuple[bytes, dict[str, Any]]]:
         lines.pop()
     records: list[tuple[bytes, dict[str, Any]]] = []
     for number, line in enumerate(lines, start=1):
-        record = _parse(line)
+        record = parse_record(line)
         if record is not None:
             records.append((line, record))
         elif number < len(lines):
             raise RunFolderError(f"{path}:{number}: not a metrics record; mend or remove this line")
     return records
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:  # JSON and UTF-8 errors alike
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None

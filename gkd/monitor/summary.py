@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gkd.monitor.metrics import MetricValue, without_non_finite
-from gkd.monitor.text import clean, write_atomically
+from gkd.files import finite, write_atomically, write_json
+from gkd.monitor.metrics import MetricValue
+from gkd.monitor.text import clean
 from gkd.monitor.timing import PHASES
 
 
@@ -53,11 +53,11 @@ class RunSummary:
         flat.update(self.time_s)
         if self.final_folder is not None:
             flat["final_folder"] = self.final_folder
-        return without_non_finite({**flat, **self.extra})
+        return finite({**flat, **self.extra})
 
     def write_summary_json(self, path: str | Path) -> None:
         """Writes `to_dict` as strict JSON (NaN and infinities are null), in one step. Raises OSError."""
-        write_atomically(Path(path), (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n").encode())
+        write_json(Path(path), self.to_dict())
 
     def write_samples_markdown(self, path: str | Path) -> None:
         """Writes the samples for people to read, in one step. Raises OSError."""

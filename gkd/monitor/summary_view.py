@@ -17,24 +17,8 @@ from rich.text import Text
 
 from gkd.monitor.summary import HeldoutSample, RunSummary
 from gkd.monitor.text import clean, format_duration, format_value, shorten
+from gkd.monitor.titles import DIVERGENCE_TITLES, PHASE_TITLES
 
-DIVERGENCE_TITLES = {
-    "forward_kl": "forward KL",
-    "reverse_kl": "reverse KL",
-    "jsd": "JSD",
-    "tvd": "total variation",
-    "topk_forward_kl": "top-k forward KL",
-    "topk_reverse_kl": "top-k reverse KL",
-    "topk_jsd": "top-k JSD",
-}
-PHASE_TITLES = {  # in the order of a step
-    "sample": "sample",
-    "score": "score",
-    "forward_backward": "forward, backward",
-    "optimizer": "optimizer",
-    "sync": "sync weights",
-    "other": "rest of the steps",
-}
 _SUMS = {"train", "step"}  # of others: not shown beside them
 _BLOCKS, _ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=+*#@"
 _ANSWER_LINES, _ANSWER_CHARACTERS = 6, 420

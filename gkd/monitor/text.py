@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import unicodedata
-from pathlib import Path
 
 NEWLINE_MARK = "\N{RETURN SYMBOL}"
 _JOINERS = "\u200c\u200d"  # format characters that scripts and emoji need
@@ -34,25 +32,6 @@ def shorten(text: str, max_lines: int, max_characters: int) -> str:
     lines = [line.rstrip() for line in text.split("\n") if line.strip()]
     short = "\n".join(lines[:max_lines])[:max_characters].rstrip()
     return short if len(short) == len("\n".join(lines)) else f"{short} \N{HORIZONTAL ELLIPSIS}"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces `path` in one step: a reader, or a crash, sees the old file or the new one.
-
-    Raises OSError that names `path`; the old file is then intact.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def format_duration(seconds: float) -> str:

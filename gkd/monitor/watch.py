@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -18,12 +17,12 @@ from rich.text import Text
 
 from gkd.errors import RunFolderError
 from gkd.monitor.metrics import METRICS, MetricValue
-from gkd.monitor.monitor import METRICS_FILE
-from gkd.monitor.report.charts import DIVERGENCE_TITLES, PHASE_TITLES
 from gkd.monitor.report.data import is_finished, read_object
 from gkd.monitor.summary_view import bar, sparkline
 from gkd.monitor.terminal import status
 from gkd.monitor.text import clean, format_duration, format_rate, format_value
+from gkd.monitor.titles import DIVERGENCE_TITLES, PHASE_TITLES
+from gkd.run_files import RunFiles, parse_record
 
 _RECENT_STEPS = 20  # for the time left and the phases
 _CURVES = (
@@ -57,7 +56,7 @@ class MetricsFollower:
             return []
         content = self._torn + self._file.read()
         *lines, self._torn = content.split(b"\n")
-        records = [record for line in lines if (record := _record(line)) is not None]
+        records = [record for line in lines if (record := parse_record(line)) is not None]
         for record in records:
             self._add(record)
         return records
@@ -113,16 +112,17 @@ class RunWatch:
         if not folder.is_dir():
             raise RunFolderError(f"{folder}: no such folder")
         self.folder = folder
-        self.follower = MetricsFollower(folder / METRICS_FILE)
+        self._files = RunFiles(folder)
+        self.follower = MetricsFollower(self._files.metrics)
         self._clock = clock
         self.refresh()
 
     def refresh(self) -> list[dict[str, Any]]:
         """Reads the folder; returns the new records."""
         new = self.follower.poll()
-        self.config = _object_or_nothing(self.folder / "config.resolved.json")
-        self.before = _section(_object_or_nothing(self.folder / "before.json"), "heldout")
-        self.summary = _object_or_nothing(self.folder / "summary.json")
+        self.config = _object_or_nothing(self._files.config)
+        self.before = _section(_object_or_nothing(self._files.before), "heldout")
+        self.summary = _object_or_nothing(self._files.summary)
         return new
 
     @property
@@ -333,14 +333,6 @@ def _curve_label(name: str) -> str:
         "sync/mean_logprob_error": "sync error",
     }
     return labels.get(name, f"{prefix} of {rest}" if rest else name)
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:  # JSON and UTF-8 errors alike
-        return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def _object_or_nothing(path: Path) -> dict[str, Any]:

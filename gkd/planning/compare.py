@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd.errors import DataError
-from gkd.json_files import read_json_object
+from gkd.files import read_json_object
 from gkd.planning.time import TimePlan
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from gkd.config import Config, LoraConfig, cache_folder
 from gkd.errors import ConfigError, ModelError
-from gkd.json_files import read_json_object
+from gkd.files import read_json_object
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SHIPPED_FOLDER = Path(__file__).parents[2] / "configs" / "models"

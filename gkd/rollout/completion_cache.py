@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from gkd.files import written_aside
 from gkd.types import Completion, SampleRequest
 
 
@@ -56,11 +57,8 @@ class CompletionCache:
             "lengths": np.array(lengths, dtype=np.int64),
         }
         metadata = {"keys": json.dumps(keys), "finish_reasons": json.dumps([c.finish_reason for c in completions])}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        name = uuid.uuid4().hex
-        aside = self.folder / f".{name}.tmp"
-        save_file(arrays, aside, metadata=metadata)
-        aside.replace(self.folder / f"{name}.safetensors")
+        with written_aside(self.folder / f"{uuid.uuid4().hex}.safetensors") as aside:
+            save_file(arrays, aside, metadata=metadata)
         self._completions.update(zip(keys, completions, strict=True))
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from gkd.files import written_aside
 from gkd.teacher.base import Teacher
 from gkd.teacher.serving.head import head_from_bytes, head_to_bytes
 from gkd.types import HiddenScores, Rollout, TeacherScores, TopkScores, first_rows
@@ -93,9 +93,8 @@ class CachedTeacher:
         return scores.to(self._device) if len(scores) == len(rollout.completion_ids) else None
 
     def _write(self, path: Path, data: bytes) -> None:
-        aside = path.with_name(f".{uuid.uuid4().hex}.part")
-        aside.write_bytes(data)
-        aside.replace(path)
+        with written_aside(path) as aside:
+            aside.write_bytes(data)
         self._used_bytes += len(data)
 
     def _read_empty(self) -> TeacherScores | None:

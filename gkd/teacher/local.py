@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from gkd.data.order import longest_first
 from gkd.errors import RunError
 from gkd.models import backbone_of, output_head
 from gkd.types import HiddenScores, OutputHead, Rollout, TeacherScores
@@ -55,8 +56,8 @@ class LocalTeacher:
         self._assert_frozen()
         nothing = self._head.weight.new_empty(0, self._head.weight.shape[1])
         hidden = [nothing] * len(rollouts)
-        scored = [i for i, rollout in enumerate(rollouts) if rollout.completion_ids]
-        scored.sort(key=lambda i: len(rollouts[i].token_ids), reverse=True)  # little padding in each forward
+        order = longest_first([len(rollout.token_ids) for rollout in rollouts])
+        scored = [i for i in order if rollouts[i].completion_ids]
         starts = range(0, len(scored), self._micro_batch_size)
         idle = self._agree_on_largest(len(starts)) - len(starts)  # asked for before any forward: that may be collective
         for start in starts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from gkd.data.order import longest_first
 from gkd.serving.threads import map_in_threads
 from gkd.types import Rollout
 
@@ -19,8 +20,8 @@ def map_completions(
     Raises the first error of `ask`.
     """
     answers = [nothing] * len(rollouts)
-    scored = [i for i, rollout in enumerate(rollouts) if rollout.completion_ids]
-    scored.sort(key=lambda i: len(rollouts[i].token_ids), reverse=True)
+    order = longest_first([len(rollout.token_ids) for rollout in rollouts])
+    scored = [i for i in order if rollouts[i].completion_ids]
     found = map_in_threads(ask, [rollouts[i] for i in scored], requests_at_once)
     for i, answer in zip(scored, found, strict=True):
         answers[i] = answer

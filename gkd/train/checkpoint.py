@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gkd.errors import CheckpointError, RunFolderError
+from gkd.files import write_json
 from gkd.train.distributed import barrier
-from gkd.train.run_folder import write_json
 
 _MANIFEST = "manifest.json"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from gkd.config import Config
 from gkd.errors import ConfigError
-from gkd.json_files import read_json_object
+from gkd.files import read_json_object
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:

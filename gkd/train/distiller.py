@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gkd.config import Config, Launch, load_config, make_config
-from gkd.data.formats import read_rows
+from gkd.data.formats import JSON_SUFFIXES, read_rows
 from gkd.data.routing import check_teacher_names
 from gkd.environment import local_rank_taken_back, prepare_process
 from gkd.errors import RunInterruptedError
+from gkd.files import write_atomically, write_json
 from gkd.monitor import HeldoutSample, JsonlSink, Monitor, RunSummary, loss_curve, read_metrics, time_totals
-from gkd.monitor.text import write_atomically
 from gkd.train.rank_log import rank_log
-from gkd.train.run_folder import RunFolder, library_versions, write_json
+from gkd.train.run_folder import RunFolder, library_versions
 
 if TYPE_CHECKING:
     from gkd.train.parts import Models
@@ -81,7 +81,7 @@ class Distiller:
             ("data.train", data.train, data.train_split),
             ("data.heldout", data.heldout, data.heldout_split),
         ):
-            if path is not None and path.endswith((".jsonl", ".json")):  # what reading needs no library for
+            if path is not None and path.endswith(JSON_SUFFIXES):
                 rows = read_rows(path, split, key=key, teacher_column=data.teacher_column)
                 check_teacher_names(rows, self.config.teachers, data.teacher_column)
         for name, teacher in self.config.teachers.items():
@@ -251,7 +251,7 @@ class _Run:
         requests, _ = parts.shown_requests(self.config, self.models, self._shown_prompts())
         teacher_answers = [self._text(self.texts.greedy.get(request).token_ids) for request in requests]
         texts = zip(self._shown_prompts(), teacher_answers, before["answers"], after["answers"], strict=False)
-        folder, gkd = self.folder.path, _command()
+        gkd = _command()
         return RunSummary(
             name=self.config.run.name,
             steps=self.config.run.steps,
@@ -265,7 +265,7 @@ class _Run:
             final_folder=str(self.folder.final),
             next_commands=(
                 f"{gkd} generate {self.folder.final} --prompt 'List three uses for a paper clip.'",
-                f"{gkd} eval {folder / 'config.resolved.json'} --student {self.folder.final}",
+                f"{gkd} eval {self.folder.config} --student {self.folder.final}",
                 f"less {self.folder.samples}",
             ),
         )

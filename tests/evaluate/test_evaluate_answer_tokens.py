@@ -17,6 +17,7 @@ from gkd.evaluate.answer_tokens import AnswerToken, AnswerTokens
 from gkd.evaluate.heldout import HeldoutEvaluation, HeldoutFigures, completion_positions, heldout_rollouts
 from gkd.evaluate.samples import ALTERNATIVES, AnswerScoring, answer_rollouts
 from gkd.models import load_causal_lm
+from gkd.monitor import JsonlSink, read_metrics
 from gkd.teacher.local import LocalTeacher
 from gkd.train.module import StudentModule, token_divergences
 from gkd.types import Completion, Prompt, Rollout, TokenBatch
@@ -167,6 +168,9 @@ def test_means_by_position(
     assert found.as_record()["jsd"] == found.by_position["jsd"]
 
 
-def test_what_is_not_finite_is_null() -> None:
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
     figures = HeldoutFigures({"heldout/jsd": math.nan}, 1, [1, 1], {"jsd": [math.nan, math.inf]})
-    assert figures.as_record() == {"bucket_tokens": 1, "tokens": [1, 1], "jsd": [None, None]}
+    sink = JsonlSink(tmp_path / "positions.jsonl")
+    sink.log(0, figures.as_record())
+    sink.close()
+    assert read_metrics(sink.path) == [{"step": 0, "bucket_tokens": 1, "tokens": [1, 1], "jsd": [None, None]}]

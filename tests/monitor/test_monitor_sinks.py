@@ -110,7 +110,7 @@ def test_a_failed_rewrite_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gkd.monitor.text.os.fsync", full)
+    monkeypatch.setattr("gkd.files.os.fsync", full)
     with pytest.raises(OSError, match=r"No space left.*m\.jsonl"):
         sink.truncate_after(0)
     assert path.read_bytes() == before

@@ -15,9 +15,9 @@ from pydantic import ValidationError
 
 from gkd.errors import RunFolderError
 from gkd.evaluate.answer_tokens import Answer, AnswerTokens
-from gkd.monitor.monitor import FIRST_BATCH_FILE, METRICS_FILE
 from gkd.monitor.sinks import read_metrics
 from gkd.monitor.summary import HeldoutSample, time_totals
+from gkd.run_files import RunFiles
 
 Column = list[float | None]  # one value a record; None: not finite, or not in that record
 _POSITION_MEANS = ("forward_kl", "reverse_kl", "jsd")
@@ -116,10 +116,9 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
 
 def read_run(folder: Path) -> RunData:
     """One run. Raises RunFolderError as `read_runs` does."""
-    records = _read_records(folder)
-    config = read_object(folder / "config.resolved.json")
-    before = read_object(folder / "before.json")
-    summary = read_object(folder / "summary.json")
+    files = RunFiles(folder)
+    records = _read_records(files)
+    config, before, summary = (read_object(path) for path in (files.config, files.before, files.summary))
     finished = is_finished(summary, config, records[-1]["step"] + 1)
     summary = summary if finished else {}  # it would be that of the steps before a resume
     answers = before.get("answers")
@@ -129,19 +128,19 @@ def read_run(folder: Path) -> RunData:
         steps=[record["step"] for record in records],
         metrics=_columns(records),
         config=config,
-        environment=read_object(folder / "environment.json"),
+        environment=read_object(files.environment),
         heldout=_heldout_curves(records, before, summary),
         time_s={key.removeprefix("time/").removesuffix("_s"): value for key, value in time_totals(records).items()},
         wall_s=_number(summary.get("wall_s")) or 0.0,
         finished=finished,
-        samples=parse_samples(_text(folder / "samples.md")) if finished else (),
+        samples=parse_samples(_text(files.samples)) if finished else (),
         early_answers=tuple(map(str, answers)) if isinstance(answers, list) else (),
-        positions=_read_positions(folder / "heldout_positions.jsonl"),
+        positions=_read_positions(files.positions),
         answer_tokens={
-            moment: _read_answer_tokens(folder / "samples" / f"tokens_{moment}.json")
-            for moment in ("before", "after")[: 1 + finished]
+            moment: _read_answer_tokens(path)
+            for moment, path in (("before", files.tokens_before), ("after", files.tokens_after))[: 1 + finished]
         },
-        first_batch=_text(folder / FIRST_BATCH_FILE),
+        first_batch=_text(files.first_batch),
     )
 
 
@@ -169,16 +168,6 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def flatten(values: Any, path: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
-    if not isinstance(values, dict):
-        return {path: values}
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(flatten(value, f"{path}.{key}" if path else str(key)))
-    return flat
-
-
 def parse_samples(markdown: str) -> tuple[HeldoutSample, ...]:
     """The samples of a samples.md, the inverse of `RunSummary.samples_markdown`; what is incomplete is left out."""
     lines = iter(markdown.split("\n"))
@@ -196,16 +185,14 @@ def parse_samples(markdown: str) -> tuple[HeldoutSample, ...]:
     return tuple(HeldoutSample(*texts[start : start + width]) for start in range(0, whole, width))
 
 
-def _read_records(folder: Path) -> list[dict[str, Any]]:
+def _read_records(files: RunFiles) -> list[dict[str, Any]]:
+    folder, path = files.path, files.metrics
     if not folder.is_dir():
         raise RunFolderError(f"{folder}: no such folder")
-    path = folder / METRICS_FILE
     try:
         records = read_metrics(path)
     except FileNotFoundError:
-        raise RunFolderError(
-            f"{folder}: not a run folder, or no step is done yet ({METRICS_FILE} is missing)"
-        ) from None
+        raise RunFolderError(f"{folder}: not a run folder, or no step is done yet ({path.name} is missing)") from None
     except OSError as error:
         raise RunFolderError(f"{path}: {error.strerror}") from error
     if not records:

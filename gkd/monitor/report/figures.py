@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gkd.monitor.report.charts import PHASE_TITLES, metric_label
+from gkd.monitor.report.charts import metric_label
 from gkd.monitor.report.data import Column, RunData
 from gkd.monitor.report.tokens import chosen_profiles, moment, strip_maximum
+from gkd.monitor.titles import PHASE_TITLES
+from gkd.run_files import REPORT_PICTURES, picture_beside
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,13 +28,13 @@ def write_figures(runs: Sequence[RunData], report: Path) -> list[Path]:
     from matplotlib.figure import Figure  # not pyplot: no state of the process is touched, no display is wanted
 
     paths = []
-    pictures = {"loss": _draw_loss, "time": _draw_time}
-    if any(run.positions for run in runs):
-        pictures["positions"] = _draw_positions
-    for what, draw in pictures.items():
+    draws = dict(zip(REPORT_PICTURES, (_draw_loss, _draw_time, _draw_positions), strict=True))
+    if not any(run.positions for run in runs):
+        del draws["positions"]
+    for what, draw in draws.items():
         figure = Figure(figsize=_SIZE_INCHES, dpi=_DPI, layout="constrained")
         draw(figure, runs)
-        paths.append(report.with_name(f"{report.stem}.{what}.png"))
+        paths.append(picture_beside(report, what))
         figure.savefig(paths[-1])
     return paths
 

@@ -21,16 +21,9 @@ from jinja2 import Environment, StrictUndefined
 
 from gkd.config import describe_keys
 from gkd.evaluate.answer_tokens import AnswerToken
-from gkd.monitor.report.charts import (
-    COLOURS,
-    DIVERGENCE_TITLES,
-    PHASE_TITLES,
-    Chart,
-    chart_sections,
-    heldout_charts,
-    run_payload,
-)
-from gkd.monitor.report.data import RunData, flatten
+from gkd.files import flatten, write_atomically
+from gkd.monitor.report.charts import COLOURS, Chart, chart_sections, heldout_charts, run_payload
+from gkd.monitor.report.data import RunData
 from gkd.monitor.report.tokens import (
     MAX_TOKENS,
     level_titles,
@@ -40,7 +33,8 @@ from gkd.monitor.report.tokens import (
     token_payload,
     token_spans,
 )
-from gkd.monitor.text import clean, format_duration, format_rate, format_value, write_atomically
+from gkd.monitor.text import clean, format_duration, format_rate, format_value
+from gkd.monitor.titles import DIVERGENCE_TITLES, PHASE_TITLES
 
 _OUTSIDE = "load, evaluate, save"
 _NAMES = {"run.name", "run.dir"}  # differ between any two runs
