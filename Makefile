@@ -1,5 +1,5 @@
 # Two commands do all the set-up:  make quickstart   and   make test
-.PHONY: help venv quickstart test lint format tables evidence docs gpu-check cuda clean
+.PHONY: help venv quickstart test test-all test-avx2 lint format tables evidence docs gpu-check cuda clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
@@ -14,7 +14,8 @@ READY := .venv/.ready-$(ACCELERATOR)
 
 help:
 	@echo "make quickstart   distil SmolLM2-135M into 20 of its 30 layers (.venv, weights and all; minutes on 2 cores)"
-	@echo "make test         every test that this machine can run"
+	@echo "make test         the tests that this machine can run, without the long tail"
+	@echo "make test-all     the same, and then the long tail      make test-avx2   some of it, as a processor without AVX-512"
 	@echo "make lint         ruff, pyright, import contracts      make format   ruff format"
 	@echo "make tables       the tables and plots of README and docs, from benchmarks/results"
 	@echo "make evidence     every benchmark again, small, and whether the figures of README and docs hold (30 minutes at most)"
@@ -58,7 +59,18 @@ quickstart: $(KERNELS)
 	$(BIN)/gkd train configs/quickstart.yaml --overwrite
 
 test: $(KERNELS)
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -m "not long" $(ARGS)
+
+test-all: test
+	$(BIN)/python -m pytest -q -m long $(ARGS)
+
+# What depends on the instruction set, held to AVX2: oneDNN, torch's own kernels and ours.
+AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 GKD_CPU_ISA=avx2
+AVX2_TESTS := $(addprefix tests/,objectives ops models/test_models_attention.py models/test_models_packed.py \
+	planning/test_planning_command.py::test_measuring_this_machine benchmarks/test_end_to_end.py \
+	end_to_end/test_precision_and_schedule.py)
+test-avx2: $(KERNELS)
+	$(AVX2) $(BIN)/python -m pytest -q -m "not long" $(AVX2_TESTS) $(ARGS)
 
 # The figures of README and docs from benchmarks/results; a test fails where they are not up to date.
 PAGES := README.md $(addprefix docs/,benchmarks.md recipes.md scaling.md serving.md table.md)

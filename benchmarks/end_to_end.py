@@ -23,7 +23,7 @@ from typing import Any
 
 import plain_deepspeed
 import torch
-from contenders.machine import best_flops_per_s
+from contenders.machine import rates_by_size
 from measure import environment
 
 from gkd import Distiller
@@ -215,7 +215,7 @@ def figures(steps: Sequence[dict[str, Any]], setup: Setup, peak_bytes: int) -> d
     seconds = {phase: statistics.median(step[f"time/{phase}_s"] for step in steps) for phase in (*PHASES, "step")}
     plan, memory = time_plan(setup), memory_plan(setup)
     training_s = seconds["forward_backward"]
-    matmul = max(best_flops_per_s(size, seconds=1.0) for size in (2048, 4096))
+    matmul = max(rates_by_size((1024, 2048, 4096), seconds=1.0).values())
     return {
         "seconds": {phase: round(value, 4) for phase, value in seconds.items()},
         "scored_tokens_per_s": round(steps[-1]["tokens/scored"] / seconds["step"]),

@@ -10,6 +10,7 @@ from tiny import save_tiny_model
 
 from gkd.environment import prepare_process
 
+pytest_plugins = ["leftovers", "skips"]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 prepare_process()  # before any test imports torch
 

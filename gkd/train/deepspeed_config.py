@@ -56,6 +56,21 @@ def scales_loss(settings: dict[str, Any]) -> bool:
     return bool(settings.get("fp16", {}).get("enabled") or (autocast.get("enabled") and is_float16))
 
 
+def check_precision(config: Config, world_size: int) -> None:
+    """Raises ConfigError where DeepSpeed would refuse the precision with a traceback, after minutes of loading."""
+    if not deepspeed_config(config, world_size).get("fp16", {}).get("enabled"):
+        return
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator: Any = get_accelerator()
+    if not accelerator.is_fp16_supported():
+        key = "student.dtype" if config.student.dtype == "float16" else "deepspeed.config: fp16.enabled"
+        raise ConfigError(
+            f"{key}: DeepSpeed trains no float16 on this processor, which has no instructions for it; "
+            "set student.dtype to bfloat16 or float32"
+        )
+
+
 def _values_for_auto(config: Config) -> dict[str, Any]:
     """Values for "auto" entries that are not added where the user's JSON has none."""
     adamw = {

@@ -103,6 +103,7 @@ class Distiller:
 
         config, launch = self.config, self._launch
         distributed.initialize(launch)
+        parts.check_precision(config, launch.world_size)
         start_step = parts.resume_step(config, folder, launch, _log.warning) if resume else 0
         models = parts.locate_models(config, folder, launch)
         prompts = parts.load_data(config, models)

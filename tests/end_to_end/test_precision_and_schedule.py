@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from launching import MakeConfig, check, read_metrics, run_gkd
 
 FIXED = {"mixture": {"student": 0.0, "teacher": 0.0, "dataset": 1.0}, "optim": {"lr": 1e-2, "warmup_steps": 0}}
@@ -19,7 +20,14 @@ def losses_and_norms(make_run_config: MakeConfig, name: str, **sections: dict[st
     return [record[key] for record in read_metrics(config.parent / name) for key in ("loss", "grad_norm")]
 
 
+needs_float16 = pytest.mark.skipif(  # as DeepSpeed asks
+    not (torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()),
+    reason="this processor has no float16 instructions, without which DeepSpeed trains none",
+)
+
+
 @pytest.mark.slow
+@needs_float16
 def test_float16_takes_the_steps_of_float32(make_run_config: MakeConfig) -> None:
     """Scaled losses, and gradients that are clipped once they are not scaled any more, sharded or not."""
     expected = losses_and_norms(make_run_config, "whole")
@@ -32,6 +40,7 @@ def test_float16_takes_the_steps_of_float32(make_run_config: MakeConfig) -> None
 
 @pytest.mark.slow
 @pytest.mark.fault
+@needs_float16
 def test_a_loss_scale_that_overflows_costs_steps_and_not_the_run(make_run_config: MakeConfig, tmp_path: Path) -> None:
     settings = tmp_path / "deepspeed.json"
     fp16 = {"enabled": True, "initial_scale_power": 18, "hysteresis": 1}
@@ -39,6 +48,15 @@ def test_a_loss_scale_that_overflows_costs_steps_and_not_the_run(make_run_config
     found = losses_and_norms(make_run_config, "huge", student={"dtype": "float16"}, deepspeed={"config": str(settings)})
     norms = found[1::2]
     assert norms[0] is None and norms[-1] is not None and norms[-1] < 100, "left out at first, then none"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="every GPU has float16")
+def test_float16_on_a_processor_without_it_is_refused_in_one_line(make_run_config: MakeConfig) -> None:
+    config = make_run_config("half", student={"dtype": "float16"}, deepspeed={"zero_stage": 1})
+    refused = run_gkd(["train", config], ONEDNN_MAX_CPU_ISA="AVX2")
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "student.dtype: DeepSpeed trains no float16 on this processor" in refused.stderr.replace("\n", " ")
 
 
 @pytest.mark.slow

@@ -172,7 +172,10 @@ def test_a_tail_never_exceeds_the_full_divergence_and_grows_with_k(
     student, teacher = randn(4, 9, seed=seed) * 2, randn(4, 9, seed=seed + 1) * 2
     full = value_and_gradient(student, teacher, spec)[0]
     less, more = (score_topk_rows(student, *top(teacher, slots), spec, functions=functions) for slots in (k, k + 1))
-    assert (less <= more + 1e-12).all() and (more <= full + 1e-12).all()
+    # the last tail holds down to 1e-6 of the teacher's mass: 1 - sum_K P knows it to 1e-10 of itself at worst, and a
+    # reverse KL sees its logarithm. Over every seed that can be drawn, up to 5e-12 at 5 nats.
+    rounding = 1e-12 + 5e-12 * full
+    assert (less <= more + rounding).all() and (more <= full + rounding).all()
 
 
 def test_a_tiny_tail_of_the_students_keeps_its_accuracy() -> None:

@@ -82,7 +82,10 @@ def test_a_run_to_fit_to_that_cannot_be_made() -> None:
 def test_measuring_this_machine() -> None:
     result = plan_json("configs/quickstart.yaml", "--gpu", "cpu", "--measure")
     values = {item["name"]: item["value"] for item in result["assumptions"]}
-    assert 1e-3 < values["device: bf16 rate"] < 1e3 and 0.1 < values["device: memory bandwidth"] < 1e4
+    assert 1e-6 < values["device: bf16 rate"] < 1e3, (
+        "TFLOP/s; a busy processor without bfloat16 has a few thousandths of 1"
+    )
+    assert 0.1 < values["device: memory bandwidth"] < 1e4
 
 
 def test_a_plot(tmp_path: Path) -> None:

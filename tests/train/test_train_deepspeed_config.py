@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.accelerator import get_accelerator
 
 from gkd.config import Config, make_config
 from gkd.errors import ConfigError
-from gkd.train.deepspeed_config import deepspeed_config
+from gkd.train.deepspeed_config import check_precision, deepspeed_config
 
 
 def config(tmp_path: Path, user: Any = None, **sections: dict[str, Any]) -> Config:
@@ -38,6 +39,25 @@ def test_defaults(tmp_path: Path) -> None:
 def test_half_precision_is_autocast_over_float32_weights(tmp_path: Path) -> None:
     settings = deepspeed_config(config(tmp_path, student={"model": "s", "dtype": "bfloat16"}), 1)
     assert settings["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "user", "key"),
+    [(2, None, "student.dtype"), (0, {"fp16": {"enabled": True}}, "deepspeed.config: fp16.enabled"), (0, None, None)],
+)
+def test_float16_where_deepspeed_has_none_is_refused_by_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, user: Any, key: str | None
+) -> None:
+    """Under autocast, without ZeRO, DeepSpeed does not mind."""
+    dtype = "float16" if user is None else "float32"
+    chosen = config(tmp_path, user, student={"model": "s", "dtype": dtype}, deepspeed={"zero_stage": stage})
+    for supported in (True, None, False):  # DeepSpeed says None
+        monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda supported=supported: supported)
+        if supported or key is None:
+            check_precision(chosen, 1)
+        else:
+            with pytest.raises(ConfigError, match=f"^{key}: DeepSpeed trains no float16 on this processor"):
+                check_precision(chosen, 1)
 
 
 def test_what_the_user_sets_stays(tmp_path: Path) -> None:

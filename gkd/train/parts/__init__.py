@@ -1,5 +1,6 @@
 """The one place where a config chooses the parts. Everything expensive starts here, cheap checks first."""
 
+from gkd.train.deepspeed_config import check_precision
 from gkd.train.parts.data import Pack, Prompts, Reduction, load_data, packer, prompt_data
 from gkd.train.parts.measures import build_answer_scoring, build_heldout, shown_requests
 from gkd.train.parts.models import Models, locate_models
@@ -22,6 +23,7 @@ __all__ = [
     "build_sampler",
     "build_student",
     "build_teacher",
+    "check_precision",
     "checkpoint_layout",
     "load_data",
     "locate_models",
