@@ -139,6 +139,13 @@ def test_the_quick_tours_snippet_runs() -> None:
     assert namespace["student_logits"].grad.abs().sum() > 0
 
 
+def test_every_test_that_reliability_names_is_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (DOCS / "reliability.md").read_text())
+    assert named
+    for path, function in named:
+        assert f"def {function}" in (ROOT / path).read_text(), f"{path}::{function}"
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built as `make docs` does: a link to nowhere, or an API name that is gone, is an error."""

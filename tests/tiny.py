@@ -5,7 +5,12 @@ head_dim is 32, the smallest that vLLM's CPU attention computes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
@@ -70,3 +75,21 @@ def save_tiny_model(
     model.save_pretrained(folder)
     save_tiny_tokenizer(folder)
     return folder
+
+
+def claim_tied(folder: Path) -> Path:
+    """Lets the config of a model with a head of its own say that the embedding is its head."""
+    import json
+
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": True}))
+    return folder
+
+
+def rewrite_tensor(file: Path, name: str, change: Callable[[torch.Tensor], object]) -> None:
+    """`change` alters the tensor in place; the file keeps its length."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    change(tensors[name])
+    save_file(tensors, file, metadata={"format": "pt"})

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gkd.models.attention import use_short_attention
-    from gkd.models.export import ModelCard, save_final
+    from gkd.models.card import ModelCard
+    from gkd.models.export import save_final
     from gkd.models.fingerprint import model_fingerprint
     from gkd.models.heads import backbone_of, head_logits, head_settings, output_head, verify_head
     from gkd.models.load import (
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         end_token_ids,
         load_causal_lm,
         load_tokenizer,
+        owns_head,
         pad_token_id,
         read_config,
         read_generation_config,
@@ -32,23 +34,26 @@ if TYPE_CHECKING:
         whole_weights,
     )
     from gkd.models.packed import packed_inputs, use_packed_attention
+    from gkd.models.proof import Probe
     from gkd.models.resolve import local_folder, resolve_model
     from gkd.models.subset import choose_layers, make_student_from_layers
     from gkd.models.tokenizer_pair import check_tokenizer_pair
     from gkd.models.weights import file_tensors
 
 _HOMES = {
-    "export": ("ModelCard", "save_final"),
+    "card": ("ModelCard",),
+    "export": ("save_final",),
     "heads": ("backbone_of", "head_logits", "head_settings", "output_head", "verify_head"),
     "load": (
-        "empty_model", "end_token_ids", "load_causal_lm", "load_tokenizer", "pad_token_id", "read_config",
-        "read_generation_config",
+        "empty_model", "end_token_ids", "load_causal_lm", "load_tokenizer", "owns_head", "pad_token_id",
+        "read_config", "read_generation_config",
     ),
     "lora": (
         "adapter_parameters", "adapter_weights", "inject_lora", "lora_targets", "save_adapter", "use_float32_adapters",
         "whole_weights",
     ),
     "attention": ("use_short_attention",),
+    "proof": ("Probe",),
     "packed": ("packed_inputs", "use_packed_attention"),
     "fingerprint": ("model_fingerprint",),
     "resolve": ("local_folder", "resolve_model"),
@@ -60,6 +65,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ModelCard",
+    "Probe",
     "adapter_parameters",
     "adapter_weights",
     "backbone_of",
@@ -78,6 +84,7 @@ __all__ = [
     "make_student_from_layers",
     "model_fingerprint",
     "output_head",
+    "owns_head",
     "packed_inputs",
     "pad_token_id",
     "read_config",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from gkd.errors import ModelError
 from gkd.models.hub import explained, quiet_transformers
 from gkd.models.resolve import local_folder
+from gkd.models.weights import nonfinite_row, read_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,8 @@ def load_causal_lm(
     """The model of a resolved name on the CPU, in `dtype` and eval mode, with PyTorch's own attention where it can.
 
     Every weight comes from the files. Raises ModelError, starting with `key`, if one is missing (transformers would
-    make it up), if the weights are quantized, or if the model needs code that is not transformers' own.
+    make it up) or holds a value that is not finite, if the weights are quantized, or if the model needs code that is
+    not transformers' own.
     """
     from transformers import AutoModelForCausalLM
 
@@ -73,7 +75,19 @@ def load_causal_lm(
             f"{key}: the weights of {path} lack {len(missing)} tensors of {type(model).__name__}, first {missing[0]}: "
             "they belong to another model, or are incomplete"
         )
+    _check_finite(model, path, key)
     return model.eval()
+
+
+def _check_finite(model: PreTrainedModel, path: str, key: str) -> None:
+    """A row that no text of the data holds would go unnoticed through training and sampling, into the result."""
+    for name, parameter in model.named_parameters():
+        row = nonfinite_row(parameter.detach())
+        if row is not None:
+            raise ModelError(
+                f"{key}: {path}: {name}: row {row} is not finite; the weights are damaged, or beyond "
+                f"{str(parameter.dtype).removeprefix('torch.')}"
+            )
 
 
 def _attention(config: PreTrainedConfig) -> str:
@@ -92,6 +106,23 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="sdpa")
+
+
+def owns_head(path: str, *, revision: str | None = None, key: str = "student.model") -> bool:
+    """Whether a resolved model's files hold an output head that differs from the embedding, though its config ties the
+    two. transformers goes by the files then, vLLM by the config."""
+    import torch
+
+    folder = local_folder(path, revision=revision, key=key)
+    config = read_config(str(folder), key=key)
+    if not getattr(config.get_text_config(), "tie_word_embeddings", False):
+        return False
+    with explained(path, key):
+        model = empty_model(config)
+    tied = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    shared = [name for name, number in tied.items() if list(tied.values()).count(number) > 1]
+    found = list(dict(read_tensors(folder, key, shared)).values())
+    return any(not torch.equal(tensor, found[0]) for tensor in found[1:])
 
 
 def end_token_ids(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,14 +121,16 @@ def read_header(file: Path, key: str) -> dict[str, dict[str, Any]]:
     return header
 
 
-def read_tensors(folder: Path, key: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a model folder on the CPU, one resident at a time, under the names of the files."""
+def read_tensors(folder: Path, key: str, wanted: Container[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a model folder on the CPU, one resident at a time, under the names of the files; `wanted` chooses
+    some of the names."""
     from safetensors import safe_open
 
     for file in check_weights(folder, key):
         with safe_open(file, framework="pt", device="cpu") as tensors:
             for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
-                yield name, tensors.get_tensor(name)
+                if wanted is None or name in wanted:
+                    yield name, tensors.get_tensor(name)
 
 
 def file_tensors(
@@ -176,6 +178,26 @@ def _cpu_copy(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     tensor = tensor.detach()
     target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     return tensor.to(device="cpu", dtype=target, copy=True).contiguous()
+
+
+def tensor_digest(tensor: torch.Tensor) -> bytes:
+    """16 bytes that change with any bit of a tensor's values; neither shape nor dtype is in them."""
+    import torch
+    import xxhash
+
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return xxhash.xxh3_128_digest(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+
+
+def nonfinite_row(tensor: torch.Tensor) -> int | None:
+    """The first row (of the first dimension) with a value that is not finite, or None."""
+    if tensor.sum().isfinite():  # a NaN or infinity stays in a sum, and this is ten times faster than to ask for each
+        return None
+    finite = tensor.isfinite()
+    if finite.all():
+        return None
+    rows = finite.reshape(len(finite), -1).all(1) if finite.dim() else finite[None]
+    return int((~rows).nonzero()[0])
 
 
 def _write_shard(folder: Path, index: int, shard: dict[str, torch.Tensor]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gkd.config import LoraConfig
 from gkd.environment import cpu_kv_cache_bytes, prepare_vllm, vllm_failures
 from gkd.errors import ModelError, SamplerError
-from gkd.models import save_adapter
+from gkd.models import owns_head, save_adapter
 from gkd.types import Completion, SampleRequest, SamplingSettings
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ def start_vllm(model_folder: str, settings: VllmSettings, **further: Any) -> Any
     if settings.tensor_parallel > 1:
         further["tensor_parallel_size"] = settings.tensor_parallel
         further["distributed_executor_backend"] = "external_launcher"  # this process is one of them
+    if owns_head(model_folder, key="rollout.engine"):
+        further["hf_overrides"] = {"tie_word_embeddings": False}
     if settings.sleep_level and torch.cuda.is_available():  # elsewhere sleeping gives nothing back
         further["enable_sleep_mode"] = True
     try:

@@ -272,9 +272,12 @@ class _Run:
         )
 
     def _export(self, summary: RunSummary) -> None:
-        """Every rank streams, as gathering is collective; the main rank writes."""
-        from gkd.models import ModelCard, save_final
+        """Every rank scores and streams, as gathering is collective; the main rank writes and proves."""
+        from gkd.models import ModelCard, Probe, save_final
+        from gkd.rollout.sync import probe_prompt
 
+        probe_ids = probe_prompt(prompt.token_ids for prompt in self.prompts.train.prompts)
+        probe = Probe(probe_ids, self.student.token_logprobs(probe_ids, 1), self.config.sync_tolerance)
         weights, adapter = self.student.whole_weights(), self.student.adapter_weights()
         if not self.launch.is_main:
             for _ in itertools.chain(weights, adapter):
@@ -292,7 +295,8 @@ class _Run:
             lora=config.student.lora,
             heldout=summary.heldout,
         )
-        save_final(self.folder.final, weights, self.models.student_path, config.student.dtype, card, adapter=adapter)
+        path, dtype = self.models.student_path, config.student.dtype
+        save_final(self.folder.final, weights, path, dtype, card, probe=probe, adapter=adapter)
 
 
 def _measure(rollouts: Sequence[Rollout]) -> Metrics:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import save_tiny_tokenizer
+from tiny import claim_tied, save_tiny_model, save_tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from gkd.errors import CheckpointError
-from gkd.models import ModelCard, load_causal_lm, read_generation_config, save_final
+from gkd.models import ModelCard, Probe, export, load_causal_lm, read_generation_config, save_final
 from gkd.models.weights import read_tensors
 
 IDS = torch.arange(3, 40)[None]
@@ -28,6 +28,12 @@ CARD = ModelCard(
     versions={"torch": "2.13.0"},
     heldout={"heldout_forward_kl": (8.65, 1.625)},
 )
+
+
+def _probe(model: Any, tolerance: float = 1e-5) -> Probe:
+    with torch.no_grad():
+        logprobs = model(IDS).logits[0, :-1].float().log_softmax(-1).gather(-1, IDS[0, 1:, None])[:, 0]
+    return Probe(IDS[0].tolist(), logprobs.tolist(), tolerance)
 
 
 def _streamed(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
@@ -50,7 +56,7 @@ def _trained(folder: Path) -> PreTrainedModel:
 def test_what_is_saved_is_what_loads(student: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     source = request.getfixturevalue(student)
     model = _trained(source)
-    folder = save_final(tmp_path / "final", _streamed(model), source, "float32", CARD)
+    folder = save_final(tmp_path / "final", _streamed(model), source, "float32", CARD, probe=_probe(model))
     assert folder == tmp_path / "final"
     reloaded = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
@@ -66,7 +72,7 @@ def test_what_is_saved_is_what_loads(student: str, tmp_path: Path, request: pyte
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
 def test_in_another_dtype(tiny_student: Path, tmp_path: Path, dtype: str | torch.dtype) -> None:
     model = _trained(tiny_student)
-    folder = save_final(tmp_path / "final", _streamed(model), tiny_student, dtype, CARD)
+    folder = save_final(tmp_path / "final", _streamed(model), tiny_student, dtype, CARD, probe=_probe(model, 0.5))
     name = str(dtype).removeprefix("torch.")
     assert json.loads((folder / "config.json").read_text())["dtype"] == name
     reloaded = AutoModelForCausalLM.from_pretrained(folder)
@@ -76,7 +82,9 @@ def test_in_another_dtype(tiny_student: Path, tmp_path: Path, dtype: str | torch
 
 def test_a_tied_head_may_come_too(tiny_student: Path, tmp_path: Path) -> None:
     model = _trained(tiny_student)
-    folder = save_final(tmp_path / "final", model.state_dict().items(), tiny_student, "float32", CARD)
+    folder = save_final(
+        tmp_path / "final", model.state_dict().items(), tiny_student, "float32", CARD, probe=_probe(model)
+    )
     with torch.no_grad():
         assert torch.equal(load_causal_lm(str(folder), "float32")(IDS).logits, model(IDS).logits)
 
@@ -92,7 +100,7 @@ def test_a_tied_head_may_come_too(tiny_student: Path, tmp_path: Path) -> None:
 )
 def test_incomplete_weights_leave_the_old_result(tiny_student: Path, tmp_path: Path, fault: str, message: str) -> None:
     model = _trained(tiny_student)
-    save_final(tmp_path / "final", _streamed(model), tiny_student, "float32", CARD)
+    save_final(tmp_path / "final", _streamed(model), tiny_student, "float32", CARD, probe=_probe(model))
     before = (tmp_path / "final" / "model.safetensors").read_bytes()
     weights = [(name, parameter + 1) for name, parameter in model.named_parameters()]
     norm = next(i for i, (name, _) in enumerate(weights) if name == "model.norm.weight")
@@ -105,7 +113,7 @@ def test_incomplete_weights_leave_the_old_result(tiny_student: Path, tmp_path: P
     else:
         weights.append(weights[norm])
     with pytest.raises(CheckpointError, match=message):
-        save_final(tmp_path / "final", weights, tiny_student, "float32", CARD)
+        save_final(tmp_path / "final", weights, tiny_student, "float32", CARD, probe=_probe(model))
     assert (tmp_path / "final" / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
@@ -120,7 +128,7 @@ def test_experts_are_saved_one_by_one(tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_config(config).eval()
     model.save_pretrained(source)
     save_tiny_tokenizer(source)
-    folder = save_final(tmp_path / "final", _streamed(model), source, "float32", CARD)
+    folder = save_final(tmp_path / "final", _streamed(model), source, "float32", CARD, probe=_probe(model))
     saved, original = dict(read_tensors(folder, "")), dict(read_tensors(source, ""))
     assert saved.keys() == original.keys()
     assert all(torch.equal(saved[name], original[name]) for name in original)
@@ -142,13 +150,14 @@ def test_buffers_come_from_the_source(tmp_path: Path) -> None:
     model.save_pretrained(source)
     save_tiny_tokenizer(source)
     weights = [(name, tensor) for name, tensor in model.named_parameters() if name not in buffers]
-    folder = save_final(tmp_path / "final", weights, source, "float32", CARD)
+    folder = save_final(tmp_path / "final", weights, source, "float32", CARD, probe=_probe(model))
     reloaded = load_causal_lm(str(folder), "float32")
     assert torch.equal(reloaded.state_dict()[buffers[0]], model.state_dict()[buffers[0]])
 
 
 def test_the_card(tiny_student: Path, tmp_path: Path) -> None:
-    folder = save_final(tmp_path / "final", _streamed(_trained(tiny_student)), tiny_student, "float32", CARD)
+    model = _trained(tiny_student)
+    folder = save_final(tmp_path / "final", _streamed(model), tiny_student, "float32", CARD, probe=_probe(model))
     _, head, body = (folder / "README.md").read_text().split("---\n", 2)
     facts = yaml.safe_load(head)
     assert facts["library_name"] == "transformers"
@@ -170,3 +179,60 @@ def test_nothing_escapes_the_card() -> None:
     assert facts["distillation"]["data"] == hostile
     assert "<script>" not in body
     assert "| Data | x --- # y \\| z &lt;script>alert(1)&lt;/script> |" in body
+
+
+def test_a_head_under_a_config_that_ties_it_is_kept(tmp_path: Path) -> None:
+    """What was loaded counts: transformers goes by the files, and so does the trainer."""
+    source = claim_tied(save_tiny_model(tmp_path / "source", tied=False))
+    model = _trained(source)
+    folder = save_final(tmp_path / "final", _streamed(model), source, "float32", CARD, probe=_probe(model))
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(IDS).logits, model(IDS).logits)
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_row_that_no_text_touches_must_be_finite(tiny_student: Path, tmp_path: Path) -> None:
+    model = _trained(tiny_student)
+    probe = _probe(model)
+    model.get_parameter("model.embed_tokens.weight").data[250, 3] = float("nan")
+    with pytest.raises(
+        CheckpointError, match=r"^model\.embed_tokens\.weight: row 250 is not finite; nothing was written"
+    ):
+        save_final(tmp_path / "final", model.named_parameters(), tiny_student, "float32", CARD, probe=probe)
+    model.get_parameter("model.embed_tokens.weight").data[250, 3] = 1e5
+    with pytest.raises(CheckpointError, match=r"row 250 is beyond the range of torch\.float16; nothing"):
+        save_final(tmp_path / "final", model.named_parameters(), tiny_student, "float16", CARD, probe=probe)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_written_is_loaded_and_compared(
+    tiny_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An embedding's row that the probe does not read is shifted on its way into the file."""
+    model, written = _trained(tiny_student), export.write_weights
+
+    def shifted(tensors: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors:
+            if "embed" in name:
+                tensor = torch.cat([tensor[:50], tensor[50:].flip(0)])
+            yield name, tensor
+
+    monkeypatch.setattr(
+        export, "write_weights", lambda folder, tensors, dtype: written(folder, shifted(tensors), dtype)
+    )
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "old").touch()
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight does not load .*final\.refused$"):
+        save_final(tmp_path / "final", _streamed(model), tiny_student, "float32", CARD, probe=_probe(model))
+    assert (tmp_path / "final" / "old").exists() and (tmp_path / "final.refused" / "model.safetensors").exists()
+
+
+def test_the_loaded_result_scores_as_the_trainer(tiny_student: Path, tmp_path: Path) -> None:
+    """A setting of the architecture that changed on the way is in no weight."""
+    model = _trained(tiny_student)
+    model.config.rms_norm_eps = 1.0
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 1.0  # pyright: ignore
+    with pytest.raises(CheckpointError, match=r"the result, loaded again, .* differ from the trainer's by"):
+        save_final(tmp_path / "final", _streamed(model), tiny_student, "float32", CARD, probe=_probe(model))

@@ -9,10 +9,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tiny import claim_tied, rewrite_tensor, save_tiny_model
 from transformers import GenerationConfig
 
 from gkd.errors import ModelError
-from gkd.models import end_token_ids, load_causal_lm, load_tokenizer, pad_token_id, read_config, read_generation_config
+from gkd.models import (
+    end_token_ids,
+    load_causal_lm,
+    load_tokenizer,
+    owns_head,
+    pad_token_id,
+    read_config,
+    read_generation_config,
+)
 from gkd.models.weights import SINGLE_FILE, read_tensors, write_weights
 
 
@@ -158,3 +167,21 @@ def test_the_tiny_tokenizer(tiny_student: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_student))
     assert end_token_ids(tokenizer, read_generation_config(str(tiny_student))) == (2,)
     assert pad_token_id(tokenizer) == 0
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model")
+    rewrite_tensor(folder / "model.safetensors", "model.embed_tokens.weight", lambda w: w[250].fill_(float("nan")))
+    with pytest.raises(ModelError, match=r"^key: .*: model\.embed_tokens\.weight: row 250 is not finite"):
+        load_causal_lm(str(folder), "float32", key="key")
+
+
+def test_whose_head_is_its_own(tiny_student: Path, tiny_untied_student: Path, tmp_path: Path) -> None:
+    """Where transformers goes by the files and vLLM by the config."""
+    own = claim_tied(save_tiny_model(tmp_path / "own", tied=False))
+    assert owns_head(str(own)) and not owns_head(str(tiny_student)) and not owns_head(str(tiny_untied_student))
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(own / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, own / "model.safetensors")
+    assert not owns_head(str(own))

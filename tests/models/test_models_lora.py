@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from planned import setup_of
+from tiny import claim_tied, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gkd.config import LoraConfig, make_config
-from gkd.errors import ConfigError
+from gkd.errors import CheckpointError, ConfigError
 from gkd.models import (
     ModelCard,
+    Probe,
     adapter_parameters,
     adapter_weights,
     inject_lora,
@@ -50,6 +52,11 @@ def adapted(folder: Path, dtype: str = "float32", *, fresh: bool = False, **keys
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(IDS).logits
+
+
+def probe(model: Any) -> Probe:
+    logprobs = logits(model)[0, :-1].log_softmax(-1).gather(-1, IDS[0, 1:, None])[:, 0]
+    return Probe(IDS[0].tolist(), logprobs.tolist(), 1e-4)
 
 
 def stream(weights: Any) -> dict[str, torch.Tensor]:
@@ -113,6 +120,7 @@ def test_what_is_written_loads_and_agrees(
         source,
         "float32",
         card,
+        probe=probe(model),
         adapter=stream(adapter_weights(model)).items(),
     )
     expected = logits(model)
@@ -123,6 +131,21 @@ def test_what_is_written_loads_and_agrees(
     assert json.loads((final / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(source)
     readme = (final / "README.md").read_text()
     assert "| Trained by LoRA | rank" in readme and 'from_pretrained(base_model, "adapter")' in readme
+
+
+def test_own_head_and_a_wrong_scale(tmp_path: Path) -> None:
+    """A merge keeps the head that its base model has, and an adapter that would act otherwise is refused."""
+    source = claim_tied(save_tiny_model(tmp_path / "source", tied=False))
+    model = adapted(source)
+
+    def save(alpha: float) -> Path:
+        card = ModelCard("t", "s", {"kind": "jsd"}, {}, "d", 1, {}, lora=lora(alpha=alpha))
+        whole, adapter = (stream(of(model)).items() for of in (whole_weights, adapter_weights))
+        return save_final(tmp_path / "final", whole, source, "float32", card, probe=probe(model), adapter=adapter)
+
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(save(lora().alpha))), logits(model), atol=1e-4)
+    with pytest.raises(CheckpointError, match=r"^the adapter over its base model, loaded again, gives"):
+        save(3 * lora().alpha)
 
 
 @pytest.mark.parametrize("target", ["qproj", "lm_head", "embed_tokens", "proj", "norm"])

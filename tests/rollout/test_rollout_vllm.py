@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from launching import check, run_python
+from tiny import claim_tied, save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from gkd.errors import SamplerError
 from gkd.rollout.base import Sampler
+from gkd.rollout.offline import SamplerSpec, start_sampler
 from gkd.types import SampleRequest, SamplingSettings
 
 JOB = Path(__file__).parent / "sleeping_job.py"
@@ -57,6 +59,18 @@ def test_a_sampler_that_sleeps_wakes_with_the_next_update(
             vllm_sampler.generate(REQUESTS, SETTINGS)
         vllm_sampler.update_weights(weights, version)
         assert vllm_sampler.generate(REQUESTS, SETTINGS) == before
+
+
+@pytest.mark.vllm
+def test_a_head_under_a_config_that_ties_it(tmp_path: Path) -> None:
+    """vLLM alone would go by the config, and not read it."""
+    folder = claim_tied(save_tiny_model(tmp_path / "own_head", tied=False))
+    samplers = [
+        start_sampler(SamplerSpec(engine, str(folder), "float32", max_model_tokens=256, pad_token_id=0))
+        for engine in ("transformers", "vllm")
+    ]
+    expected, found = (sampler.probe(range(3, 60))[0] for sampler in samplers)
+    assert found == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.gpu

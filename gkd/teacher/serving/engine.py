@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gkd.environment import cpu_kv_cache_bytes, prepare_vllm, vllm_failures
 from gkd.errors import ModelError
+from gkd.models import owns_head
 from gkd.serving.engine import EngineThread
 
 if TYPE_CHECKING:
@@ -68,6 +69,9 @@ def _start_vllm(model: str, settings: EngineSettings, revision: str | None) -> A
         from vllm.config import PoolerConfig
     except ImportError as error:
         raise ModelError(f"vLLM cannot be imported ({error}); install gkd[cuda] or gkd[cpu]") from error
+    overrides: dict[str, Any] = {"head_dtype": "model"}  # else a pooling model's states are widened to float32
+    if owns_head(model, revision=revision, key="model"):
+        overrides["tie_word_embeddings"] = False
     arguments: dict[str, Any] = {
         "model": model,
         "revision": revision,
@@ -79,7 +83,7 @@ def _start_vllm(model: str, settings: EngineSettings, revision: str | None) -> A
         "runner": "pooling",
         "convert": "embed",
         "pooler_config": PoolerConfig(task="token_embed", use_activation=False),
-        "hf_overrides": {"head_dtype": "model"},  # else vLLM widens the states of a pooling model to float32
+        "hf_overrides": overrides,
         "enable_prefix_caching": False,  # a cached prefix has no states
         "enforce_eager": True,  # graphs are for decoding
         "skip_tokenizer_init": True,
