@@ -18,11 +18,36 @@ GkdError
 
 from __future__ import annotations
 
+import reprlib
+import unicodedata
+
+_UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, invisible and turning ones, lone surrogates, line ends
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
+
 
 class GkdError(Exception):
-    """Root of the tree. `exit_code` is what the command line ends with."""
+    """Root of the tree. `exit_code` is what the command line ends with.
+
+    Its text is one line whatever it quotes: file names, keys and values come from anywhere.
+    """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+def one_line(text: str) -> str:
+    """`text` with every character that breaks a line, or acts on a terminal, spelled as Python spells it."""
+    if text.isprintable():
+        return text
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in _UNPRINTABLE else c for c in text)
+
+
+def shown(value: object) -> str:
+    """A user's value as a message quotes it: its `repr`, shortened."""
+    return _SHORT.repr(value)
 
 
 class InputError(GkdError, ValueError):

@@ -96,6 +96,60 @@ def test_broken_yaml_names_the_line(tmp_path: Path, text: str, message: str) -> 
         load_config(path)
 
 
+REFUSED_OVERRIDES = [
+    ("run.steps=!!int x", r"override run\.steps:1: 'x' cannot be read as int"),
+    ("run.steps=!!bool x", "'x' cannot be read as bool"),
+    ("run.name=!!timestamp 2026-13-45", "'2026-13-45' cannot be read as timestamp"),
+    ("optim.lr={[a]: b}", r"override optim\.lr:1: key \['a'\] is no text"),
+    ("optim={3: b}", "key 3 is no text; put it in quotes"),
+    ("run.na\nme\x1b[2J=x", r"run\.na\\nme\\x1b\[2J: unknown key"),
+    ('run={"na\\nme": x}', r"run\.na\\nme: unknown key"),
+    ("run.name=a\x07", "holds a character that YAML does not allow"),
+    ('run.name="\\ud800"', r"run\.name: holds a NUL character or half a surrogate pair"),
+    ("run.name=" + "n" * 300, r"run\.name: .* 100 at most"),
+    ("run.name=" + "[" * 5000, "nested deeper"),
+    ("run.name=&a [*a]", "does an alias repeat itself"),
+    ("run.seed=0x" + "f" * 9000, r"run\.seed: must be a finite number below 2\^63"),
+    ("run.seed=" + "9" * 9000, "cannot be read as int"),
+    ("data.chat_template_kwargs={a: !!set {b}}", r"data\.chat_template_kwargs\.a: a config holds no set"),
+    ("data.chat_template_kwargs={a: .nan}", r"data\.chat_template_kwargs\.a: must be a finite number"),
+    ("data.train=''", r"data\.train: expected a path or name, not ''"),
+    ("data.train=" + "x" * 300, r"data\.train: expected what a path has room for, not 'x+\.\.\.x+'"),
+    ("deepspeed.config=" + "x" * 300, r"deepspeed\.config: expected what a path has room for"),
+    ("run.dir=~nobody-of-this-name/x", r"run\.dir: expected a home folder that there is"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), REFUSED_OVERRIDES, ids=[o[:24] for o, _ in REFUSED_OVERRIDES])
+def test_whatever_is_wrong_is_one_line(tmp_path: Path, override: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("teacher: {model: t}\nstudent: {model: s}\ndata: {train: d.jsonl}\n")
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(path, [override])
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
+
+
+def test_a_date_is_text(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("teacher: {model: t}\nstudent: {model: s}\ndata: {train: d.jsonl}\nrun: {name: 2026-11-30}\n")
+    assert load_config(path).run.name == "2026-11-30"
+    assert load_config(path, ["run.name=2026-13-45"]).run.name == "2026-13-45"
+
+
+def test_an_alias_cannot_fill_the_memory(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    lines = ["a0: &a0 [1]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    path.write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match="more than 10,000 values"):
+        load_config(path)
+
+
+def test_of_many_errors_ten_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"key9: unknown key.*; and 41 more$") as caught:
+        make_config({**MINIMAL, "run": {f"key{i}": 1 for i in range(51)}})
+    assert "key10:" not in str(caught.value)
+
+
 @pytest.mark.parametrize("override", ["run.steps", "=1", "run.=1", "run.steps.more=1"])
 def test_broken_overrides(tmp_path: Path, override: str) -> None:
     path = tmp_path / "run.yaml"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,11 +13,31 @@ import yaml
 from pydantic import ValidationError
 
 from gkd.config.sections import Config, Section
-from gkd.errors import ConfigError
+from gkd.errors import ConfigError, shown
+
+_MOST_VALUES = 10_000  # of a config; what an alias repeats counts each time
+_MOST_LEVELS = 20
+_MOST_ERRORS = 10  # that one message names
+_LARGEST_NUMBER = 2**63  # and its digits: no key means more, and what computes with them need not expect it
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats (3e-4 is a number) and no repeated keys."""
+    """YAML 1.2 floats (3e-4 is a number), no dates (2026-11-30 is text) and no repeated keys."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  the class attribute that yaml.SafeLoader has
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Constructors raise whatever their conversion raises: `!!int x` a ValueError, `!!bool x` a KeyError."""
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception:  # noqa: BLE001
+            text = f"{shown(node.value)} cannot be read as {node.tag.removeprefix('tag:yaml.org,2002:')}"
+            raise yaml.MarkedYAMLError(problem=text, problem_mark=node.start_mark) from None
 
 
 _Loader.add_implicit_resolver(
@@ -28,6 +49,9 @@ def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[An
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            problem = f"key {shown(key)} is no text; put it in quotes if it is meant"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
         if key in seen:
             raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
         seen.add(key)
@@ -44,8 +68,11 @@ def _parse_yaml(text: str, origin: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{origin}:{line}: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{origin}: {error}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{origin}:{line}: holds a character that YAML does not allow: {error.reason}") from None
+    except RecursionError:
+        raise ConfigError(f"{origin}: nested deeper than can be read") from None
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -54,12 +81,14 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises ConfigError for a missing file, a syntax error (file:line), or anything `make_config` refuses.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such config file")
     try:
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such config file")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     values = _parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}:1: expected sections such as 'run:' and 'teacher:'")
@@ -69,12 +98,51 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def make_config(values: Mapping[str, Any], origin: str = "config") -> Config:
-    """Checks nested plain values; raises ConfigError with one line a wrong key."""
+    """Checks nested plain values; raises ConfigError, which names each wrong key, the first ten of many."""
+    _check_plain(values, origin)
     try:
         return Config.model_validate(dict(values))
     except ValidationError as error:
-        lines = [_explain(dict(detail)) for detail in error.errors()]
-        raise ConfigError(f"{origin}: " + "; ".join(lines)) from None
+        details = error.errors()
+    lines = [_explain(dict(detail)) for detail in details[:_MOST_ERRORS]]
+    more = f"; and {len(details) - _MOST_ERRORS} more" if len(details) > _MOST_ERRORS else ""
+    raise ConfigError(f"{origin}: " + "; ".join(lines) + more)
+
+
+def _check_plain(values: Mapping[str, Any], origin: str) -> None:
+    """Raises ConfigError for what no key means and what JSON, which keeps the config, cannot hold.
+
+    Aliases can make a few lines of YAML an endless or an exponentially large value: the walk is counted.
+    """
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), values)]
+    count = 0
+    while waiting:
+        path, value = waiting.pop()
+        count += 1
+        where = f"{origin}: {'.'.join(path)}"
+        if count > _MOST_VALUES or len(path) > _MOST_LEVELS:
+            most = f"{_MOST_VALUES:,} values or {_MOST_LEVELS} levels"
+            raise ConfigError(f"{where}: the config has more than {most}; does an alias repeat itself?")
+        if isinstance(value, Mapping):
+            for key, child in value.items():
+                if not isinstance(key, str):
+                    raise ConfigError(f"{where}: key {shown(key)} is no text; put it in quotes if it is meant")
+                _check_text(key, f"{where}: key {shown(key)}")
+                waiting.append(((*path, key), child))
+        elif isinstance(value, list | tuple):
+            waiting += [((*path, str(index)), child) for index, child in enumerate(value)]
+        elif isinstance(value, str):
+            _check_text(value, where)
+        elif isinstance(value, int | float):
+            if abs(value) >= _LARGEST_NUMBER if isinstance(value, int) else not math.isfinite(value):
+                raise ConfigError(f"{where}: must be a finite number below 2^63")
+        elif value is not None:
+            raise ConfigError(f"{where}: a config holds no {type(value).__name__}")
+
+
+def _check_text(text: str, where: str) -> None:
+    if "\0" in text or (not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)):
+        raise ConfigError(f"{where}: holds a NUL character or half a surrogate pair")
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -103,7 +171,7 @@ def _explain(detail: dict[str, Any]) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         return f"{path}.{message}" if path else message
-    return f"{path}: {message[0].lower()}{message[1:]}, not {detail['input']!r}"
+    return f"{path}: {message[0].lower()}{message[1:]}, not {shown(detail['input'])}"
 
 
 def _suggestion(location: list[str]) -> str:

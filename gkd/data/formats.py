@@ -14,14 +14,18 @@ and not a model: nothing heavy is imported here, and `datasets` only where a fol
 from __future__ import annotations
 
 import codecs
+import functools
+import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gkd.errors import DataError
+from gkd.errors import DataError, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,6 +35,7 @@ ROW_KEYS = ("prompt", "completion", "messages")
 _EXPECTED = 'expected {"prompt": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
 JSON_SUFFIXES = (".jsonl", ".json")  # read without any library
 _FILE_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
+_MOST_SHOWN = 8  # columns that one message names
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 Message = dict[str, str]
@@ -48,53 +53,120 @@ class Row:
     teacher: str | None = None  # what the teacher column says
 
 
+@dataclass(frozen=True, slots=True)
+class RowTable:
+    """The rows of a source, and what was not read of them."""
+
+    rows: list[Row]  # in the source's order: a row's index is its number in the data
+    ignored: Counter[str]  # columns that nothing reads -> in how many rows they stand
+
+    def ignored_line(self, key: str) -> str | None:
+        """What a user is told of `ignored`, once; None if there is nothing to tell."""
+        if not self.ignored:
+            return None
+        named = [f"{name} ({rows} rows)" for name, rows in self.ignored.most_common(_MOST_SHOWN)]
+        rest = len(self.ignored) - len(named)
+        return f"{key}: columns that nothing reads: {', '.join(named)}" + (f" and {rest} more" if rest else "")
+
+
 def read_rows(path: str, split: str, *, key: str = "data.train", teacher_column: str | None = None) -> list[Row]:
-    """All rows of `path`, in its order, so that a row's index is its number in the data.
+    """All rows of `path`, as `read_table` reads them."""
+    return read_table(path, split, key=key, teacher_column=teacher_column).rows
+
+
+def read_table(path: str, split: str, *, key: str = "data.train", teacher_column: str | None = None) -> RowTable:
+    """All rows of `path`, in its order.
 
     `split` chooses from a `datasets` folder or a hub name. `key` is the config key that messages name. `teacher_column`
-    names one more key that rows may have, with text.
+    names one more key that rows may have, with text. For all kinds of source alike: a column that is nobody's is
+    counted and left out, one whose name is nearly that of a known one is an error, and `messages` says more than a
+    `prompt` or `completion` beside it, which many hub tables have.
     Raises DataError, starting with file:line or with `key`, for anything that cannot be read or understood.
     """
-    location = Path(path).expanduser()
-    if location.is_dir():
-        values = _table_rows(_load_folder(location, split, key), path, teacher_column)
-    elif location.is_file():
-        values = _parquet_rows(location, teacher_column) if location.suffix == ".parquet" else _json_lines(location)
+    try:
+        location = Path(path).expanduser()
+        is_folder, is_file = location.is_dir(), location.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a home that there is not
+        raise DataError(f"{key}: {shown(path)} cannot be a file here: {error}") from None
+    known = ROW_KEYS if teacher_column is None else (*ROW_KEYS, teacher_column)
+    columns: Counter[str] = Counter()
+    if is_folder:
+        values = _table_rows(_load_folder(location, split, key), path, known, columns)
+    elif is_file:
+        is_table = location.suffix == ".parquet"
+        values = _parquet_rows(location, known, columns) if is_table else _json_lines(location)
     elif location.suffix not in _FILE_SUFFIXES and _HUB_NAME.fullmatch(path):
-        values = _table_rows(_load_by_name(path, split, key), path, teacher_column)
+        values = _table_rows(_load_by_name(path, split, key), path, known, columns)
     else:
         raise DataError(f"{key}: no such file: {path!r}; give a JSONL or Parquet file, a datasets folder or a hub name")
-    rows = [_parse_row(value, origin, teacher_column) for origin, value in values]
+    rows = [_parse_row(value, origin, known, columns) for origin, value in values]
     if not rows:
         raise DataError(f"{path}: no rows; {_EXPECTED}, one a line")
-    return rows
+    if teacher_column is not None and not columns[teacher_column]:
+        raise DataError(f"{path}: no column {teacher_column!r} (data.teacher_column); {_listed(columns)}")
+    return RowTable(rows, Counter({name: rows for name, rows in columns.items() if name not in known}))
 
 
 # ---- one row ----------------------------------------------------------------------------------------------
 
 
-def _parse_row(value: object, origin: str, teacher_column: str | None) -> Row:
+def _parse_row(value: object, origin: str, known: tuple[str, ...], columns: Counter[str]) -> Row:
+    """Counts the row's columns in `columns`, too."""
     if not isinstance(value, dict):
         raise DataError(f"{origin}: a row is an object, not {_kind(value)}; {_EXPECTED}")
-    row = {name: item for name, item in value.items() if item is not None}  # null means absent, as in tables
-    teacher = None if teacher_column is None else row.pop(teacher_column, None)
-    known = _row_keys(teacher_column)
-    unknown = [str(name) for name in value if name not in known]
-    if unknown:
-        raise DataError(f"{origin}: unknown key {_listed(unknown)}; known: {', '.join(known)}")
+    for name in value:
+        columns[name] += 1
+        if name not in known:
+            _check_is_nobodys(name, known, origin)
+    row = {name: value[name] for name in known if value.get(name) is not None}  # null means absent, as in tables
+    teacher = None if known == ROW_KEYS else row.pop(known[-1], None)
     if teacher is not None and not isinstance(teacher, str):
-        raise DataError(f"{origin}: {teacher_column}: expected a teacher's name, not {_kind(teacher)}")
-    return replace(_parse_texts(row, origin), teacher=teacher)
+        raise DataError(f"{origin}: {known[-1]}: expected a teacher's name, not {_kind(teacher)}")
+    if "messages" in row:
+        columns.update(f"{name} beside messages" for name in ("prompt", "completion") if name in row)
+    parsed = _parse_texts(row, origin)
+    return parsed if teacher is None else replace(parsed, teacher=teacher)
 
 
-def _row_keys(teacher_column: str | None) -> tuple[str, ...]:
-    return ROW_KEYS if teacher_column is None else (*ROW_KEYS, teacher_column)
+def _check_is_nobodys(name: str, known: tuple[str, ...], origin: str) -> None:
+    """Raises DataError for a column whose name was probably meant to be one of `known`."""
+    meant = near_miss(name, known)
+    if meant is not None:
+        raise DataError(f"{origin}: unknown key {shown(name)}; did you mean {meant!r}? Rename it, or remove it")
+
+
+@functools.cache
+def near_miss(name: str, known: tuple[str, ...]) -> str | None:
+    """Which of `known` a name differs from by case, punctuation, or a letter or two; None if from all by more.
+
+    `prompt_id` and `prompt_length` stand in many tables and are no slips of the pen.
+    """
+    plain = re.sub(r"[\W_]+", "", name).casefold()
+    for candidate in known:
+        allowed = 0 if len(candidate) < 5 else 1 if len(candidate) < 8 else 2
+        if abs(len(plain) - len(candidate)) <= allowed:
+            wanted = re.sub(r"[\W_]+", "", candidate).casefold()
+            if _edits(plain, wanted) <= allowed:
+                return candidate
+    return None
+
+
+def _edits(left: str, right: str) -> int:
+    """Letters to insert, delete, replace or swap with the next to make one of the other (optimal string alignment)."""
+    before, above = [], list(range(len(right) + 1))
+    for i, a in enumerate(left, start=1):
+        row = [i]
+        for j, b in enumerate(right, start=1):
+            best = min(above[j] + 1, row[-1] + 1, above[j - 1] + (a != b))
+            if i > 1 and j > 1 and a == right[j - 2] and left[i - 2] == b:
+                best = min(best, before[j - 2] + 1)
+            row.append(best)
+        before, above = above, row
+    return above[-1]
 
 
 def _parse_texts(row: dict[Any, Any], origin: str) -> Row:
     if "messages" in row:
-        if len(row) > 1:
-            raise DataError(f"{origin}: 'messages' stands beside 'prompt' or 'completion'; {_EXPECTED}")
         messages = _parse_messages(row["messages"], origin, "messages")
         if messages and messages[-1]["role"] == "assistant":
             return Row(origin, messages=messages[:-1], completion_messages=messages[-1:])
@@ -139,9 +211,9 @@ def _parse_message(value: object, where: str) -> Message:
             raise DataError(f"{where}: no {name!r}")
     unknown = [str(name) for name in message if name not in ("role", "content")]
     if unknown:
-        raise DataError(f"{where}: unknown key {_listed(unknown)}; known: role, content")
+        raise DataError(f"{where}: unknown key {shown(unknown[0])}; known: role, content")
     if message["role"] not in ROLES:
-        raise DataError(f"{where}.role: {message['role']!r} is unknown; known: {', '.join(ROLES)}")
+        raise DataError(f"{where}.role: {shown(message['role'])} is unknown; known: {', '.join(ROLES)}")
     return {"role": message["role"], "content": _parse_text(message["content"], f"{where}.content")}
 
 
@@ -155,10 +227,6 @@ def _parse_text(value: object, where: str) -> str:
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; no tokenizer takes it
         raise DataError(f"{where}: holds half a surrogate pair at character {error.start}") from None
     return value
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(map(repr, names))
 
 
 def _kind(value: object) -> str:
@@ -195,7 +263,7 @@ def _decode(raw: bytes, origin: str) -> str:
 
 def _parse_json(line: str, origin: str) -> object:
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=_object_without_repeats)
     except json.JSONDecodeError as error:
         where = f"{origin}: bad JSON at column {error.colno}"
         raise DataError(f"{where}: {error.msg}; a line holds one object") from None
@@ -203,44 +271,67 @@ def _parse_json(line: str, origin: str) -> object:
         raise DataError(f"{origin}: bad JSON: {error}") from None
 
 
-def _parquet_rows(path: Path, teacher_column: str | None) -> Iterator[tuple[str, object]]:
+def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):  # the last would win, and nobody knows whether it is the one that was meant
+        names = Counter(name for name, _ in pairs)
+        raise ValueError(f"key {shown(names.most_common(1)[0][0])} stands twice")
+    return value
+
+
+def _parquet_rows(path: Path, known: tuple[str, ...], columns: Counter[str]) -> Iterator[tuple[str, object]]:
     """Read without `datasets`, which would import for seconds and leave a copy in its cache."""
-    import pyarrow
     import pyarrow.parquet
 
+    with (
+        _explained(f"{path}: cannot be read as Parquet"),
+        pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file,
+    ):
+        wanted = _wanted_columns(file.schema_arrow.names, str(path), known, file.metadata.num_rows, columns)
+        index = 0
+        for batch in file.iter_batches(columns=wanted):
+            for value in batch.to_pylist():
+                yield f"{path}:{index}", value
+                index += 1
+
+
+def _table_rows(
+    table: Dataset, path: str, known: tuple[str, ...], columns: Counter[str]
+) -> Iterator[tuple[str, object]]:
+    with _explained(f"{path}: cannot be read"):
+        table = table.select_columns(_wanted_columns(table.column_names, path, known, len(table), columns))
+        table.data.validate(full=True)  # it lies in the file as it is: wrong offsets would be read beyond its end
+        for index, value in enumerate(table):
+            yield f"{path}:{index}", dict(value)
+
+
+def _wanted_columns(names: list[str], path: str, known: tuple[str, ...], rows: int, columns: Counter[str]) -> list[str]:
+    """Columns that are rows' keys. The others (ids, categories) are counted here: nobody edits a hub's table."""
+    if len(set(names)) < len(names):
+        raise DataError(f"{path}: column {shown(Counter(names).most_common(1)[0][0])} stands twice")
+    for name in names:
+        if name not in known:
+            _check_is_nobodys(name, known, path)
+            columns[name] += rows
+    if not {"prompt", "messages"} & set(names):
+        raise DataError(f"{path}: no column 'prompt' or 'messages'; {_listed(names)}")
+    return [name for name in known if name in names]
+
+
+def _listed(names: Collection[str]) -> str:
+    rest = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
+    return f"its columns: {', '.join(itertools.islice(names, _MOST_SHOWN))}{rest}"
+
+
+@contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """A damaged file makes its readers raise whatever they meet first, decoding errors and KeyErrors included."""
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = _known_columns(file.schema_arrow.names, str(path), teacher_column)
-            index = 0
-            for batch in file.iter_batches(columns=columns):
-                for value in batch.to_pylist():
-                    yield f"{path}:{index}", _without_spare_columns(value)
-                    index += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet: {_first_line(error)}") from None
-
-
-def _table_rows(table: Dataset, path: str, teacher_column: str | None) -> Iterator[tuple[str, object]]:
-    columns = _known_columns(table.column_names, path, teacher_column)
-    for index, value in enumerate(table.select_columns(columns)):
-        yield f"{path}:{index}", _without_spare_columns(dict(value))
-
-
-def _known_columns(names: list[str], path: str, teacher_column: str | None) -> list[str]:
-    """Columns that are rows' keys. Others (ids, categories) are left alone: nobody edits a hub's table."""
-    columns = [name for name in _row_keys(teacher_column) if name in names]
-    if not {"prompt", "messages"} & set(columns):
-        raise DataError(f"{path}: no column 'prompt' or 'messages'; its columns: {', '.join(names)}")
-    if teacher_column is not None and teacher_column not in names:
-        raise DataError(f"{path}: no column {teacher_column!r} (data.teacher_column); its columns: {', '.join(names)}")
-    return columns
-
-
-def _without_spare_columns(value: dict[str, Any]) -> dict[str, Any]:
-    """Many hub tables repeat the first message as a column 'prompt': 'messages' says more."""
-    if value.get("messages") is None:
-        return value
-    return {name: item for name, item in value.items() if name not in ("prompt", "completion")}
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001
+        raise DataError(f"{where}: {_first_line(error)}") from None
 
 
 # ---- the `datasets` library -------------------------------------------------------------------------------
@@ -249,14 +340,11 @@ def _without_spare_columns(value: dict[str, Any]) -> dict[str, Any]:
 def _load_folder(folder: Path, split: str, key: str) -> Dataset:
     """A folder from `save_to_disk`, or one with data files."""
     import datasets
-    from datasets.exceptions import DatasetsError
 
     if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return _load_by_name(str(folder), split, key)
-    try:
+    with _explained(f"{key}: cannot load the folder {str(folder)!r}"):
         loaded = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(f"{key}: cannot load the folder {str(folder)!r}: {_first_line(error)}") from None
     if isinstance(loaded, datasets.Dataset):
         return loaded  # one table, whatever its split was called
     if split not in loaded:
@@ -267,15 +355,10 @@ def _load_folder(folder: Path, split: str, key: str) -> Dataset:
 
 def _load_by_name(path: str, split: str, key: str) -> Dataset:
     import datasets
-    from datasets.exceptions import DatasetsError
 
-    try:
+    absent = f"{path!r} is no file here, and split {split!r} of a data set of this name cannot be loaded"
+    with _explained(f"{key}: {absent}"):
         loaded = datasets.load_dataset(path, split=split)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(
-            f"{key}: {path!r} is no file here, and split {split!r} of a data set of this name cannot be "
-            f"loaded: {_first_line(error)}"
-        ) from None
     assert isinstance(loaded, datasets.Dataset)  # one split, not streamed
     return loaded
 

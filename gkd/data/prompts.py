@@ -7,6 +7,7 @@ Raw text is tokenised as it stands, control tokens included, because such rows o
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from gkd.config import MAIN_TEACHER, DataConfig
-from gkd.data.formats import Message, Row, read_rows
+from gkd.data.formats import Message, Row, read_table
 from gkd.errors import ConfigError, DataError
 from gkd.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_log = logging.getLogger(__name__)
 _POLICIES = ("long_prompts", "empty_prompts", "long_completions")  # of DataConfig: drop or error
 _MARK = "\ue000"  # private use: no template contains it; doubled until the conversation does not either
 
@@ -51,7 +53,10 @@ def load_prompts(
     Raises DataError for a row that cannot be used or that a policy "error" refuses, and if no prompt is left;
     ConfigError for an argument that the chat template does not know.
     """
-    rows = read_rows(path, split, key=key, teacher_column=config.teacher_column)
+    table = read_table(path, split, key=key, teacher_column=config.teacher_column)
+    rows = table.rows
+    if (line := table.ignored_line(key)) is not None:
+        _log.info(line)
     encoder = _RowEncoder(tokenizer, config.chat_template_kwargs)
     prompts: list[Prompt] = []
     counts = {"rows": len(rows), "kept": 0, **{f"dropped_{policy}": 0 for policy in _POLICIES}}

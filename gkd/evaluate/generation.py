@@ -33,7 +33,7 @@ def generate_answers(
     config = read_config(path, key="MODEL")
     tokenizer = load_tokenizer(path, key="MODEL")
     context = getattr(config, "max_position_embeddings", None) or 4096
-    limits = DataConfig(train=str(file or ""), max_prompt_tokens=max(1, context - settings.max_new_tokens))  # pyright: ignore[reportCallIssue]
+    limits = DataConfig(train=str(file or model), max_prompt_tokens=max(1, context - settings.max_new_tokens))  # pyright: ignore[reportCallIssue]
     prompts: list[Prompt] = [render_message(text, tokenizer) for text in messages]
     if file is not None:
         prompts += load_prompts(str(file), "train", tokenizer, limits, key="--file").prompts

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from gkd.data.formats import Row, read_rows
+from gkd.data.formats import Row, near_miss, read_rows, read_table
 from gkd.errors import DataError
 
 USER = {"role": "user", "content": "Why is the sky blue?"}
@@ -78,11 +80,11 @@ def test_bom_blank_lines_and_line_ends(write: Callable[[bytes], str]) -> None:
         ("{}", "neither 'prompt' nor 'messages'; expected {\"prompt\""),
         ('{"completion": "a"}', "neither 'prompt' nor 'messages'"),
         ('{"prompt": null}', "neither 'prompt' nor 'messages'"),
-        (
-            '{"prompt": "a", "answer": "b"}',
-            "unknown key 'answer'; known: prompt, completion, messages",
-        ),
-        ('{"prompt": "a", "messages": []}', "'messages' stands beside"),
+        ('{"prompt": "a", "prompt": "b"}', "bad JSON: key 'prompt' stands twice"),
+        ('{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "key 'content' stands twice"),
+        ('{"promt": "a"}', "unknown key 'promt'; did you mean 'prompt'? Rename it, or remove it"),
+        ('{"prompt": "a", "Completion": null}', "unknown key 'Completion'; did you mean 'completion'?"),
+        ('{"prompt": "a\\u001b\\n", "m\\nessage": 1}', "unknown key 'm\\nessage'; did you mean 'messages'?"),
         ('{"prompt": 3}', "prompt: expected text or a list of messages, not a number"),
         ('{"prompt": true}', "not true or false"),
         ('{"prompt": "a", "completion": []}', "completion: must be text like the prompt, not a list"),
@@ -127,10 +129,62 @@ def test_utf16_file(write: Callable[[bytes], str]) -> None:
         read_rows(write('{"prompt": "a"}'.encode("utf-16")), "train")
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("promt", "prompt"), ("Prompt", "prompt"), ("prompts", "prompt"), ("pormpt", "prompt"), ("prompt ", "prompt"),
+        ("message", "messages"), ("mesage", "messages"), ("completions", "completion"), ("com-pletion", "completion"),
+        ("tutr", "tutor"), ("prompt_id", None), ("id", None), ("source", None), ("response", None), ("text", None),
+        ("chosen", None), ("", None), ("compilation_date", None),
+    ],
+)  # fmt: skip
+def test_which_names_are_slips_of_the_pen(name: str, meant: str | None) -> None:
+    assert near_miss(name, ("prompt", "completion", "messages", "tutor")) == meant
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "folder"])
+def test_one_rule_for_columns_in_all_formats(tmp_path: Path, hub_cache: None, kind: str) -> None:
+    def source(rows: list[dict[str, object]]) -> str:
+        path = tmp_path / f"rows.{kind}"
+        if kind == "jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            table = pyarrow.Table.from_pylist(rows)
+            if kind == "parquet":
+                pyarrow.parquet.write_table(table, path)
+            else:
+                import datasets
+
+                datasets.Dataset(table).save_to_disk(str(path))
+        return str(path)
+
+    rows = [{"id": i, "prompt": "a", "source": "web", "completion": None} for i in range(3)]
+    table = read_table(source(rows), "train")
+    assert [row.prompt_text for row in table.rows] == ["a"] * 3
+    assert table.ignored_line("data.train") == "data.train: columns that nothing reads: id (3 rows), source (3 rows)"
+    assert read_table(source([{"prompt": "a"}]), "train").ignored_line("data.train") is None
+
+    path = source([{"prompt": "shown elsewhere", "messages": [USER, ANSWER]}])
+    table = read_table(path, "train")
+    assert table.rows[0].completion_messages == (ANSWER,)
+    assert table.ignored == {"prompt beside messages": 1}
+
+    with pytest.raises(DataError, match=r"rows\.\w+(:1)?: unknown key 'promt'; did you mean 'prompt'\?"):
+        read_table(source([{"prompt": "a", "promt": "b"}]), "train")
+    with pytest.raises(DataError, match=r"no column 'tutor' \(data\.teacher_column\); its columns: (prompt|id), "):
+        read_table(source([{"prompt": "a", "id": 3}]), "train", teacher_column="tutor")
+
+
 @pytest.mark.parametrize("path", ["no/such/folder/train", "missing.jsonl", "data/missing.parquet"])
 def test_missing_file_names_the_config_key(path: str) -> None:
     with pytest.raises(DataError, match=r"^data\.heldout: no such file: .*JSONL"):
         read_rows(path, "test", key="data.heldout")
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "~nobody-of-this-name/rows.jsonl", "a\0b"])
+def test_what_cannot_be_a_path(path: str) -> None:
+    with pytest.raises(DataError, match=r"^data\.train: "):
+        read_rows(path, "train")
 
 
 def test_the_check_is_light() -> None:
@@ -157,11 +211,8 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_parquet(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet
-
     path = tmp_path / "rows.parquet"
-    table = pa.Table.from_pylist([
+    table = pyarrow.Table.from_pylist([
         {"id": 7, "prompt": "shown elsewhere", "messages": [USER, ANSWER]},
         {"id": 8, "prompt": "alone", "messages": None},
     ])  # fmt: skip
@@ -173,17 +224,23 @@ def test_parquet(tmp_path: Path) -> None:
 
 
 def test_parquet_errors(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet
-
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"PAR1 half a download")
     with pytest.raises(DataError, match=r"rows\.parquet: cannot be read as Parquet"):
         read_rows(str(path), "train")
-    pyarrow.parquet.write_table(pa.table({"question": ["a"]}), path)
+    pyarrow.parquet.write_table(pyarrow.table({"question": ["a"]}), path)
     with pytest.raises(DataError, match="no column 'prompt' or 'messages'; its columns: question"):
         read_rows(str(path), "train")
-    pyarrow.parquet.write_table(pa.table({"prompt": ["a", None]}), path)
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(twice, path)
+    with pytest.raises(DataError, match=r"rows\.parquet: column 'prompt' stands twice"):
+        read_rows(str(path), "train")
+    offsets, letters = pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xc3\x28")
+    bad_text = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, letters])
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": bad_text}), path)
+    with pytest.raises(DataError, match=r"rows\.parquet: cannot be read as Parquet: 'utf-8' codec can't decode"):
+        read_rows(str(path), "train")
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a", None]}), path)
     with pytest.raises(DataError, match=r"rows\.parquet:1: neither 'prompt'"):
         read_rows(str(path), "train")
 
