@@ -8,21 +8,21 @@ from pathlib import Path
 
 from gkd.evaluate.figures import Axis, Cell, Figure, Row
 from gkd.models.load import empty_model, read_config
-from gkd.models.weights import check_weights, read_header
+from gkd.models.weight_files import read_header, weight_files
 
 
 def stored_parameters(folder: Path) -> int:
     """Sum over the tensors in a folder's safetensors headers. A tied head that is stored once counts once."""
     return sum(
         math.prod(entry["shape"])
-        for file in check_weights(folder, "model")
+        for file in weight_files(folder, "model")
         for entry in read_header(file, "model").values()
     )
 
 
 def weight_file_bytes(folder: Path) -> int:
     """Of the safetensors files that hold the model's weights."""
-    return sum(file.stat().st_size for file in check_weights(folder, "model"))
+    return sum(file.stat().st_size for file in weight_files(folder, "model"))
 
 
 def parameter_counts(folder: Path) -> tuple[int, int]:

@@ -14,14 +14,8 @@ from gkd.models.load import empty_model, read_config, torch_dtype
 from gkd.models.lora import save_adapter
 from gkd.models.proof import Probe, prove_adapter, prove_model
 from gkd.models.resolve import local_folder
-from gkd.models.weights import (
-    check_model_folder,
-    file_tensors,
-    nonfinite_row,
-    read_tensors,
-    tensor_digest,
-    write_weights,
-)
+from gkd.models.weight_files import check_model_folder
+from gkd.models.weights import file_tensors, nonfinite_row, read_tensors, tensor_digest, write_weights
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from pathlib import Path
 from gkd.models.folders import TOKENIZER_FILES, files_matching
 from gkd.models.hub import is_hub_name
 from gkd.models.load import read_config
-from gkd.models.weights import check_weights, read_header
+from gkd.models.weight_files import read_header, weight_files
 
 _SAMPLE_BYTES = 1 << 20
 _SAMPLES_PER_FILE = 4
@@ -29,7 +29,7 @@ def model_fingerprint(folder_or_name: str | Path, revision: str | None = None, k
     for file in files_matching(folder, ("config.json", "generation_config.json", *TOKENIZER_FILES)):
         content = file.read_bytes()
         digest.update(f"{file.name}:{len(content)}:".encode() + content)
-    for file in check_weights(folder, key):
+    for file in weight_files(folder, key):
         digest.update(f"{file.name}:{file.stat().st_size}:".encode())
         digest.update(json.dumps(read_header(file, key), sort_keys=True).encode())
         _sample(file, digest)

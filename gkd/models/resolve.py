@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gkd.errors import ModelError
 from gkd.models.hub import explained, is_hub_name
-from gkd.models.weights import check_model_folder
+from gkd.models.weight_files import check_model_folder
 from gkd.models.wheel import converted_wheel
 
 WHEEL_PREFIX = "wheel:"

@@ -15,7 +15,8 @@ from gkd.models.fingerprint import model_fingerprint
 from gkd.models.folders import copy_side_files, written_aside
 from gkd.models.load import empty_model, read_config
 from gkd.models.resolve import local_folder
-from gkd.models.weights import check_model_folder, check_weights, read_header, read_tensors, write_weights
+from gkd.models.weight_files import check_model_folder, read_header, weight_files
+from gkd.models.weights import read_tensors, write_weights
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +122,7 @@ def _write_config(source: Path, kept: list[int], target: Path) -> None:
 
 
 def _kept_tensors(source: Path, kept: list[int], available: int) -> Iterator[tuple[str, torch.Tensor]]:
-    names = [name for file in check_weights(source, _KEY) for name in read_header(file, _KEY)]
+    names = [name for file in weight_files(source, _KEY) for name in read_header(file, _KEY)]
     prefix = _layers_prefix(names, available)
     new_index = {layer: new for new, layer in enumerate(kept)}
     for name, tensor in read_tensors(source, _KEY):

@@ -1,124 +1,17 @@
-"""A model folder on disk: checked without loading, its safetensors read and written one tensor at a time."""
+"""The safetensors of a model folder, read and written one tensor at a time."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gkd.errors import ModelError
+from gkd.models.weight_files import INDEX_FILE, SINGLE_FILE, weight_files
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-_MAX_HEADER_BYTES = 100_000_000  # what the safetensors library accepts
-_LFS_POINTER = b"version https://git-lfs"
-_AGAIN = "copy or download the model again"
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-def check_model_folder(folder: Path, key: str) -> None:
-    """Raises ModelError, starting with `key`, unless `folder` holds a readable config and complete weights."""
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        hint = ""
-        if (folder / "adapter_config.json").is_file():
-            hint = "; it holds an adapter: merge it into its base model first"
-        raise ModelError(f"{key}: {folder} has no config.json{hint}")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ModelError(f"{key}: {config_file} is not JSON") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{key}: {config_file} is not a JSON object")
-    check_weights(folder, key)
-
-
-def check_weights(folder: Path, key: str) -> list[Path]:
-    """Returns the weight files of `folder` after proving them complete, from headers and file lengths alone.
-
-    Raises ModelError, starting with `key`, for a missing or truncated shard, a tensor that no shard holds, or a
-    folder whose weights are pickled or absent.
-    """
-    index_path, single = folder / INDEX_FILE, folder / SINGLE_FILE
-    if index_path.is_file():
-        weight_map = _read_index(index_path, key)
-        names_of: dict[str, set[str]] = {}
-        for name, shard in weight_map.items():
-            names_of.setdefault(shard, set()).add(name)
-        files = [folder / shard for shard in sorted(names_of)]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise ModelError(f"{key}: {folder} lacks {_some(missing)} of {len(files)} weight files; {_AGAIN}")
-        for file in files:
-            absent = names_of[file.name] - read_header(file, key).keys()
-            if absent:
-                raise ModelError(f"{key}: {file} lacks the tensors {_some(sorted(absent))}; {_AGAIN}")
-        return files
-    if single.is_file():
-        read_header(single, key)
-        return [single]
-    raise ModelError(f"{key}: {_why_no_weights(folder)}")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _read_index(path: Path, key: str) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        shards = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(f"{key}: {path} is not a weight index; {_AGAIN}") from None
-    outside = [shard for shard in shards if not isinstance(shard, str) or Path(shard).name != shard]
-    if outside or not shards:
-        raise ModelError(f"{key}: {path} names no weight files, or some outside its folder; {_AGAIN}")
-    return weight_map
-
-
-def _why_no_weights(folder: Path) -> str:
-    shards = sorted(folder.glob("*.safetensors"))
-    if shards:
-        return f"{folder} has {shards[0].name} but neither {SINGLE_FILE} nor {INDEX_FILE}; {_AGAIN}"
-    pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))
-    if pickled:
-        return (
-            f"{folder} has pickled weights only ({pickled[0]}), which gkd does not open; convert them to safetensors "
-            "(load them with transformers where you trust them, then save_pretrained)"
-        )
-    return f"{folder} has no weights: expected {SINGLE_FILE} or {INDEX_FILE}"
-
-
-def read_header(file: Path, key: str) -> dict[str, dict[str, Any]]:
-    """Tensor name -> {dtype, shape, data_offsets} of a safetensors file whose length agrees with its header.
-
-    Raises ModelError, starting with `key`, if the file is truncated or no safetensors file.
-    """
-    size_bytes = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(32)
-        header_bytes = int.from_bytes(start[:8], "little")
-        if start.startswith(_LFS_POINTER):
-            raise ModelError(f"{key}: {file} is a Git LFS pointer, not weights; run `git lfs pull` in its folder")
-        if len(start) < 8 or header_bytes > _MAX_HEADER_BYTES:
-            raise ModelError(f"{key}: {file} is not a safetensors file or is cut short; {_AGAIN}")
-        stream.seek(8)
-        text = stream.read(header_bytes)
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        data_bytes = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise ModelError(f"{key}: {file} has a damaged header or is cut short; {_AGAIN}") from None
-    expected_bytes = 8 + header_bytes + data_bytes
-    if size_bytes != expected_bytes:
-        raise ModelError(f"{key}: {file} has {size_bytes:,} bytes, its header says {expected_bytes:,}; {_AGAIN}")
-    return header
 
 
 def read_tensors(folder: Path, key: str, wanted: Container[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -126,7 +19,7 @@ def read_tensors(folder: Path, key: str, wanted: Container[str] | None = None) -
     some of the names."""
     from safetensors import safe_open
 
-    for file in check_weights(folder, key):
+    for file in weight_files(folder, key):
         with safe_open(file, framework="pt", device="cpu") as tensors:
             for name in tensors.keys():  # noqa: SIM118  (safe_open is no mapping)
                 if wanted is None or name in wanted:

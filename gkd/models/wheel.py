@@ -21,7 +21,8 @@ from gkd.config import cache_folder
 from gkd.errors import ModelError
 from gkd.models.folders import written_aside
 from gkd.models.hub import quiet_transformers
-from gkd.models.weights import check_model_folder, write_weights
+from gkd.models.weight_files import check_model_folder
+from gkd.models.weights import write_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -18,6 +18,7 @@ from typing import Any
 from gkd.config import LoraConfig
 from gkd.environment import prepare_process, without_launcher
 from gkd.errors import SamplerError
+from gkd.models import local_folder
 from gkd.rollout.base import Sampler
 from gkd.rollout.completion_cache import CompletionCache
 from gkd.types import SampleRequest, SamplingSettings
@@ -30,7 +31,7 @@ class SamplerSpec:
     """Everything that is needed to start a sampler, as plain values that travel between processes."""
 
     engine: str
-    model_folder: str
+    model_folder: str  # or a hub name
     dtype: str
     max_model_tokens: int
     pad_token_id: int
@@ -42,10 +43,12 @@ class SamplerSpec:
     lora: LoraConfig | None = None  # the sampler applies an adapter, which is all that its updates bring
     tensor_parallel: int = 1  # ranks that one engine spans; start_sampler gives this rank's share of it
     sleep_level: int = 0
+    revision: str | None = None  # of a hub name
 
 
 def start_sampler(spec: SamplerSpec) -> Sampler:
-    """Starts the engine that `spec` names."""
+    """Starts the engine that `spec` names, on the files that all of gkd reads of its model."""
+    folder = str(local_folder(spec.model_folder, revision=spec.revision))
     if spec.engine == "vllm":
         from gkd.rollout.vllm_engine import VllmSampler, VllmSettings
 
@@ -60,13 +63,13 @@ def start_sampler(spec: SamplerSpec) -> Sampler:
             tensor_parallel=spec.tensor_parallel,
             sleep_level=spec.sleep_level,
         )
-        return VllmSampler(spec.model_folder, settings, spec.lora)
+        return VllmSampler(folder, settings, spec.lora)
     import torch
 
     from gkd.rollout.hf import HfSampler
 
     return HfSampler(
-        spec.model_folder,
+        folder,
         dtype=spec.dtype,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         pad_token_id=spec.pad_token_id,

@@ -22,7 +22,8 @@ from gkd.models import (
     read_config,
     read_generation_config,
 )
-from gkd.models.weights import SINGLE_FILE, read_tensors, write_weights
+from gkd.models.weight_files import SINGLE_FILE
+from gkd.models.weights import read_tensors, write_weights
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 from gkd.errors import ModelError
 from gkd.models import local_folder, model_fingerprint, resolve_model
-from gkd.models.weights import SINGLE_FILE
+from gkd.models.weight_files import SINGLE_FILE
 
 
 def _refusal(name: str, **options: str) -> str:

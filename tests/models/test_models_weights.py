@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gkd.errors import ModelError
-from gkd.models.weights import INDEX_FILE, SINGLE_FILE, check_model_folder, check_weights, read_tensors, write_weights
+from gkd.models.weight_files import INDEX_FILE, SINGLE_FILE, check_model_folder, weight_files
+from gkd.models.weights import read_tensors, write_weights
 
 KEY = "teacher.model"
 
@@ -28,7 +30,7 @@ def sharded(model: Path) -> Path:
     tensors = list(read_tensors(model, KEY))
     (model / SINGLE_FILE).unlink()
     write_weights(model, tensors, max_shard_bytes=50_000)
-    assert len(check_weights(model, KEY)) > 2
+    assert len(weight_files(model, KEY)) > 2
     return model
 
 
@@ -53,20 +55,20 @@ def test_a_half_downloaded_file(model: Path, kept_bytes: int) -> None:
 
 
 def test_a_file_that_lacks_its_last_byte(sharded: Path) -> None:
-    file = check_weights(sharded, KEY)[-1]
+    file = weight_files(sharded, KEY)[-1]
     file.write_bytes(file.read_bytes()[:-1])
     assert file.name in _refusal(sharded)
 
 
 def test_a_missing_shard(sharded: Path) -> None:
-    file = check_weights(sharded, KEY)[1]
+    file = weight_files(sharded, KEY)[1]
     file.unlink()
     assert f"lacks {file.name} of" in _refusal(sharded)
 
 
 def test_a_shard_without_a_tensor_of_the_index(sharded: Path) -> None:
     index = json.loads((sharded / INDEX_FILE).read_text())
-    index["weight_map"]["model.extra.weight"] = check_weights(sharded, KEY)[0].name
+    index["weight_map"]["model.extra.weight"] = weight_files(sharded, KEY)[0].name
     (sharded / INDEX_FILE).write_text(json.dumps(index))
     assert "lacks the tensors model.extra.weight" in _refusal(sharded)
 
@@ -85,6 +87,58 @@ def test_an_index_that_is_none(sharded: Path, content: str) -> None:
 def test_pickled_weights_are_not_opened(model: Path) -> None:
     (model / SINGLE_FILE).rename(model / "pytorch_model.bin")
     assert "convert them to safetensors" in _refusal(model)
+
+
+def _indexed(file: str) -> str:
+    return json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": file}})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "refusal"),
+    [
+        (
+            INDEX_FILE,
+            _indexed("a.safetensors"),
+            f"remove {SINGLE_FILE} if the index's shards are the model, else the index",
+        ),
+        ("older.safetensors", "", "holds older.safetensors beside model.safetensors, and vLLM reads both; remove it"),
+        ("consolidated.safetensors", "", "also holds consolidated.safetensors, which vLLM reads instead; remove it"),
+        ("adapter_config.json", "{}", "holds adapter_config.json, whose adapter transformers would apply; remove it"),
+    ],
+)
+def test_what_its_readers_would_read_differently(model: Path, name: str, content: str, refusal: str) -> None:
+    (model / name).write_text(content)
+    assert refusal in _refusal(model)
+
+
+def test_a_weight_file_that_only_the_config_names(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+    assert "transformers_weights names a file that only transformers reads; remove it" in _refusal(model)
+
+
+def test_a_tensor_in_two_shards(sharded: Path) -> None:
+    first, second = (load_file(file) for file in weight_files(sharded, KEY)[:2])
+    name = next(iter(first))
+    save_file({**second, name: first[name] + 1}, weight_files(sharded, KEY)[1], metadata={"format": "pt"})
+    assert f"both hold the tensor {name}" in _refusal(sharded)
+
+
+@pytest.mark.vllm
+def test_both_readers_take_the_files_that_are_named(sharded: Path) -> None:
+    """Pickled copies and files that the index leaves out are left alone."""
+    from transformers.modeling_utils import _get_resolved_checkpoint_files
+    from vllm.config import LoadConfig
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    (sharded / "pytorch_model.bin").touch()
+    (sharded / "model-00009-of-00009.safetensors").touch()
+    expected = sorted(str(file) for file in weight_files(sharded, KEY))
+    found = _get_resolved_checkpoint_files(
+        str(sharded), variant=None, gguf_file=None, use_safetensors=None, user_agent={}, is_remote_code=False
+    )
+    _, vllm_files, _, _ = DefaultModelLoader(LoadConfig())._prepare_weights(str(sharded), None, None, True, None)
+    assert sorted(found[0] or ()) == sorted(vllm_files) == expected
 
 
 def test_a_git_lfs_pointer(model: Path) -> None:
@@ -113,7 +167,7 @@ def test_tensors_may_be_views_of_one_reused_buffer(tmp_path: Path) -> None:
 
     written_bytes = write_weights(tmp_path, stream(), torch.bfloat16, max_shard_bytes=16)
     assert written_bytes == 5 * 8
-    assert len(check_weights(tmp_path, KEY)) == 3
+    assert len(weight_files(tmp_path, KEY)) == 3
     read = dict(read_tensors(tmp_path, KEY))
     for value in range(5):
         assert torch.equal(read[f"tensor.{value}"], torch.full((2, 2), value, dtype=torch.bfloat16))

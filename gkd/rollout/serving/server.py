@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gkd.errors import InputError
-from gkd.models import make_student_from_layers, read_config, resolve_model
+from gkd.models import local_folder, make_student_from_layers, read_config, resolve_model
 from gkd.rollout.serving.app import make_sampler_app
 from gkd.rollout.serving.engine import SamplerEngine
 from gkd.rollout.serving.protocol import PROTOCOL_VERSION, ServedSamplerModel, Transfer, architecture_digest
@@ -60,7 +60,7 @@ def _start(
     backend = transfer.backend or _default_backend(server)
     with ExitStack() as cleaning:
         path = _model_folder(student, cleaning)
-        config = read_config(path, revision=student.revision if student.layers is None else None, key=_KEY)
+        config = read_config(path, key=_KEY)
         check_context(config, settings.max_model_tokens, path)
         engine = SamplerEngine(path, settings, backend, on_failure=stop)
     folder = _weights_folder(backend, transfer, engine)
@@ -95,7 +95,7 @@ def _default_backend(server: ServerSettings) -> Transfer:
 def _model_folder(student: ServedStudent, cleaning: ExitStack) -> str:
     source = resolve_model(student.model, revision=student.revision, key=_KEY)
     if student.layers is None:
-        return source
+        return str(local_folder(source, revision=student.revision, key=_KEY))
     folder = Path(cleaning.enter_context(tempfile.TemporaryDirectory(prefix="gkd-sampler-"))) / "student"
     return str(make_student_from_layers(source, student.layers, folder, revision=student.revision))
 

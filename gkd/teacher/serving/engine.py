@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gkd.environment import cpu_kv_cache_bytes, prepare_vllm, vllm_failures
 from gkd.errors import ModelError
-from gkd.models import owns_head
+from gkd.models import local_folder, owns_head
 from gkd.serving.engine import EngineThread
 
 if TYPE_CHECKING:
@@ -69,12 +69,12 @@ def _start_vllm(model: str, settings: EngineSettings, revision: str | None) -> A
         from vllm.config import PoolerConfig
     except ImportError as error:
         raise ModelError(f"vLLM cannot be imported ({error}); install gkd[cuda] or gkd[cpu]") from error
+    folder = str(local_folder(model, revision=revision, key="model"))
     overrides: dict[str, Any] = {"head_dtype": "model"}  # else a pooling model's states are widened to float32
-    if owns_head(model, revision=revision, key="model"):
+    if owns_head(folder, key="model"):
         overrides["tie_word_embeddings"] = False
     arguments: dict[str, Any] = {
-        "model": model,
-        "revision": revision,
+        "model": folder,
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_tokens,
         "tensor_parallel_size": settings.tensor_parallel_size,

@@ -15,7 +15,7 @@ from gkd.rollout.sync import SyncedSampler, probe_prompt
 from gkd.rollout.tensor_parallel import TensorParallelSampler
 from gkd.train.distributed import Neighbours, compute_device, from_main, max_over_ranks, sum_all
 from gkd.train.parts.data import Prompts
-from gkd.train.parts.models import Models
+from gkd.train.parts.models import Models, student_revision
 from gkd.train.parts.settings import sampler_spec, sampling_settings
 from gkd.train.parts.texts import TeacherTexts
 
@@ -34,7 +34,7 @@ def _start_own_sampler(config: Config, models: Models, launch: Launch) -> Sample
     """One engine a rank, or one for rollout.tensor_parallel of them."""
     ranks = config.rollout.tensor_parallel
     spec = replace(
-        sampler_spec(config, models, models.student_path, config.student.dtype),
+        sampler_spec(config, models, models.student_path, config.student.dtype, student_revision(config)),
         lora=config.sampler_lora(compute_device(launch).type),
         tensor_parallel=ranks,
         sleep_level=config.rollout.sleep_level,

@@ -18,10 +18,11 @@ def sampling_settings(config: Config, models: Models) -> SamplingSettings:
     )
 
 
-def sampler_spec(config: Config, models: Models, path: str, dtype: str) -> SamplerSpec:
+def sampler_spec(config: Config, models: Models, path: str, dtype: str, revision: str | None = None) -> SamplerSpec:
     return SamplerSpec(
         engine=config.rollout.engine,
         model_folder=path,
+        revision=revision,
         dtype=dtype,
         max_model_tokens=models.max_model_tokens,
         pad_token_id=models.pad_token_id,
