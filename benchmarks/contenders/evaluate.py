@@ -13,6 +13,7 @@ from gkd.models import load_causal_lm
 from gkd.train import parts
 from gkd.train.distributed import compute_device
 from gkd.train.module import StudentModule, token_divergences
+from gkd.train.placements import ask_placements
 from gkd.train.run_folder import RunFolder
 from gkd.types import TokenBatch
 
@@ -45,7 +46,8 @@ def run(job: Job) -> dict[str, Any]:
 def heldout_divergences(config: Config, student: str) -> dict[str, float]:
     section = config.student.model_copy(update={"model": student})
     config = config.model_copy(update={"student": section})
-    models = parts.locate_models(config, RunFolder(config.run.folder), LAUNCH)
+    placements = ask_placements(config)
+    models = parts.locate_models(config, RunFolder(config.run.folder), LAUNCH, placements)
     prompts = parts.load_data(config, models)
     data = parts.prompt_data(config, prompts, LAUNCH)
     texts = parts.teacher_texts(config, models, prompts, data, LAUNCH, logging.getLogger(__name__).info)
@@ -56,7 +58,7 @@ def heldout_divergences(config: Config, student: str) -> dict[str, float]:
         models,
         prompts,
         texts,
-        teacher=parts.build_teacher(config, models, LAUNCH),
+        teacher=parts.build_teacher(config, models, LAUNCH, placements),
         student=FrozenStudent(StudentModule(model, config.objective, models.valid_vocab, dtype)),
         launch=LAUNCH,
     )

@@ -26,6 +26,7 @@ from gkd.train import distributed, parts
 from gkd.train.engine import StudentEngine
 from gkd.train.loop import train_loop
 from gkd.train.parts import Models
+from gkd.train.placements import ask_placements
 from gkd.train.run_folder import RunFolder
 from gkd.types import Rollout, TokenBatch
 
@@ -153,14 +154,15 @@ class CellRun:
     def __init__(self, folder: Folder, cell: Cell, budget: TokenBudget) -> None:
         distributed.initialize(_LAUNCH)
         self._config = config = cell_config(folder, cell)
-        self._models = models = parts.locate_models(config, RunFolder(config.run.folder), _LAUNCH)
+        placements = ask_placements(config)
+        self._models = models = parts.locate_models(config, RunFolder(config.run.folder), _LAUNCH, placements)
         self._budget = budget
         prompts = parts.load_data(config, models)
         self._data = parts.prompt_data(config, prompts, _LAUNCH)
         self._texts = parts.teacher_texts(config, models, prompts, self._data, _LAUNCH, lambda note: None)
-        self.sampler = parts.build_sampler(config, models, prompts, _LAUNCH)
+        self.sampler = parts.build_sampler(config, models, prompts, _LAUNCH, placements.sampler)
         self.student = _build_student(config, models, cell.method, budget)
-        scorer = parts.build_teacher(config, models, _LAUNCH)
+        scorer = parts.build_teacher(config, models, _LAUNCH, placements)
         self.teacher = scorer if cell.method.signal == "teacher" else NoTeacher(models.valid_vocab, _DEVICE)
         self.pack = parts.packer(config, models, "token_mean")
         self.judge = Judge(

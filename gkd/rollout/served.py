@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import os
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
 
 import httpx
 
-from gkd.config import Config, RolloutConfig
-from gkd.errors import ConfigError, SamplerError, WeightSyncError
+from gkd.errors import SamplerError, WeightSyncError
+from gkd.rollout.replicas import SamplerReplicas
 from gkd.rollout.serving import protocol
-from gkd.rollout.serving.protocol import CompletionQuery, ProbeQuery, ServedSamplerModel
-from gkd.serving.replicas import (
-    NoServerLeftError,
-    Replica,
-    ReplicaPool,
-    Role,
-    ServerFailedError,
-    ServerRefusedError,
-    host_options,
-)
+from gkd.rollout.serving.protocol import CompletionQuery, ProbeQuery
+from gkd.serving.replicas import NoServerLeftError, Replica, ServerFailedError, ServerRefusedError
 from gkd.serving.threads import map_in_threads
 from gkd.types import Completion, SampleRequest, SamplingSettings
 
@@ -35,21 +24,20 @@ T = TypeVar("T")
 
 
 class ServedSampler:
-    """Implements `Sampler` with requests to the servers of rollout.addresses, one a completion, many at once.
+    """Implements `Sampler` with requests to the servers of `replicas`, one a completion, many at once.
 
     Every rank generates; the main rank sends the weights. A server that fails, or misses an update, gets no work until
     an update has reached it whole. `from_main` hands the main rank's value to all.
     """
 
-    def __init__(self, config: Config, *, is_main: bool, from_main: FromMain) -> None:
-        """Raises ConfigError as `check_served_sampler` does."""
-        self._pool, self._served = _connect(config)
+    def __init__(self, replicas: SamplerReplicas, *, is_main: bool, from_main: FromMain) -> None:
+        self._pool = replicas.pool
         self._is_main, self._from_main = is_main, from_main
         self._sender: Any = None
         if is_main:
             from gkd.rollout.weight_transfer import WeightSender
 
-            self._sender = WeightSender(self._pool, dtype=self._served.dtype, timeout_s=config.rollout.timeout_s)
+            self._sender = WeightSender(self._pool, dtype=replicas.served.dtype, timeout_s=replicas.timeout_s)
         self._update, self._version = "", -1
         self._holding: list[Replica] = []
 
@@ -178,78 +166,3 @@ class ServedSampler:
             return read(headers, body)
         except ValueError as error:
             raise SamplerError(f"{replica.address}: {error}") from None
-
-
-def check_served_sampler(config: Config) -> ServedSamplerModel:
-    """Asks the servers what they serve, and whether it fits the run. Raises ConfigError; loads nothing."""
-    pool, served = _connect(config)
-    pool.close()
-    return served
-
-
-def check_student_is_served(served: ServedSamplerModel, config: RolloutConfig, architecture: str) -> None:
-    """Raises ConfigError unless the servers' model has the student's architecture."""
-    if served.architecture != architecture:
-        raise ConfigError(
-            f"rollout.addresses: {', '.join(config.addresses or ())} serves {served.model} ({served.architecture}), "
-            f"which has another architecture than the student ({architecture}); serve the student's own model, with "
-            "--layers where student.init.layers cuts it"
-        )
-
-
-def _connect(config: Config) -> tuple[ReplicaPool, ServedSamplerModel]:
-    role = Role("rollout", "sampler", protocol.DESCRIPTION_PATH, lambda address: _start_command(config, address))
-    pool = ReplicaPool(config.rollout, role, cool_down_s=math.inf)
-    try:
-        described = [pool.describe(r, ServedSamplerModel, protocol.PROTOCOL_VERSION) for r in pool.replicas]
-        pool.check_agreement(described, ("architecture", "dtype", "vocabulary_rows"))
-        for replica, served in zip(pool.replicas, described, strict=True):
-            _check(config, replica.address, served)
-    except BaseException:
-        pool.close()
-        raise
-    return pool, described[0]
-
-
-def _check(config: Config, address: str, served: ServedSamplerModel) -> None:
-    start, wanted = _start_command(config, address), config.rollout.weight_transfer
-    if served.dtype != config.student.dtype:
-        raise ConfigError(
-            f"rollout.addresses: {address} samples in {served.dtype}, but student.dtype is {config.student.dtype}; "
-            f"start it with: {start}"
-        )
-    if served.max_tokens < config.longest_sampled:
-        raise ConfigError(
-            f"rollout.addresses: {address} takes {served.max_tokens} tokens, but a sequence or a probe can reach "
-            f"{config.longest_sampled}; start it with --max-model-tokens {config.longest_sampled} or more"
-        )
-    if wanted not in ("auto", served.weight_transfer):
-        raise ConfigError(
-            f"rollout.weight_transfer: {wanted}, but {address} takes weights by {served.weight_transfer}; start it "
-            f"with: {start} --weight-transfer {wanted}, or set this to auto"
-        )
-    _check_transfer(address, served)
-
-
-def _check_transfer(address: str, served: ServedSamplerModel) -> None:
-    if served.weight_transfer == "file" and not os.access(served.weights_folder or "", os.W_OK):
-        raise ConfigError(
-            f"rollout.weight_transfer: {address} looks for weights in {served.weights_folder}, which cannot be written "
-            "here; start it with --weight-transfer gloo, or with a --weights-folder that both sides have"
-        )
-    if served.weight_transfer == "nccl":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise ConfigError(
-                f"rollout.weight_transfer: {address} takes weights by nccl, which needs CUDA here too; start it with "
-                "--weight-transfer gloo"
-            )
-
-
-def _start_command(config: Config, address: str) -> str:
-    student = config.student
-    layers = "" if student.init is None else f" --layers {str(student.init.layers).strip('[]').replace(' ', '')}"
-    port = urlsplit(address).port or protocol.DEFAULT_PORT
-    model = student.model or config.teacher.model
-    return f"gkd serve-sampler {model}{layers} --dtype {student.dtype}{host_options(address)} --port {port}"

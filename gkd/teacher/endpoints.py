@@ -14,15 +14,14 @@ from urllib.parse import urlsplit
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from gkd.config import MAIN_TEACHER, Config, TeacherConfig
+from gkd.config import TeacherConfig
 from gkd.errors import ConfigError, TeacherError
 from gkd.serving.protocol import TOKEN_VARIABLE
-from gkd.serving.replicas import NoServerLeftError, Replica, ReplicaPool, Role, ServerFailedError, ServerRefusedError
+from gkd.serving.replicas import NoServerLeftError, Replica, ServerFailedError, ServerRefusedError
+from gkd.teacher.servers import TeacherServers
 
 _MODELS_PATH, _COMPLETIONS_PATH = "/v1/models", "/v1/completions"
 _DEFAULT_PORT = 8000
-_COOL_DOWN_S = 60.0  # for which a server that failed gets no work while another one does
-_MOST_ATTEMPTS = 3
 _LARGEST_SUM = 1.001  # of K probabilities: float32 is off by far less
 
 
@@ -44,37 +43,37 @@ class _ModelList(BaseModel):
     data: list[_ModelCard]
 
 
-class Endpoints:
-    """Servers of one teacher, used by any number of threads. A failed request goes once more, to another if there is
-    one."""
+class Endpoints(TeacherServers):
+    """Servers of one teacher's most likely tokens."""
 
-    def __init__(self, config: TeacherConfig, section: str = "teacher") -> None:
+    model: str  # what they serve, in their words
+    max_tokens: int | None  # the least that any of them takes; None: they do not say
+
+    def __init__(self, config: TeacherConfig, section: str = "teacher", *, longest_tokens: int = 1) -> None:
         """Asks every server what it serves, and for one answer of K tokens. `section` is the config's, for messages.
 
         Raises ConfigError if one does not answer, asks for a token that it was not given, serves several models or
-        another than the others, or allows fewer tokens.
+        another than the others, allows fewer tokens, or takes no sequence of `longest_tokens`.
         """
-        self._config, self._section = config, section
-        role = Role(section, "teacher", _MODELS_PATH, lambda address: start_command(config, address))
-        self._pool = ReplicaPool(config, role, cool_down_s=_COOL_DOWN_S)
-        try:
-            cards = [self._describe(replica) for replica in self._pool.replicas]
-            self._pool.check_agreement(cards, ("id", "root"))
-            self.model = cards[0].root or cards[0].id
-            self._name = cards[0].id
-            self.max_tokens = min((card.max_model_len for card in cards if card.max_model_len), default=None)
-            for replica in self._pool.replicas:
-                self._probe(replica)
-        except BaseException:
-            self.close()
-            raise
+        self._longest_tokens = longest_tokens
+        super().__init__(config, section, _MODELS_PATH)
 
-    def close(self) -> None:
-        self._pool.close()
-
-    @property
-    def requests_at_once(self) -> int:
-        return self._pool.requests_at_once
+    def _ask(self) -> None:
+        cards = [self._describe(replica) for replica in self._pool.replicas]
+        self._pool.check_agreement(cards, ("id", "root"))
+        self.model = cards[0].root or cards[0].id
+        self._name = cards[0].id
+        self.max_tokens = min((card.max_model_len for card in cards if card.max_model_len), default=None)
+        for replica in self._pool.replicas:
+            self._probe(replica)
+        needed = self._longest_tokens + 1
+        if self.max_tokens is not None and self.max_tokens < needed:
+            raise ConfigError(
+                f"{self._section}.addresses: a sequence can reach {self._longest_tokens} tokens "
+                f"(data.max_prompt_tokens + rollout.max_new_tokens), and a server that scores it samples one more; "
+                f"{self.model} is served with {self.max_tokens}; start it with --max-model-len {needed} or more, or "
+                "lower one of the two"
+            )
 
     def top_tokens(self, token_ids: Sequence[int], first: int, what: str) -> TopTokens:
         """Of the tokens from `first` on, each given all before it. `what` names the sample in errors.
@@ -83,7 +82,7 @@ class Endpoints:
         than was asked for.
         """
         try:
-            body = self._pool.attempt(lambda replica: self._post(replica, token_ids), _MOST_ATTEMPTS)
+            body = self._attempt(lambda replica: self._post(replica, token_ids))
         except NoServerLeftError as error:
             raise TeacherError(f"{what} could not be scored by a top-k teacher: {error}") from None
         except ServerRefusedError as error:
@@ -114,7 +113,7 @@ class Endpoints:
     # ---- one server
 
     def _describe(self, replica: Replica) -> _ModelCard:
-        address, start = replica.address, start_command(self._config, replica.address)
+        address, start = replica.address, self._start_command(replica.address)
         try:
             response = self._pool.get(replica, _MODELS_PATH)
         except httpx.HTTPError as error:
@@ -152,7 +151,7 @@ class Endpoints:
         except (httpx.HTTPError, ServerFailedError, ValueError, KeyError, IndexError, TypeError) as error:
             raise ConfigError(
                 f"{self._section}.addresses: {replica.address} answers no prompt_logprobs on {_COMPLETIONS_PATH} "
-                f"({type(error).__name__}); start one that does with: {start_command(self._config, replica.address)}"
+                f"({type(error).__name__}); start one that does with: {self._start_command(replica.address)}"
             ) from None
         if len(found) < count:
             raise ConfigError(f"{key}: {replica.address} tells {len(found)} tokens of the {count} asked for; lower it")
@@ -191,21 +190,6 @@ class Endpoints:
             raise ValueError(f"{len(found)} tokens whose probabilities sum to {total:.4g}")
         return found
 
-
-def check_topk_teacher(config: Config, name: str = MAIN_TEACHER) -> None:
-    """Asks the servers, and whether a longest sequence fits. Raises ConfigError; loads nothing."""
-    section = config.teacher_key(name)
-    endpoints = Endpoints(config.teachers[name], section)
-    endpoints.close()
-    needed = config.longest_sequence + 1
-    if endpoints.max_tokens is not None and endpoints.max_tokens < needed:
-        raise ConfigError(
-            f"{section}.addresses: a sequence can reach {needed - 1} tokens (data.max_prompt_tokens + "
-            f"rollout.max_new_tokens), and a server that scores it samples one more; {endpoints.model} is served with "
-            f"{endpoints.max_tokens}; start it with --max-model-len {needed} or more, or lower one of the two"
-        )
-
-
-def start_command(config: TeacherConfig, address: str) -> str:
-    port = urlsplit(address).port or _DEFAULT_PORT
-    return f"vllm serve {config.model} --dtype {config.dtype} --max-logprobs {config.top_k} --port {port}"
+    def _start_command(self, address: str) -> str:
+        port, config = urlsplit(address).port or _DEFAULT_PORT, self._config
+        return f"vllm serve {config.model} --dtype {config.dtype} --max-logprobs {config.top_k} --port {port}"

@@ -16,7 +16,7 @@ from gkd.models import backbone_of, output_head
 from gkd.types import HiddenScores, OutputHead, Rollout, TeacherScores
 
 Backbone = Callable[..., Any]  # called as a transformers backbone is
-Placement = Callable[[Any, torch.device], tuple[Backbone, OutputHead]]
+Placing = Callable[[Any, torch.device], tuple[Backbone, OutputHead]]
 
 
 def whole(model: Any, device: torch.device) -> tuple[Backbone, OutputHead]:
@@ -38,7 +38,7 @@ class LocalTeacher:
         device: torch.device,
         micro_batch_size: int,
         pad_token_id: int,
-        place: Placement = whole,
+        place: Placing = whole,
         agree_on_largest: Callable[[int], int] = lambda count: count,
     ) -> None:
         """`place` puts the frozen model on the device. Where that shards it, all ranks must run as many forwards:

@@ -8,52 +8,56 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from gkd.config import MAIN_TEACHER, Config, TeacherConfig
+from gkd.config import TeacherConfig
 from gkd.errors import ConfigError, TeacherError
-from gkd.serving.replicas import (
-    NoServerLeftError,
-    Replica,
-    ReplicaPool,
-    Role,
-    ServerRefusedError,
-    host_options,
-    refusal,
-)
+from gkd.serving.replicas import NoServerLeftError, Replica, ServerRefusedError, host_options, refusal
+from gkd.teacher.servers import TeacherServers
 from gkd.teacher.serving import protocol
 from gkd.teacher.serving.protocol import ServedModel
 
-_COOL_DOWN_S = 60.0  # for which a server that failed gets no work while another one does
-_MOST_ATTEMPTS = 3
 
+class Replicas(TeacherServers):
+    """Servers of one teacher's hidden states."""
 
-class Replicas:
-    """Servers of one teacher, used by any number of threads.
+    served: ServedModel  # what all serve, with the least max_tokens of any
 
-    A request goes to the server with the fewest. If that fails it goes once to another one, or, where there is no
-    other, once more to the same.
-    """
-
-    def __init__(self, config: TeacherConfig, section: str = "teacher") -> None:
+    def __init__(self, config: TeacherConfig, section: str = "teacher", *, longest_tokens: int = 1) -> None:
         """Asks every server what it serves. `section` is the config's, for messages.
 
         Raises ConfigError if one does not answer, asks for a token that it was not given, serves another dtype than
-        the section's, or another model than the others.
+        the section's, or another model than the others, or reads less than a sequence of `longest_tokens` needs.
         """
-        self._section = section
-        role = Role(section, "teacher", protocol.DESCRIPTION_PATH, lambda address: _start_command(config, address))
-        self._pool = ReplicaPool(config, role, cool_down_s=_COOL_DOWN_S)
-        try:
-            self.served = self._agreed([self._describe(config, replica) for replica in self._pool.replicas])
-        except BaseException:
-            self.close()
-            raise
+        self._longest_tokens = longest_tokens
+        super().__init__(config, section, protocol.DESCRIPTION_PATH)
 
-    def close(self) -> None:
-        self._pool.close()
+    def _ask(self) -> None:
+        described = [self._describe(replica) for replica in self._pool.replicas]
+        self._pool.check_agreement(described, ("fingerprint", "dtype", "head_sha256", "hidden_size", "vocabulary_rows"))
+        max_tokens = min(served.max_tokens for served in described)
+        self.served = described[0].model_copy(update={"max_tokens": max_tokens})
+        needed = self._longest_tokens - 1  # the last token is only predicted, never read
+        if max_tokens < needed:
+            raise ConfigError(
+                f"{self._section}.addresses: a sequence can reach {self._longest_tokens} tokens "
+                f"(data.max_prompt_tokens + rollout.max_new_tokens), of which the served teacher has to read {needed}, "
+                f"and it reads {max_tokens}; start it with --max-model-tokens {needed} or more, or lower one of the two"
+            )
 
-    @property
-    def requests_at_once(self) -> int:
-        return self._pool.requests_at_once
+    def check_model(self, fingerprint: str, vocabulary_rows: int) -> None:
+        """Raises ConfigError unless the servers' model is the section's: its vocabulary, config, tokenizer, weights."""
+        served, section = self.served, self._section
+        where = ", ".join(self._config.addresses or ())
+        if served.vocabulary_rows != vocabulary_rows:
+            raise ConfigError(
+                f"{section}.addresses: {where} serves {served.model} with a vocabulary of {served.vocabulary_rows} "
+                f"rows, but {section}.model has {vocabulary_rows}"
+            )
+        if served.fingerprint != fingerprint:
+            raise ConfigError(
+                f"{section}.addresses: {where} serves {served.model} ({served.fingerprint}), which is not "
+                f"{section}.model ({fingerprint}): config, tokenizer or weights differ, or one side names a folder and "
+                "the other the hub"
+            )
 
     def head(self) -> bytes:
         """The output head's bytes from the first server. Raises TeacherError unless they have the promised hash."""
@@ -75,7 +79,7 @@ class Replicas:
         than was asked for.
         """
         try:
-            return self._pool.attempt(lambda r: self._request_states(r, token_ids, first_row, what), _MOST_ATTEMPTS)
+            return self._attempt(lambda replica: self._request_states(replica, token_ids, first_row, what))
         except NoServerLeftError as error:
             raise TeacherError(f"{what} could not be scored by a served teacher: {error}") from None
 
@@ -105,55 +109,16 @@ class Replicas:
                 hint = "; it serves another model than at the start" if name == protocol.IDENTITY_HEADER else ""
                 raise TeacherError(f"{origin}: the answer has {name} {headers.get(name)!r}, not {value!r}{hint}")
 
-    def _describe(self, config: TeacherConfig, replica: Replica) -> ServedModel:
+    def _describe(self, replica: Replica) -> ServedModel:
         served = self._pool.describe(replica, ServedModel, protocol.PROTOCOL_VERSION)
-        if served.dtype != config.dtype:
+        if served.dtype != self._config.dtype:
             raise ConfigError(
-                f"{self._section}.dtype: {config.dtype}, but {replica.address} serves {served.dtype}; set it to that, "
-                f"or start: {_start_command(config, replica.address)}"
+                f"{self._section}.dtype: {self._config.dtype}, but {replica.address} serves {served.dtype}; set it to "
+                f"that, or start: {self._start_command(replica.address)}"
             )
         return served
 
-    def _agreed(self, descriptions: Sequence[ServedModel]) -> ServedModel:
-        """What all serve, with the least max_tokens of any."""
-        fields = ("fingerprint", "dtype", "head_sha256", "hidden_size", "vocabulary_rows")
-        self._pool.check_agreement(descriptions, fields)
-        return descriptions[0].model_copy(update={"max_tokens": min(served.max_tokens for served in descriptions)})
-
-
-def check_served_teacher(config: Config, name: str = MAIN_TEACHER) -> ServedModel:
-    """Asks the servers what they serve, and whether a longest sequence fits. Raises ConfigError; loads nothing."""
-    section = config.teacher_key(name)
-    replicas = Replicas(config.teachers[name], section)
-    replicas.close()
-    served, longest = replicas.served, config.longest_sequence
-    needed = longest - 1  # the last token is only predicted, never read
-    if served.max_tokens < needed:
-        raise ConfigError(
-            f"{section}.addresses: a sequence can reach {longest} tokens (data.max_prompt_tokens + "
-            f"rollout.max_new_tokens), of which the served teacher has to read {needed}, and it reads "
-            f"{served.max_tokens}; start it with --max-model-tokens {needed} or more, or lower one of the two"
-        )
-    return served
-
-
-def check_model_is_served(
-    served: ServedModel, config: TeacherConfig, fingerprint: str, vocabulary_rows: int, section: str = "teacher"
-) -> None:
-    """Raises ConfigError unless the server's model is the section's: its vocabulary, config, tokenizer and weights."""
-    where = ", ".join(config.addresses or ())
-    if served.vocabulary_rows != vocabulary_rows:
-        raise ConfigError(
-            f"{section}.addresses: {where} serves {served.model} with a vocabulary of {served.vocabulary_rows} rows, "
-            f"but {section}.model has {vocabulary_rows}"
-        )
-    if served.fingerprint != fingerprint:
-        raise ConfigError(
-            f"{section}.addresses: {where} serves {served.model} ({served.fingerprint}), which is not {section}.model "
-            f"({fingerprint}): config, tokenizer or weights differ, or one side names a folder and the other the hub"
-        )
-
-
-def _start_command(config: TeacherConfig, address: str) -> str:
-    port = urlsplit(address).port or protocol.DEFAULT_PORT
-    return f"gkd serve-teacher {config.model} --dtype {config.dtype}{host_options(address)} --port {port}"
+    def _start_command(self, address: str) -> str:
+        port = urlsplit(address).port or protocol.DEFAULT_PORT
+        model, dtype = self._config.model, self._config.dtype
+        return f"gkd serve-teacher {model} --dtype {dtype}{host_options(address)} --port {port}"

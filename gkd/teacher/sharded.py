@@ -12,7 +12,7 @@ from gkd.types import OutputHead
 
 
 def sharded(model: Any, device: torch.device) -> tuple[Backbone, OutputHead]:
-    """A `Placement` by DeepSpeed's ZeRO-3, without optimizer states. The process group must be there.
+    """A `Placing` by DeepSpeed's ZeRO-3, without optimizer states. The process group must be there.
 
     The output head stays whole on every rank: the loss needs all of it at once. Parameters go to the device one by one
     as they are sharded, so that no device ever holds the model.

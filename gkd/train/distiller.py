@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from gkd.environment import local_rank_taken_back, prepare_process
 from gkd.errors import RunInterruptedError
 from gkd.files import write_atomically, write_json
 from gkd.monitor import HeldoutSample, JsonlSink, Monitor, RunSummary, loss_curve, read_metrics, time_totals
+from gkd.train.placements import Placements, ask_placements
 from gkd.train.rank_log import rank_log
 from gkd.train.run_folder import RunFolder, library_versions
 
@@ -55,15 +57,16 @@ class Distiller:
         """
         started = time.monotonic()
         prepare_process()
-        self.check()
-        folder = RunFolder(self.config.run.folder)
-        if self._launch.is_main:
-            folder.open(self.config, resume=resume, overwrite=overwrite)
-        try:
-            with rank_log(folder.logs, self._launch.rank, append=resume), local_rank_taken_back():
-                return self._train(folder, resume, started)
-        finally:
-            folder.close()
+        self._check_data()
+        with closing(ask_placements(self.config)) as placements:
+            folder = RunFolder(self.config.run.folder)
+            if self._launch.is_main:
+                folder.open(self.config, resume=resume, overwrite=overwrite)
+            try:
+                with rank_log(folder.logs, self._launch.rank, append=resume), local_rank_taken_back():
+                    return self._train(folder, placements, resume, started)
+            finally:
+                folder.close()
 
     def end_process(self) -> None:
         """Leaves the process group, after a last barrier. One rank of several does not return from this."""
@@ -76,6 +79,10 @@ class Distiller:
 
         Raises DataError with file:line, or ConfigError.
         """
+        self._check_data()
+        ask_placements(self.config).close()
+
+    def _check_data(self) -> None:
         data = self.config.data
         for key, path, split in (
             ("data.train", data.train, data.train_split),
@@ -84,34 +91,21 @@ class Distiller:
             if path is not None and path.endswith(JSON_SUFFIXES):
                 rows = read_rows(path, split, key=key, teacher_column=data.teacher_column)
                 check_teacher_names(rows, self.config.teachers, data.teacher_column)
-        for name, teacher in self.config.teachers.items():
-            if teacher.placement == "served":
-                from gkd.teacher.replicas import check_served_teacher
 
-                check_served_teacher(self.config, name)
-            if teacher.placement == "topk":
-                from gkd.teacher.endpoints import check_topk_teacher
-
-                check_topk_teacher(self.config, name)
-        if self.config.rollout.placement == "served":
-            from gkd.rollout.served import check_served_sampler
-
-            check_served_sampler(self.config)
-
-    def _train(self, folder: RunFolder, resume: bool, started: float) -> RunSummary:
+    def _train(self, folder: RunFolder, placements: Placements, resume: bool, started: float) -> RunSummary:
         from gkd.train import distributed, parts  # torch and DeepSpeed load here, after the cheap checks
 
         config, launch = self.config, self._launch
         distributed.initialize(launch)
         parts.check_precision(config, launch.world_size)
         start_step = parts.resume_step(config, folder, launch, _log.warning) if resume else 0
-        models = parts.locate_models(config, folder, launch)
+        models = parts.locate_models(config, folder, launch, placements)
         prompts = parts.load_data(config, models)
         with Monitor(
             config, folder.path, is_main=launch.is_main, decode=models.decode, start_step=start_step
         ) as monitor:
             monitor.note(_describe_data(prompts.train.counts, prompts.heldout and prompts.heldout.counts))
-            run = _Run(config, launch, folder, monitor, models, prompts)
+            run = _Run(config, launch, folder, monitor, placements, models, prompts)
             run.start(start_step)
             run.loop()
             return run.finish(started)
@@ -121,7 +115,14 @@ class _Run:
     """The parts of one run. They are built in the order of what fails first; what takes most memory comes last."""
 
     def __init__(
-        self, config: Config, launch: Launch, folder: RunFolder, monitor: Monitor, models: Models, prompts: Any
+        self,
+        config: Config,
+        launch: Launch,
+        folder: RunFolder,
+        monitor: Monitor,
+        placements: Placements,
+        models: Models,
+        prompts: Any,
     ) -> None:
         from gkd.train import parts
         from gkd.train.interruption import Interruption
@@ -131,9 +132,9 @@ class _Run:
         self.data = parts.prompt_data(config, prompts, launch)
         self.texts = parts.teacher_texts(config, models, prompts, self.data, launch, monitor.note)
         monitor.note(f"starting the sampler ({config.rollout.engine}), the student (DeepSpeed) and the teacher")
-        self.sampler = parts.build_sampler(config, models, prompts, launch)
+        self.sampler = parts.build_sampler(config, models, prompts, launch, placements.sampler)
         self.student = parts.build_student(config, models, launch, monitor.phase)
-        self.teacher = parts.build_teacher(config, models, launch)
+        self.teacher = parts.build_teacher(config, models, launch, placements)
         self.heldout = parts.build_heldout(
             config, models, prompts, self.texts, teacher=self.teacher, student=self.student, launch=launch
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from gkd.rollout.offline import SamplerSpec, cache_for, complete
 from gkd.train import parts
 from gkd.train.distributed import compute_device
 from gkd.train.parts import Models
+from gkd.train.placements import Placements, ask_placements
 from gkd.train.run_folder import RunFolder
 from gkd.types import Completion, Prompt, PromptDraw, Rollout, SampleRequest, SamplingSettings
 
@@ -46,6 +48,7 @@ class _Contest:
     """The models of an evaluation, and what they are asked. Nothing is loaded yet."""
 
     config: Config
+    placements: Placements
     pairs: Mapping[str, Models]  # of each student, with the teacher
     folders: Mapping[str, Path]  # of every column
     prompts: tuple[Prompt, ...]  # held out; empty without the task axis
@@ -76,10 +79,11 @@ def evaluate(config: Config, *, student: str | None = None, axes: Sequence[str] 
     """
     contest = _prepare(config, student, axes)
     measures = {"task": _task_axis, "efficiency": _efficiency_axis, "compression": _compression_axis}
-    return Evaluation(
-        models={column: str(folder) for column, folder in contest.folders.items()},
-        axes={name: _guarded(name, measures[name], contest) for name in AXES if name in axes},
-    )
+    with closing(contest.placements):
+        return Evaluation(
+            models={column: str(folder) for column, folder in contest.folders.items()},
+            axes={name: _guarded(name, measures[name], contest) for name in AXES if name in axes},
+        )
 
 
 def _guarded(name: str, measure: Callable[[_Contest], Axis], contest: _Contest) -> Axis:
@@ -110,11 +114,14 @@ def _prepare(config: Config, student: str | None, axes: Sequence[str]) -> _Conte
         tasks = load_tasks(config.eval.tasks, config.eval.task_problems, config.run.seed)
     folder = RunFolder(config.run.folder)
     after = _with_student(config, _result(folder, student))
+    placements = ask_placements(config)
     pairs = {
-        name: parts.locate_models(own, folder, _LAUNCH) for name, own in zip(STUDENTS, (config, after), strict=True)
+        name: parts.locate_models(own, folder, _LAUNCH, placements)
+        for name, own in zip(STUDENTS, (config, after), strict=True)
     }
     return _Contest(
         config=config,
+        placements=placements,
         pairs=pairs,
         folders=_folders(config, pairs),
         prompts=_heldout_prompts(config, pairs["student_after"]) if asks_task else (),
@@ -250,7 +257,7 @@ def _complete(
 def _score(contest: _Contest, rollouts: Sequence[Rollout], references: Sequence[Rollout]) -> _Scores:
     """Without references the teacher's completions stand for them."""
     _log.info("scoring with the teacher")
-    teacher = parts.build_teacher(contest.config, contest.pair, _LAUNCH)
+    teacher = parts.build_teacher(contest.config, contest.pair, _LAUNCH, contest.placements)
     scores = teacher.score(rollouts)
     reference_scores = teacher.score(references) if references else scores
     result = _Scores(

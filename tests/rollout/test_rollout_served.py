@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gkd.config import Config, make_config
 from gkd.errors import ConfigError, SamplerError, WeightSyncError
-from gkd.rollout.served import ServedSampler, check_served_sampler
+from gkd.rollout.replicas import SamplerReplicas
+from gkd.rollout.served import ServedSampler
 from gkd.rollout.sync import SyncedSampler, probe_prompt
 from gkd.types import SampleRequest, SamplingSettings
 
@@ -72,7 +73,9 @@ class Servers:
         )  # fmt: skip
 
     def sampler(self, *servers: TeacherServer, **options: Any) -> tuple[SyncedSampler, ServedSampler]:
-        served = ServedSampler(self.config(*servers, **options), is_main=True, from_main=lambda value: value)
+        served = ServedSampler(
+            SamplerReplicas(self.config(*servers, **options)), is_main=True, from_main=lambda value: value
+        )
         self.opened.append(served)
         return SyncedSampler(served, probe_ids=PROBE, tolerance=1e-3), served
 
@@ -133,7 +136,8 @@ def test_nccl(tiny_student: Path, weights: Weights, tmp_path: Path) -> None:
         server.wait_until_ready(240)
         weights.model.cuda()
         servers = SimpleNamespace(folder=tmp_path, model=tiny_student)
-        served = ServedSampler(Servers.config(servers, server), is_main=True, from_main=lambda value: value)  # pyright: ignore
+        replicas = SamplerReplicas(Servers.config(servers, server))  # pyright: ignore
+        served = ServedSampler(replicas, is_main=True, from_main=lambda value: value)
         synced = SyncedSampler(served, probe_ids=PROBE, tolerance=1e-2)
         for version in (0, 1):
             assert synced.load_weights(weights.train(), version)["sync/mean_logprob_error"] < 1e-2
@@ -280,10 +284,10 @@ def test_what_does_not_fit_is_said_before_anything_is_loaded(
 
     def refusal(config: Config) -> str:
         with pytest.raises(ConfigError) as caught:
-            check_served_sampler(config)
+            SamplerReplicas(config)
         return str(caught.value)
 
-    assert check_served_sampler(servers.config(servers.file)).max_tokens == 256
+    assert SamplerReplicas(servers.config(servers.file)).served.max_tokens == 256
     assert refusal(servers.config(servers.file, max_new_tokens=193)).startswith("rollout.addresses: ")
     assert refusal(servers.config(servers.file, token_file=None)).startswith("rollout.token_file: ")
     text = refusal(servers.config(servers.file, weight_transfer="gloo"))

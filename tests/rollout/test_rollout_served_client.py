@@ -12,7 +12,8 @@ from teacher_servers import Answer, FakeServer
 
 from gkd.config import make_config
 from gkd.errors import ConfigError, SamplerError
-from gkd.rollout.served import ServedSampler, check_served_sampler, check_student_is_served
+from gkd.rollout.replicas import SamplerReplicas
+from gkd.rollout.served import ServedSampler
 from gkd.rollout.serving.protocol import (
     PROTOCOL_VERSION,
     CompletionQuery,
@@ -69,7 +70,7 @@ def config(*servers: FakeServer, **rollout: Any) -> Any:
 
 
 def generate(*servers: FakeServer) -> list[Completion]:
-    sampler = ServedSampler(config(*servers), is_main=False, from_main=lambda value: value)
+    sampler = ServedSampler(SamplerReplicas(config(*servers)), is_main=False, from_main=lambda value: value)
     sampler._version = 4
     return sampler.generate([REQUEST], SamplingSettings(8))
 
@@ -80,7 +81,7 @@ def test_what_a_server_sends_is_what_comes_out(make_server: MakeServer) -> None:
 
 
 def probed(server: FakeServer) -> list[Sequence[float]]:
-    sampler = ServedSampler(config(server), is_main=False, from_main=lambda value: value)
+    sampler = ServedSampler(SamplerReplicas(config(server)), is_main=False, from_main=lambda value: value)
     sampler._version, sampler._is_main, sampler._holding = 4, True, list(sampler._pool.replicas)
     return sampler.probe((5, 6, 7))
 
@@ -143,7 +144,7 @@ def test_a_lie_stops_the_run_at_once(make_server: MakeServer, completion: Answer
 )
 def test_a_server_that_fails_gets_no_further_work(make_server: MakeServer, completion: Answer, reason: str) -> None:
     broken, good = make_server(completion), make_server()
-    sampler = ServedSampler(config(broken, good), is_main=False, from_main=lambda value: value)
+    sampler = ServedSampler(SamplerReplicas(config(broken, good)), is_main=False, from_main=lambda value: value)
     sampler._version = 4
     for _ in range(3):
         assert sampler.generate([REQUEST, REQUEST], SamplingSettings(8)) == [COMPLETION, COMPLETION]
@@ -172,16 +173,16 @@ def test_a_description_that_does_not_fit_is_a_config_error(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match=message):
-        check_served_sampler(config(make_server(sampler=sampler)))
+        SamplerReplicas(config(make_server(sampler=sampler)))
 
 
 @pytest.mark.fault
 def test_servers_and_students_that_differ_are_named(make_server: MakeServer) -> None:
     one, other = make_server(), make_server(sampler=description(architecture="b" * 16))
     with pytest.raises(ConfigError, match=f"{one.address} and {other.address} serve different models: architecture"):
-        check_served_sampler(config(one, other))
+        SamplerReplicas(config(one, other))
     with pytest.raises(ConfigError, match=r"has another architecture than the student \(b{16}\); .* --layers"):
-        check_student_is_served(SERVED, config(one).rollout, "b" * 16)
+        SamplerReplicas(config(one)).check_student("b" * 16)
 
 
 @pytest.mark.parametrize(

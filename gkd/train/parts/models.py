@@ -15,17 +15,13 @@ from gkd.models import (
     load_tokenizer,
     lora_targets,
     make_student_from_layers,
-    model_fingerprint,
     pad_token_id,
     read_config,
     read_generation_config,
     resolve_model,
 )
-from gkd.rollout.served import check_served_sampler, check_student_is_served
-from gkd.rollout.serving.protocol import architecture_digest
-from gkd.teacher.endpoints import Endpoints
-from gkd.teacher.replicas import check_model_is_served, check_served_teacher
 from gkd.train.distributed import from_main
+from gkd.train.placements import Placements
 from gkd.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -53,19 +49,20 @@ class Models:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)  # pyright: ignore
 
 
-def locate_models(config: Config, folder: RunFolder, launch: Launch) -> Models:
+def locate_models(config: Config, folder: RunFolder, launch: Launch, placements: Placements) -> Models:
     """Resolves the models, makes the student if it is cut from layers, and checks that it fits each teacher.
 
     The main rank does what writes to disk; the others wait. Raises ModelError or ConfigError.
     """
     teacher_paths = {
-        name: from_main(_teacher_path(config, name) if launch.is_main else None) for name in config.teachers
+        name: from_main(placement.locate() if launch.is_main else None)
+        for name, placement in placements.teachers.items()
     }
     teacher_path = teacher_paths.pop(MAIN_TEACHER)
     student_path = from_main(_student_path(config, folder, teacher_path) if launch.is_main else None)
     student_config = read_config(student_path, revision=student_revision(config))
-    if config.rollout.placement == "served" and launch.is_main:
-        check_student_is_served(check_served_sampler(config), config.rollout, architecture_digest(student_config))
+    if launch.is_main:
+        placements.sampler.check_student(student_config)
     if config.student.lora is not None:
         lora_targets(empty_model(student_config), config.student.lora)
     tokenizer = load_tokenizer(student_path, revision=student_revision(config), key="student.model")
@@ -89,24 +86,6 @@ def locate_models(config: Config, folder: RunFolder, launch: Launch) -> Models:
         max_model_tokens=config.longest_sampled,
         other_teacher_paths=teacher_paths,
     )
-
-
-def _teacher_path(config: Config, name: str) -> str:
-    """Resolved, and found at its servers if it has any. Raises ConfigError before any weights are read or written."""
-    teacher, section = config.teachers[name], config.teacher_key(name)
-    key = f"{section}.model"
-    path = resolve_model(teacher.model, revision=teacher.revision, key=key)
-    if teacher.placement in ("local", "sharded"):
-        return path
-    rows = _vocabulary_rows(read_config(path, revision=teacher.revision, key=key))
-    if teacher.placement == "topk":
-        endpoints = Endpoints(teacher, section)
-        endpoints.check_vocabulary(rows)
-        endpoints.close()
-        return path
-    served = check_served_teacher(config, name)
-    check_model_is_served(served, teacher, model_fingerprint(path, teacher.revision), rows, section)
-    return path
 
 
 def _check_teacher(config: Config, name: str, path: str, tokenizer: PreTrainedTokenizerBase, student_rows: int) -> int:

@@ -1,0 +1,97 @@
+"""The servers of `rollout.addresses`, checked at the start. No torch here, but to ask for CUDA."""
+
+from __future__ import annotations
+
+import math
+import os
+from urllib.parse import urlsplit
+
+from gkd.config import Config
+from gkd.errors import ConfigError
+from gkd.rollout.serving import protocol
+from gkd.rollout.serving.protocol import ServedSamplerModel
+from gkd.serving.replicas import ReplicaPool, Role, host_options
+
+
+class SamplerReplicas:
+    """Servers of one student's architecture; who uses them says which of them hold its weights."""
+
+    def __init__(self, config: Config) -> None:
+        """Asks every server what it serves. Raises ConfigError if one does not answer or does not fit the run."""
+        self._config = config
+        role = Role("rollout", "sampler", protocol.DESCRIPTION_PATH, self._start_command)
+        self.pool = ReplicaPool(config.rollout, role, cool_down_s=math.inf)
+        try:
+            self.served = self._ask()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self.pool.close()
+
+    @property
+    def timeout_s(self) -> float:
+        return self._config.rollout.timeout_s
+
+    def check_student(self, architecture: str) -> None:
+        """Raises ConfigError unless the servers' model has the student's architecture."""
+        served = self.served
+        if served.architecture != architecture:
+            raise ConfigError(
+                f"rollout.addresses: {', '.join(self._config.rollout.addresses or ())} serves {served.model} "
+                f"({served.architecture}), which has another architecture than the student ({architecture}); serve the "
+                "student's own model, with --layers where student.init.layers cuts it"
+            )
+
+    def _ask(self) -> ServedSamplerModel:
+        described = [
+            self.pool.describe(replica, ServedSamplerModel, protocol.PROTOCOL_VERSION) for replica in self.pool.replicas
+        ]
+        self.pool.check_agreement(described, ("architecture", "dtype", "vocabulary_rows"))
+        for replica, served in zip(self.pool.replicas, described, strict=True):
+            self._check(replica.address, served)
+        return described[0]
+
+    def _check(self, address: str, served: ServedSamplerModel) -> None:
+        config, start = self._config, self._start_command(address)
+        wanted = config.rollout.weight_transfer
+        if served.dtype != config.student.dtype:
+            raise ConfigError(
+                f"rollout.addresses: {address} samples in {served.dtype}, but student.dtype is {config.student.dtype}; "
+                f"start it with: {start}"
+            )
+        if served.max_tokens < config.longest_sampled:
+            raise ConfigError(
+                f"rollout.addresses: {address} takes {served.max_tokens} tokens, but a sequence or a probe can reach "
+                f"{config.longest_sampled}; start it with --max-model-tokens {config.longest_sampled} or more"
+            )
+        if wanted not in ("auto", served.weight_transfer):
+            raise ConfigError(
+                f"rollout.weight_transfer: {wanted}, but {address} takes weights by {served.weight_transfer}; start it "
+                f"with: {start} --weight-transfer {wanted}, or set this to auto"
+            )
+        _check_transfer(address, served)
+
+    def _start_command(self, address: str) -> str:
+        student = self._config.student
+        layers = "" if student.init is None else f" --layers {str(student.init.layers).strip('[]').replace(' ', '')}"
+        port = urlsplit(address).port or protocol.DEFAULT_PORT
+        model = student.model or self._config.teacher.model
+        return f"gkd serve-sampler {model}{layers} --dtype {student.dtype}{host_options(address)} --port {port}"
+
+
+def _check_transfer(address: str, served: ServedSamplerModel) -> None:
+    if served.weight_transfer == "file" and not os.access(served.weights_folder or "", os.W_OK):
+        raise ConfigError(
+            f"rollout.weight_transfer: {address} looks for weights in {served.weights_folder}, which cannot be written "
+            "here; start it with --weight-transfer gloo, or with a --weights-folder that both sides have"
+        )
+    if served.weight_transfer == "nccl":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                f"rollout.weight_transfer: {address} takes weights by nccl, which needs CUDA here too; start it with "
+                "--weight-transfer gloo"
+            )

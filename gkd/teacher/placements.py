@@ -1,0 +1,158 @@
+"""Where a teacher can be: what a run needs to know of it there, before anything heavy is loaded, and its scores.
+
+A further placement is a class here, with its name in the table, and that name and its keys in the config.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gkd.config import Config
+from gkd.models import model_fingerprint, read_config, resolve_model
+from gkd.teacher.base import Teacher
+from gkd.teacher.endpoints import Endpoints
+from gkd.teacher.replicas import Replicas
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Site:
+    """The process that asks for scores. `agree_on_largest` returns the largest of the ranks' counts."""
+
+    device: torch.device
+    world_size: int
+    pad_token_id: int
+    agree_on_largest: Callable[[int], int]
+
+
+class TeacherPlacement:
+    """One teacher of a config, where that says it is. What is said here is true of one without servers."""
+
+    def __init__(self, config: Config, name: str) -> None:
+        """Asks the teacher's servers, if it has any, and nobody asks them again: connections stay open until `close`.
+
+        Raises ConfigError if one does not answer, or does not fit the run. Needs no torch.
+        """
+        self.teacher, self.section = config.teachers[name], config.teacher_key(name)
+
+    def close(self) -> None:
+        """Lets go of the servers."""
+
+    def locate(self) -> str:
+        """The path of the section's model, resolved, and known to be what the servers have. Reads no weights whole.
+
+        Raises ModelError, or ConfigError if the servers have another one.
+        """
+        path = resolve_model(self.teacher.model, revision=self.teacher.revision, key=self._model_key)
+        self._check_model(path)
+        return path
+
+    def scores_key(self, path: str) -> str:
+        """A folder's name, for all that this teacher says in this way of any text."""
+        return f"{self._fingerprint(path)}-{self.teacher.dtype}"
+
+    def build(self, path: str, site: Site) -> Teacher:
+        """Loads the model at `path`, or fetches what scores need of it. Raises ModelError or TeacherError."""
+        raise NotImplementedError
+
+    @property
+    def _model_key(self) -> str:
+        return f"{self.section}.model"
+
+    def _check_model(self, path: str) -> None:
+        """Nobody else has it."""
+
+    def _fingerprint(self, path: str) -> str:
+        return model_fingerprint(path, self.teacher.revision, self._model_key)
+
+    def _vocabulary_rows(self, path: str) -> int:
+        config = read_config(path, revision=self.teacher.revision, key=self._model_key)
+        return config.get_text_config().vocab_size
+
+
+class Local(TeacherPlacement):
+    """Whole, on every rank."""
+
+    def build(self, path: str, site: Site) -> Teacher:
+        return self._load(path, site, is_sharded=False)
+
+    def _load(self, path: str, site: Site, *, is_sharded: bool) -> Teacher:
+        from gkd.models import load_causal_lm, use_short_attention, verify_head
+        from gkd.teacher.local import LocalTeacher, whole
+        from gkd.teacher.sharded import sharded
+
+        model = load_causal_lm(path, self.teacher.dtype, revision=self.teacher.revision, key=self._model_key)
+        verify_head(model, self._model_key)
+        use_short_attention(model)
+        return LocalTeacher(
+            model,
+            device=site.device,
+            micro_batch_size=self.teacher.micro_batch_size,
+            pad_token_id=site.pad_token_id,
+            place=sharded if is_sharded else whole,
+            agree_on_largest=site.agree_on_largest if is_sharded else lambda count: count,
+        )
+
+
+class Sharded(Local):
+    """A share on every rank, by ZeRO-3; on a single one it is whole."""
+
+    def build(self, path: str, site: Site) -> Teacher:
+        return self._load(path, site, is_sharded=site.world_size > 1)
+
+
+class Served(TeacherPlacement):
+    """Behind `gkd serve-teacher`, which tells hidden states."""
+
+    def __init__(self, config: Config, name: str) -> None:
+        super().__init__(config, name)
+        self._replicas = Replicas(self.teacher, self.section, longest_tokens=config.longest_sequence)
+
+    def close(self) -> None:
+        self._replicas.close()
+
+    def build(self, path: str, site: Site) -> Teacher:
+        from gkd.teacher.served import ServedTeacher
+
+        return ServedTeacher(self._replicas, device=site.device)
+
+    def _check_model(self, path: str) -> None:
+        self._replicas.check_model(self._fingerprint(path), self._vocabulary_rows(path))
+
+
+class Topk(TeacherPlacement):
+    """Behind any vLLM-compatible server, which tells the most likely tokens."""
+
+    def __init__(self, config: Config, name: str) -> None:
+        super().__init__(config, name)
+        self._endpoints = Endpoints(self.teacher, self.section, longest_tokens=config.longest_sequence)
+
+    def close(self) -> None:
+        self._endpoints.close()
+
+    def scores_key(self, path: str) -> str:
+        served = hashlib.blake2b(
+            self._endpoints.model.encode(), digest_size=8
+        ).hexdigest()  # what it is, it alone knows
+        return f"{self._fingerprint(path)}-top{self.teacher.top_k}-{served}"
+
+    def build(self, path: str, site: Site) -> Teacher:
+        from gkd.teacher.topk import TopkTeacher
+
+        return TopkTeacher(self._endpoints, top_k=self.teacher.top_k, device=site.device)
+
+    def _check_model(self, path: str) -> None:
+        self._endpoints.check_vocabulary(self._vocabulary_rows(path))
+
+
+PLACEMENTS: dict[str, type[TeacherPlacement]] = {"local": Local, "sharded": Sharded, "served": Served, "topk": Topk}
+
+
+def place_teacher(config: Config, name: str) -> TeacherPlacement:
+    """A teacher of the config, by its name there. Raises ConfigError as its placement does."""
+    return PLACEMENTS[config.teachers[name].placement](config, name)
