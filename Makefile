@@ -51,7 +51,7 @@ install-cuda:
 
 # The kernels are built by the install above; again when one of their files changes.
 KERNELS := .venv/.kernels
-$(KERNELS): $(READY) $(wildcard kernels/*/*)
+$(KERNELS): $(READY) $(wildcard kernels/*/* building/*.py)
 	$(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@
 

@@ -1,6 +1,7 @@
 """gkd: on-policy and generalized knowledge distillation of language models.
 
-Public names load on first use, so that `import gkd` costs milliseconds.
+Public names load on first use, so that `import gkd` costs milliseconds. The losses need torch alone, `Distiller`
+needs `gkd[train]`.
 """
 
 from __future__ import annotations
@@ -26,12 +27,18 @@ _HOMES = {
     "load_config": "gkd.config",
     "topk_divergence": "gkd.ops",
 }
+_EXTRAS = {"gkd.config": "cli", "gkd.train.distiller": "train"}  # what they need beyond the core
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'gkd' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    home = _HOMES[name]
+    if home in _EXTRAS:
+        from gkd.extras import require
+
+        require(f"gkd.{name}", _EXTRAS[home])
+    value = getattr(importlib.import_module(home), name)
     globals()[name] = value
     return value
 

@@ -6,6 +6,7 @@ GkdError
 │   ├── DataError                      a data file; the message starts with file:line
 │   ├── ModelError                     a model that is missing, incomplete or unsupported
 │   │   └── TokenizerMismatchError     student and teacher do not share a token -> id map
+│   ├── MissingPackageError            (ModuleNotFoundError) an extra of gkd's that is not installed, or not usable
 │   └── RunFolderError                 a run folder that is in use, or that cannot be resumed
 └── RunError (RuntimeError)            a run that must not go on: exit code 1
     ├── WeightSyncError                the sampler does not hold the trainer's weights
@@ -70,6 +71,10 @@ class ModelError(InputError):
 
 class TokenizerMismatchError(ModelError):
     """Student and teacher map the same token to different ids."""
+
+
+class MissingPackageError(InputError, ModuleNotFoundError):
+    """A package that gkd's core does without is needed and not installed; the message is the command for it."""
 
 
 class RunFolderError(InputError):

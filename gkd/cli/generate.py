@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from gkd.errors import InputError
+from gkd.extras import require_vllm
 
 
 def generate_command(
@@ -30,6 +31,8 @@ def generate_command(
         raise InputError("gkd generate: give --prompt TEXT or --file FILE")
     if out is not None and not out.parent.is_dir():
         raise InputError(f"--out: there is no folder {out.parent}")
+    if engine == "vllm":
+        require_vllm("gkd generate", "or add --engine transformers")
     from gkd.evaluate.generation import generate_answers
     from gkd.types import SamplingSettings
 

@@ -1,73 +1,87 @@
-"""The command line. One small file a command; nothing heavy is imported until a command needs it."""
+"""The entry point: looks at what the command needs before it imports anything outside of gkd's core.
+
+Only the standard library here, and what of gkd imports no more. The commands are in `gkd.cli.app`.
+"""
 
 from __future__ import annotations
 
-import logging
+import os
 import sys
-
-import typer
+from collections.abc import Sequence
 
 import gkd
-from gkd.cli.bench import bench_app
-from gkd.cli.config import config_command
-from gkd.cli.eval import eval_command
-from gkd.cli.generate import generate_command
-from gkd.cli.plan import plan_command
-from gkd.cli.report import report_command
-from gkd.cli.serve_sampler import serve_sampler_command
-from gkd.cli.serve_teacher import serve_teacher_command
-from gkd.cli.train import train_command
-from gkd.cli.watch import watch_command
-from gkd.config import Launch
-from gkd.environment import prepare_process
-from gkd.errors import GkdError
+from gkd import extras
+from gkd.environment import adopt_slurm_launch, prepare_process
+from gkd.errors import GkdError, MissingPackageError
 
-app = typer.Typer(
-    name="gkd",
-    help="On-policy and generalized knowledge distillation of language models.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
-app.command("train")(train_command)
-app.command("eval")(eval_command)
-app.command("generate")(generate_command)
-app.command("serve-teacher")(serve_teacher_command)
-app.command("serve-sampler")(serve_sampler_command)
-app.command("watch")(watch_command)
-app.command("report")(report_command)
-app.command("plan")(plan_command)
-app.command("config")(config_command)
-app.add_typer(bench_app, name="bench")
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"gkd {gkd.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: bool = typer.Option(False, "--version", help="Print the version.", callback=_print_version, is_eager=True),
-    local_rank: int = typer.Option(0, "--local_rank", hidden=True),
-) -> None:
-    del version, local_rank  # the deepspeed launcher puts --local_rank before the command; LOCAL_RANK says the same
+# the extra that each command needs, in the order of the help
+COMMANDS = {
+    "train": "train",
+    "eval": "train",
+    "generate": "train",
+    "serve-teacher": "train",
+    "serve-sampler": "train",
+    "watch": "cli",
+    "report": "cli",
+    "plan": "cli",
+    "config": "cli",
+    "bench": "train",
+}
+SERVERS = ("serve-teacher", "serve-sampler")
 
 
 def main() -> None:
     """Runs the command; a `GkdError` becomes one line on stderr and its exit code."""
     prepare_process()
-    launch = Launch.from_environment()
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("gkd").setLevel(logging.INFO if launch.is_main else logging.WARNING)
+    adopt_slurm_launch()
+    arguments = sys.argv[1:]
     try:
-        app()
+        if _answered_by_the_core(arguments):
+            return
+        check_packages(arguments)
+        from gkd.cli.app import run
+
+        run()
     except GkdError as error:
-        # wrong input is wrong on all ranks of a machine: said once
-        if launch.local_rank == 0 or error.exit_code != 2:
-            sys.stdout.flush()
-            where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-            rank = "" if launch.is_main else f" rank {launch.rank}:"
-            print(f"gkd:{rank} {type(error).__name__}: {error}{where}", file=sys.stderr, flush=True)
+        _say(error)
         sys.exit(error.exit_code)
+
+
+def check_packages(arguments: Sequence[str]) -> None:
+    """Raises MissingPackageError if the command that they name needs what is not installed."""
+    command = _command(arguments)
+    what = f"gkd {command}" if command else "gkd"
+    if command in SERVERS and "--help" not in arguments:
+        extras.require_vllm(what)
+    extras.require(what, COMMANDS.get(command, "cli"))
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """The first argument that is one: a launcher may have put options before it."""
+    return next((argument for argument in arguments if argument in COMMANDS), "")
+
+
+def _answered_by_the_core(arguments: Sequence[str]) -> bool:
+    """Whether only the core is installed and the question was `gkd`, `gkd --help` or `gkd --version`."""
+    if arguments not in ([], ["--help"], ["--version"]):
+        return False
+    try:
+        extras.require("gkd", "cli")
+    except MissingPackageError as error:
+        if arguments == ["--version"]:
+            print(f"gkd {gkd.__version__}")
+        else:
+            needs = "\n".join(f"  gkd {command:<14} gkd[{extra}]" for command, extra in COMMANDS.items())
+            print(f"{error}\n\nThe losses are there: import gkd. The commands, and the extra that each needs:\n{needs}")
+        return True
+    return False
+
+
+def _say(error: GkdError) -> None:
+    """On stderr. What is wrong with the input is wrong on all ranks of a machine, and said once."""
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    if local_rank == 0 or error.exit_code != 2:
+        sys.stdout.flush()
+        where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        who = f" rank {rank}:" if rank else ""
+        print(f"gkd:{who} {type(error).__name__}: {error}{where}", file=sys.stderr, flush=True)

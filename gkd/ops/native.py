@@ -21,7 +21,7 @@ SUMS = ("value", "first", "second")  # enum Sum
 BYPRODUCTS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")  # enum Byproduct
 
 _FOLDER = Path(__file__).parent.parent
-_REBUILD = "build them with: pip install --no-build-isolation --no-deps -e . (README: make venv)"
+_REBUILD = "to have them, install gkd again where a C++ compiler is (g++ 11 or newer; for CUDA nvcc too)"
 
 
 def _load() -> frozenset[str]:

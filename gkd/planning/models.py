@@ -306,9 +306,11 @@ def _converted_wheel(distribution: str) -> Path | None:
 
 
 def _hub_cache(model: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ModuleNotFoundError:  # gkd[cli] alone: nothing here can have filled the cache
+        return None
     try:
         found = try_to_load_from_cache(model, "config.json")
     except HFValidationError:  # not a hub name at all

@@ -18,6 +18,7 @@ from gkd.data.formats import JSON_SUFFIXES, read_rows
 from gkd.data.routing import check_teacher_names
 from gkd.environment import local_rank_taken_back, prepare_process
 from gkd.errors import RunInterruptedError
+from gkd.extras import require_vllm
 from gkd.files import write_atomically, write_json
 from gkd.monitor import HeldoutSample, JsonlSink, Monitor, RunSummary, loss_curve, read_metrics, time_totals
 from gkd.train.placements import Placements, ask_placements
@@ -57,6 +58,7 @@ class Distiller:
         """
         started = time.monotonic()
         prepare_process()
+        self._check_packages()
         self._check_data()
         with closing(ask_placements(self.config)) as placements:
             folder = RunFolder(self.config.run.folder)
@@ -75,12 +77,19 @@ class Distiller:
         distributed.end_process()
 
     def check(self) -> None:
-        """Checks what can be checked without torch: the data files, and the servers of a served teacher or sampler.
+        """Checks what can be checked without torch: that vLLM is there if it samples, the data files, and the servers
+        of a served teacher or sampler.
 
-        Raises DataError with file:line, or ConfigError.
+        Raises MissingPackageError, DataError with file:line, or ConfigError.
         """
+        self._check_packages()
         self._check_data()
         ask_placements(self.config).close()
+
+    def _check_packages(self) -> None:
+        rollout = self.config.rollout
+        if rollout.engine == "vllm" and rollout.placement == "local":
+            require_vllm("rollout.engine", "or set it to transformers")
 
     def _check_data(self) -> None:
         data = self.config.data

@@ -277,7 +277,7 @@ def test_outside_of_a_checkout_it_says_what_is_missing(tmp_path: Path, monkeypat
     from typer.testing import CliRunner
 
     import gkd
-    from gkd.cli.main import app
+    from gkd.cli.app import app
     from gkd.errors import InputError
 
     monkeypatch.setattr(gkd, "__file__", str(tmp_path / "gkd" / "__init__.py"))

@@ -1,0 +1,1 @@
+"""How gkd is built: compilers (`toolchain`), kernels (`kernels`), pip's way in (`backend`), `make wheel` (`wheel`)."""
