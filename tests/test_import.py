@@ -45,6 +45,8 @@ def _public_names() -> Iterator[str]:
 
 def _names(module: ModuleType) -> list[str]:
     own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+    if module is gkd.errors:
+        own = [name for name in own if inspect.isclass(getattr(module, name))]
     return [name for name in getattr(module, "__all__", own) if not name.startswith("_")]
 
 
