@@ -103,7 +103,7 @@ def test_importance_weights(tmp_path: Path, tiny_student: Path, tiny_teacher: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("student", ["tiny_student", "tiny_untied_student"])
+@pytest.mark.parametrize("student", ["tiny_student", pytest.param("tiny_untied_student", marks=pytest.mark.long)])
 def test_two_ranks_at_every_zero_stage(
     tmp_path: Path, student: str, tiny_teacher: Path, request: pytest.FixtureRequest
 ) -> None:

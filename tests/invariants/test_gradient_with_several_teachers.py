@@ -90,7 +90,7 @@ def test_one_rank(tmp_path: Path, tiny_student: Path, teachers: list[Path]) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("student", ["tiny_student", "tiny_untied_student"])
+@pytest.mark.parametrize("student", ["tiny_student", pytest.param("tiny_untied_student", marks=pytest.mark.long)])
 def test_two_ranks_at_every_zero_stage(
     tmp_path: Path, student: str, teachers: list[Path], request: pytest.FixtureRequest
 ) -> None:

@@ -65,6 +65,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_s
             server.process.kill()
 
 
+@pytest.mark.long
 def test_two_ranks_with_everything_served_have_the_losses_of_one_process(servers: Servers, tmp_path: Path) -> None:
     check(run_gkd(["train", servers.config(tmp_path, "one", servers.sampler)]))
     two = servers.config(tmp_path, "two", servers.sampler)
@@ -101,6 +102,7 @@ def start_run(config: Path, metrics: Path) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.long
 def test_a_run_that_samples_ahead_stops_on_a_signal_and_begins_anew(servers: Servers, tmp_path: Path) -> None:
     config = servers.config(tmp_path, "stopped", servers.sampler, run={"steps": 500}, rollout={"staleness": 1})
     process = start_run(config, tmp_path / "stopped" / "metrics.jsonl")
@@ -114,6 +116,7 @@ def test_a_run_that_samples_ahead_stops_on_a_signal_and_begins_anew(servers: Ser
 
 
 @pytest.mark.fault
+@pytest.mark.long
 def test_a_sampler_that_dies_in_the_middle_is_one_clear_error(servers: Servers, tmp_path: Path) -> None:
     doomed = servers.start_sampler().wait_until_ready(240)
     config = servers.config(tmp_path, "dying", doomed, run={"steps": 500}, rollout={"staleness": 1})

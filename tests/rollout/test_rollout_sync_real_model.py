@@ -13,6 +13,7 @@ JOB = Path(__file__).parent / "real_model_sync_job.py"
 
 @pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.fault
 def test_rounding_passes_and_faults_do_not() -> None:
     result = json.loads(check(run_python([JOB], OMP_NUM_THREADS="2")).stdout.splitlines()[-1])

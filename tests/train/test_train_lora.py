@@ -80,7 +80,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("student", ["tiny_student", "tiny_untied_student"])
+@pytest.mark.parametrize("student", ["tiny_student", pytest.param("tiny_untied_student", marks=pytest.mark.long)])
 def test_one_gradient_and_whole_weights_at_every_split(
     tmp_path: Path, student: str, tiny_teacher: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -107,6 +107,7 @@ def test_one_gradient_and_whole_weights_at_every_split(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_half_precision_base_under_float32_adapters(tmp_path: Path, tiny_student: Path, tiny_teacher: Path) -> None:
     """The job checks the dtypes; each ZeRO stage takes the same step."""
     splits = [[2, stage] for stage in range(4)]
@@ -133,7 +134,9 @@ def test_fresh_adapters_and_a_checkpoint_at_every_zero_stage(tmp_path: Path, tin
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
+@pytest.mark.parametrize(
+    "engine", [pytest.param("transformers", marks=pytest.mark.long), pytest.param("vllm", marks=pytest.mark.vllm)]
+)
 def test_a_sampler_that_applies_the_adapter(tiny_student: Path, engine: str) -> None:
     job = JOB.parent / "lora_sampler_job.py"
     out = check(run_python([job, tiny_student, engine], PYTHONPATH=PYTHONPATH)).stdout
