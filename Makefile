@@ -58,11 +58,14 @@ $(KERNELS): $(READY) $(wildcard kernels/*/* building/*.py)
 quickstart: $(KERNELS)
 	$(BIN)/gkd train configs/quickstart.yaml --overwrite
 
+# Files side by side, as most tests start processes that use one core; not where they share a GPU.
+JOBS ?= $(if $(filter cuda,$(ACCELERATOR)),0,2)
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 test: $(KERNELS)
-	$(BIN)/python -m pytest -q -m "not long" $(ARGS)
+	$(PYTEST) -m "not long" $(ARGS)
 
 test-all: test
-	$(BIN)/python -m pytest -q -m long $(ARGS)
+	$(PYTEST) -m long $(ARGS)
 
 # What depends on the instruction set, held to AVX2: oneDNN, torch's own kernels and ours.
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 GKD_CPU_ISA=avx2
@@ -70,7 +73,7 @@ AVX2_TESTS := $(addprefix tests/,objectives ops models/test_models_attention.py 
 	planning/test_planning_command.py::test_measuring_this_machine benchmarks/test_end_to_end.py \
 	end_to_end/test_precision_and_schedule.py)
 test-avx2: $(KERNELS)
-	$(AVX2) $(BIN)/python -m pytest -q -m "not long" $(AVX2_TESTS) $(ARGS)
+	$(AVX2) $(PYTEST) -m "not long" $(AVX2_TESTS) $(ARGS)
 
 # The figures of README and docs from benchmarks/results; a test fails where they are not up to date.
 PAGES := README.md $(addprefix docs/,benchmarks.md recipes.md scaling.md serving.md table.md)

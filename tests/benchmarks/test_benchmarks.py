@@ -100,6 +100,7 @@ def test_the_byte_model(results: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_compiled_implementations_run(tmp_path: Path) -> None:
     arguments = ["--only", "compiled", "compiled_fp32", "--works", "value+gradient", "--kinds", "jsd"]
     rows = measured("divergence", tmp_path / "out.csv", *arguments, "--shapes", "8x1000")
@@ -197,6 +198,7 @@ def test_plots(results: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_packed_and_padded_rollouts_have_the_same_gradient(tmp_path: Path) -> None:
     arguments = ["--batch", "3", "--max-new-tokens", "6", "--rounds", "1", "--micro-batch-size", "2"]
     arguments += ["--micro-batch-tokens", "100", "--work", str(tmp_path), "--out", str(tmp_path / "packing.json")]

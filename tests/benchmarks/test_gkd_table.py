@@ -244,6 +244,7 @@ def test_what_is_there_is_not_made_again(table: SimpleNamespace, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_smallest_table_from_end_to_end(tmp_path: Path) -> None:
     arguments = ["--size", "smoke", "--folder", str(tmp_path / "work"), "--out", str(tmp_path / "gkd_table_smoke.json")]
     command = [sys.executable, "-m", "gkd", "bench", "table", *arguments]

@@ -58,6 +58,7 @@ def work_in(contenders: SimpleNamespace, folder: Path, **changes: Any) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_contender_did_the_work_and_its_parts_add_up(smoke: SimpleNamespace) -> None:
     record = smoke.record
     assert list(record["contenders"]) == CONTENDERS
@@ -76,6 +77,7 @@ def test_every_contender_did_the_work_and_its_parts_add_up(smoke: SimpleNamespac
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_ratio_is_of_the_faster_trainer(smoke: SimpleNamespace) -> None:
     step_s = {name: found["over_rounds"]["step_s"]["median"] for name, found in smoke.record["contenders"].items()}
     fastest = min(CONTENDERS[1:], key=lambda name: step_s[name])
@@ -85,6 +87,7 @@ def test_the_ratio_is_of_the_faster_trainer(smoke: SimpleNamespace) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_profile_covers_the_step(smoke: SimpleNamespace) -> None:
     profile = smoke.record["profile"]
     phases = profile["phases"]
@@ -94,6 +97,7 @@ def test_the_profile_covers_the_step(smoke: SimpleNamespace) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_started_again_it_measures_nothing_twice(smoke: SimpleNamespace) -> None:
     done = run_script("versus_trl", *smoke.arguments)
     assert done.returncode == 0, done.stderr
@@ -102,6 +106,7 @@ def test_started_again_it_measures_nothing_twice(smoke: SimpleNamespace) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_tables_show_what_the_record_says(smoke: SimpleNamespace, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     sections = [f"<!-- begin: {name} -->\n<!-- end: {name} -->\n" for name in ("versus_trl", "versus_trl-profile")]
