@@ -1,5 +1,5 @@
 # Two commands do all the set-up:  make quickstart   and   make test
-.PHONY: help venv quickstart test test-all test-avx2 lint format tables evidence docs gpu-check cuda clean
+.PHONY: help venv quickstart test test-all test-avx2 lint format tables evidence docs gpu-check cuda wheel clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
@@ -22,6 +22,7 @@ help:
 	@echo "make docs         the documentation as a site, in build/site"
 	@echo "make gpu-check    build, test, sanitize and time the CUDA kernels on a GPU (torch, numpy, pytest, nvcc; WHEELS=dir)"
 	@echo "make cuda         cross-compile the CUDA kernels, GPU or not"
+	@echo "make wheel        one wheel in build/dist, for other machines, Pythons and versions of torch"
 	@echo "make venv         make .venv ready and nothing else    ACCELERATOR=cpu|cuda (found: $(ACCELERATOR))"
 
 venv: $(READY)
@@ -97,6 +98,10 @@ gpu-check:
 # Cross-compiles the CUDA kernels for all architectures, GPU or not.
 cuda: $(READY)
 	GKD_BUILD_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
+
+# One wheel, in build/dist, for every Python from 3.11 on and every torch from 2.11 on; with the CUDA kernels where nvcc is.
+wheel: $(READY)
+	$(BIN)/python -m building.wheel build/dist
 
 lint: $(READY)
 	$(BIN)/ruff check .

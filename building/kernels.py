@@ -12,9 +12,10 @@ from setuptools import Extension
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
+from building.old_glibc import linker_arguments
 from building.toolchain import Torch, cuda_home, cxx, find_torch, nvcc, wants_cpu, wants_cuda
 
-KERNELS = Path("kernels")  # setup.py runs in its own folder
+KERNELS, BUILDING = Path("kernels"), Path("building")  # setup.py runs in its own folder
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall"]
 CXX_FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized", *STABLE_ABI]  # the latter: in GCC 12's own immintrin.h
@@ -100,9 +101,14 @@ class BuildKernels(build_ext):
         if cuda:
             flags += [*(f"-L{cuda_home() / name}" for name in ("lib64", "lib")), "-lcudart_static"]
             flags += ["-lrt", "-lpthread", "-ldl"]
+        flags.append(f"-Wl,--version-script={BUILDING / 'exports.map'}")
+        command = [*_cxx(), "-shared", "-fPIC", *map(str, objects), *flags, "-o", str(target)]
         if os.environ.get("GKD_BUILD_PORTABLE", "0") != "0":
-            flags += ["-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-s"]
-        _run([*_cxx(), "-shared", *map(str, objects), *flags, "-o", str(target)])
+            # not libgcc: its unwinder asks for a new glibc, and a machine with torch has libgcc's library
+            command += [str(BUILDING / "portable.cpp"), "-static-libstdc++", "-Wl,--gc-sections", "-s"]
+            _run(command)
+            command += linker_arguments(target, objects[0].parent)
+        _run(command)
 
 
 class KernelWheel(bdist_wheel):
