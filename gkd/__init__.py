@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gkd.ops import divergence, linear_divergence, topk_divergence
     from gkd.train.distiller import Distiller
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["Config", "Distiller", "GkdError", "divergence", "linear_divergence", "load_config", "topk_divergence"]
 
 _HOMES = {
