@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,19 @@ def gkd_config(work: Work, folder: Path, seed: int, *, heldout: bool = False) ->
     )
 
 
-def run(job: Job) -> dict[str, Any]:
-    """Trains; returns the steps' times, and the folder of the trained student."""
+def distil(config: Config) -> None:
     from gkd import Distiller
+
+    Distiller(config).train()
+
+
+def run(job: Job, train: Callable[[Config], None] = distil) -> dict[str, Any]:
+    """Trains; returns the steps' times, and the folder of the trained student."""
     from gkd.monitor import read_metrics
 
     folder = Path(job.options["folder"])
     shutil.rmtree(folder, ignore_errors=True)
-    Distiller(gkd_config(job.work, folder, job.options["seed"])).train()
+    train(gkd_config(job.work, folder, job.options["seed"]))
     steps = [
         {
             "step_s": record["time/step_s"],

@@ -10,11 +10,11 @@ import torch
 
 from gkd.config import Config, Launch, ObjectiveConfig
 from gkd.models import load_causal_lm
+from gkd.run_files import RunFiles
 from gkd.train import parts
 from gkd.train.distributed import compute_device
 from gkd.train.module import StudentModule, token_divergences
 from gkd.train.placements import ask_placements
-from gkd.train.run_folder import RunFolder
 from gkd.types import TokenBatch
 
 from .engine import gkd_config
@@ -47,7 +47,7 @@ def heldout_divergences(config: Config, student: str) -> dict[str, float]:
     section = config.student.model_copy(update={"model": student})
     config = config.model_copy(update={"student": section})
     placements = ask_placements(config)
-    models = parts.locate_models(config, RunFolder(config.run.folder), LAUNCH, placements)
+    models = parts.locate_models(config, RunFiles(config.run.folder), LAUNCH, placements)
     prompts = parts.load_data(config, models)
     data = parts.prompt_data(config, prompts, LAUNCH)
     texts = parts.teacher_texts(config, models, prompts, data, LAUNCH, logging.getLogger(__name__).info)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
+from gkd.config import Config, Launch
 from gkd.ops import matmul
-from gkd.train import loop
+from gkd.train.placements import ask_placements
+from gkd.train.run import Run
+from gkd.train.run_folder import claimed_folder
 
 from .engine import run as run_engine
 from .job import Job
@@ -27,6 +31,7 @@ GROUPS = {  # the first pattern that an operator's name matches; what matches no
     "optimizer": r"adam|foreach|optimizer|clip_grad|linalg_vector_norm",
     "copies and casts": r"copy_|_to_copy|clone|contiguous|::cat$|fill_|zero_",
 }
+STEPS = 3  # of which the last is profiled
 TOP = 8  # operators of a phase that are kept by name
 PYTHON = "Python and what no operator covers"
 
@@ -39,6 +44,13 @@ class ProfiledMonitor:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._monitor, name)
+
+    def __enter__(self) -> ProfiledMonitor:
+        self._monitor.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._monitor.__exit__(*error)
 
     def steps(self) -> Iterator[int]:
         for step in self._monitor.steps():
@@ -54,21 +66,27 @@ class ProfiledMonitor:
             yield
 
 
+class ProfiledRun(Run):
+    """A run whose last step is profiled."""
+
+    def build_monitor(self) -> ProfiledMonitor:
+        self.profiler = torch.profiler.profile(activities=[ProfilerActivity.CPU], acc_events=True)
+        return ProfiledMonitor(super().build_monitor(), self.config.run.steps - 1, self.profiler)
+
+
 def run(job: Job) -> dict[str, Any]:
     """Seconds of the last of a few steps by phase: in groups, and the largest operators."""
-    steps = 3
-    profiler = torch.profiler.profile(activities=[ProfilerActivity.CPU], acc_events=True)
-    train_loop = loop.train_loop
+    events: list[Any] = []
 
-    def profiled_loop(*, monitor: Any, student: Any, **parts: Any) -> None:
-        monitor = ProfiledMonitor(monitor, steps - 1, profiler)
-        student._phase = monitor.phase  # it was built with the monitor's own
-        train_loop(monitor=monitor, student=student, **parts)
+    def profile(config: Config) -> None:
+        launch = Launch.from_environment()
+        with closing(ask_placements(config)) as placements, claimed_folder(config, launch) as folder:
+            profiled = ProfiledRun(config, launch, folder, placements)
+            profiled.train(time.monotonic())
+        events.extend(profiled.profiler.events() or ())
 
-    loop.train_loop = profiled_loop
     mark_head_products()
-    done = run_engine(replace(job, work=replace(job.work, steps=steps)))
-    events = profiler.events()
+    done = run_engine(replace(job, work=replace(job.work, steps=STEPS)), profile)
     operators = {phase: dict(list(found.items())[:TOP]) for phase, found in by_phase(events, operator).items()}
     return {"step_s": done["steps"][-1]["step_s"], "phases": by_phase(events, group), "top_operators": operators}
 

@@ -1,6 +1,6 @@
 """One cell: a student distilled by one method through gkd's own parts and loop, up to a number of trained tokens.
 
-It is the run of `gkd.Distiller` with another monitor: a run of gkd ends after a number of steps, a cell after a number
+It is gkd's `Run` with another monitor: a run of gkd ends after a number of steps, a cell after a number
 of tokens, as the lengths of the student's own completions differ between methods; and it is scored by tasks, at several
 points, by the sampler that the run has anyway.
 """
@@ -22,12 +22,13 @@ import torch
 from gkd.config import Config, Launch, make_config
 from gkd.data import render_message
 from gkd.models import load_causal_lm
+from gkd.run_files import RunFiles
+from gkd.teacher.base import Teacher
 from gkd.train import distributed, parts
 from gkd.train.engine import StudentEngine
-from gkd.train.loop import train_loop
 from gkd.train.parts import Models
 from gkd.train.placements import ask_placements
-from gkd.train.run_folder import RunFolder
+from gkd.train.run import Run
 from gkd.types import Rollout, TokenBatch
 
 from .controls import FixedNegativeAdvantage, NoTeacher
@@ -49,7 +50,7 @@ def run_cell(folder: Folder, cell: Cell) -> dict[str, Any]:
     started_s = clock()
     budget = TokenBudget(0 if cell.method == START else tokens(folder.size, cell.method), folder.size.looks)
     run = CellRun(folder, cell, budget)
-    curve = run.train()
+    curve = run.curve()
     scores = run.judge.everything(run.sampler, run.student)
     return {
         "trained_tokens": budget.trained,
@@ -134,6 +135,9 @@ class TokenBudget:
         yield
         self.seconds[name] += clock() - started_s
 
+    def note(self, text: str) -> None:
+        del text
+
     def first_batch(self, rollouts: Sequence[Rollout], micro_batches: Sequence[TokenBatch]) -> None:
         del rollouts, micro_batches
 
@@ -148,65 +152,57 @@ class TokenBudget:
         return min(self.looks, self.trained * self.looks // max(self.tokens, 1))
 
 
-class CellRun:
-    """The parts of a cell, as `gkd.train.parts` makes them, and the judge."""
+class CellRun(Run):
+    """A run with the budget for its monitor and a judge; it measures with the judge alone, and writes nothing."""
 
     def __init__(self, folder: Folder, cell: Cell, budget: TokenBudget) -> None:
-        distributed.initialize(_LAUNCH)
-        self._config = config = cell_config(folder, cell)
-        placements = ask_placements(config)
-        self._models = models = parts.locate_models(config, RunFolder(config.run.folder), _LAUNCH, placements)
-        self._budget = budget
-        prompts = parts.load_data(config, models)
-        self._data = parts.prompt_data(config, prompts, _LAUNCH)
-        self._texts = parts.teacher_texts(config, models, prompts, self._data, _LAUNCH, lambda note: None)
-        self.sampler = parts.build_sampler(config, models, prompts, _LAUNCH, placements.sampler)
-        self.student = _build_student(config, models, cell.method, budget)
-        scorer = parts.build_teacher(config, models, _LAUNCH, placements)
-        self.teacher = scorer if cell.method.signal == "teacher" else NoTeacher(models.valid_vocab, _DEVICE)
-        self.pack = parts.packer(config, models, "token_mean")
+        self._method, self._budget = cell.method, budget
+        config = cell_config(folder, cell)
+        super().__init__(config, _LAUNCH, RunFiles(config.run.folder), ask_placements(config))
+        self.build()
+        self._curve: list[dict[str, Any]] = []
         self.judge = Judge(
-            heldout=read_heldout(folder, models),
-            settings=replace(parts.sampling_settings(config, models), temperature=1.0),
-            teacher=scorer,
+            heldout=read_heldout(folder, self.models),
+            settings=replace(parts.sampling_settings(config, self.models), temperature=1.0),
+            teacher=self._scorer,
             pack=self.pack,
         )
-        self.sampler.load_weights(self.student.weights(), version=0)
 
-    def train(self) -> list[dict[str, Any]]:
-        """The greedy accuracy by task at the start and at the budget's points."""
-        budget = self._budget
-        curve = [{"tokens": 0, "greedy": self.judge.greedy(self.sampler)}]
+    def curve(self) -> list[dict[str, Any]]:
+        """Trains; the greedy accuracy by task at the start and at the budget's points."""
+        self._look()
+        self.loop()
+        return self._curve
 
-        def look(step: int) -> None:
-            del step
-            if budget.looks_due() >= len(curve):
-                curve.append({"tokens": budget.trained, "greedy": self.judge.greedy(self.sampler)})
+    def _look(self) -> None:
+        self._curve.append({"tokens": self._budget.trained, "greedy": self.judge.greedy(self.sampler)})
 
-        train_loop(
-            data=self._data,
-            rollout=parts.build_rollouts(self._config, self._models, self.sampler, self._texts, self._data),
-            teacher=self.teacher,
-            student=self.student,
-            pack=self.pack,
-            measure=_sampled_tokens,
-            evaluate=lambda step: {},
-            monitor=budget,
-            save=look,
-        )
-        return curve
+    def build_monitor(self) -> TokenBudget:
+        return self._budget
 
+    def build_student(self) -> StudentEngine:
+        if not self._method.signal.startswith("fixed_negative"):
+            return super().build_student()
+        model: Any = load_causal_lm(self.models.student_path, "float32", key="student.model")
+        model.to(_DEVICE).train()
+        valid_vocab, phase = self.models.valid_vocab, self._budget.phase
+        return FixedNegativeAdvantage(model, self.config, _LAUNCH, valid_vocab=valid_vocab, phase=phase)
 
-def _build_student(config: Config, models: Models, method: Method, budget: TokenBudget) -> StudentEngine:
-    if not method.signal.startswith("fixed_negative"):
-        return parts.build_student(config, models, _LAUNCH, budget.phase)
-    model: Any = load_causal_lm(models.student_path, "float32", key="student.model")
-    model.to(_DEVICE).train()
-    return FixedNegativeAdvantage(model, config, _LAUNCH, valid_vocab=models.valid_vocab, phase=budget.phase)
+    def build_teacher(self) -> Teacher:
+        self._scorer = super().build_teacher()
+        return self._scorer if self._method.signal == "teacher" else NoTeacher(self.models.valid_vocab, _DEVICE)
 
+    def measure(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        return {"tokens/sampled": float(sum(len(r.completion_ids) for r in rollouts if r.source == "student"))}
 
-def _sampled_tokens(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    return {"tokens/sampled": float(sum(len(r.completion_ids) for r in rollouts if r.source == "student"))}
+    def evaluate(self, steps_done: int) -> dict[str, float]:
+        del steps_done
+        return {}
+
+    def save(self, steps_done: int) -> None:
+        del steps_done
+        if self._budget.looks_due() >= len(self._curve):
+            self._look()
 
 
 def read_heldout(folder: Folder, models: Models) -> HeldOut:

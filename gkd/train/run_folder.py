@@ -10,13 +10,16 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gkd.config import Config
+from gkd.config import Config, Launch
 from gkd.errors import RunFolderError
 from gkd.files import flatten, write_json
 from gkd.run_files import RunFiles
+from gkd.train.rank_log import rank_log
 
 # Keys that may change between a run and its resume. None of them alters what a step computes, but that a schedule that
 # decays does so over the new run.steps; servers may have moved with their cluster's job.
@@ -99,6 +102,24 @@ class RunFolder(RunFiles):
         ]
         if changed:
             raise RunFolderError(f"--resume: the config differs from that of {self.path}: " + "; ".join(changed))
+
+
+@contextmanager
+def claimed_folder(
+    config: Config, launch: Launch, *, resume: bool = False, overwrite: bool = False
+) -> Iterator[RunFolder]:
+    """The run's folder, which no other process can use inside the block; each rank logs there. Raises RunFolderError.
+
+    `resume` goes on with what it holds, `overwrite` replaces it.
+    """
+    folder = RunFolder(config.run.folder)
+    if launch.is_main:
+        folder.open(config, resume=resume, overwrite=overwrite)
+    try:
+        with rank_log(folder.logs, launch.rank, append=resume):
+            yield folder
+    finally:
+        folder.close()
 
 
 def _is_free_on_resume(key: str) -> bool:

@@ -143,7 +143,7 @@ def test_no_teacher_is_in_the_controls_training(
                 table.models.save_model(table.models.make_model(folder.size.teacher, teacher_seed), other)
                 patch.setattr(type(folder), "teacher", other)
             run = cells.CellRun(folder, chosen, cells.TokenBudget(100, 1))
-            run.train()
+            run.curve()
             return torch.cat([p.flatten().clone() for _, p in run.student.weights()])
 
     assert torch.equal(trained(None, cell), trained(99, cell))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -23,6 +23,17 @@ Pack = Callable[[Sequence[Rollout], Sequence[TeacherScores]], list[TokenBatch]]
 class Prompts:
     train: PromptSet
     heldout: PromptSet | None
+
+    @property
+    def description(self) -> str:
+        """One line: how many rows there were and what became of them."""
+        heldout = f", held-out {_describe(self.heldout.counts)}" if self.heldout else ""
+        return f"data: train {_describe(self.train.counts)}{heldout}"
+
+
+def _describe(counts: Mapping[str, int]) -> str:
+    dropped = {name: count for name, count in counts.items() if name.startswith("dropped") and count}
+    return f"{counts['kept']} of {counts['rows']} rows" + (f" ({dropped})" if dropped else "")
 
 
 def load_data(config: Config, models: Models) -> Prompts:

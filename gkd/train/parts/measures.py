@@ -7,13 +7,18 @@ from collections.abc import Sequence
 from gkd.config import Config, Launch
 from gkd.evaluate.heldout import HeldoutEvaluation, MeasuresDivergence, heldout_requests, heldout_rollouts
 from gkd.evaluate.samples import AnswerScoring, greedy_settings, sample_requests
+from gkd.monitor import JsonlSink
+from gkd.rollout.mixture import mixture_counts
+from gkd.rollout.sync import SyncedSampler
+from gkd.run_files import RunFiles
 from gkd.teacher.base import Teacher
-from gkd.train.distributed import sum_over_ranks
+from gkd.train.distributed import sum_all, sum_over_ranks
 from gkd.train.parts.data import Prompts, packer
 from gkd.train.parts.models import Models
 from gkd.train.parts.settings import sampling_settings
 from gkd.train.parts.texts import TeacherTexts
-from gkd.types import Prompt, SampleRequest, SamplingSettings
+from gkd.train.snapshots import Snapshots
+from gkd.types import Prompt, Rollout
 
 
 def build_heldout(
@@ -42,20 +47,62 @@ def build_heldout(
     )
 
 
-def build_answer_scoring(
-    config: Config, models: Models, *, teacher: Teacher, student: MeasuresDivergence
-) -> AnswerScoring:
-    return AnswerScoring(
+def build_snapshots(
+    config: Config,
+    models: Models,
+    prompts: Prompts,
+    texts: TeacherTexts,
+    files: RunFiles,
+    launch: Launch,
+    *,
+    sampler: SyncedSampler,
+    teacher: Teacher,
+    student: MeasuresDivergence,
+    start_step: int,
+) -> Snapshots:
+    """What was measured at `start_step` and later, by position, is dropped: it is measured again."""
+    heldout = build_heldout(config, models, prompts, texts, teacher=teacher, student=student, launch=launch)
+    positions = JsonlSink(files.positions) if launch.is_main and heldout is not None else None
+    if positions is not None:
+        positions.truncate_after(start_step or -1)  # a new run measures step 0 again
+    scoring = AnswerScoring(
         teacher=teacher,
         student=student,
         pack=packer(config, models, "token_mean"),
         decode=models.decode,
         valid_vocab=models.valid_vocab,
     )
+    return Snapshots(
+        heldout=heldout,
+        positions=positions,
+        sampler=sampler,
+        scoring=scoring,
+        shown=_shown_prompts(config, prompts),
+        settings=greedy_settings(sampling_settings(config, models)),
+        seed=config.run.seed,
+        decode=models.readable,
+        is_main=launch.is_main,
+    )
 
 
-def shown_requests(
-    config: Config, models: Models, prompts: Sequence[Prompt]
-) -> tuple[list[SampleRequest], SamplingSettings]:
-    """What is asked of teacher and student to show their answers side by side."""
-    return sample_requests(prompts, config.run.seed), greedy_settings(sampling_settings(config, models))
+def shown_texts(config: Config, models: Models, prompts: Prompts, texts: TeacherTexts) -> list[tuple[str, str]]:
+    """(prompt, the teacher's answer) of the prompts whose answers are shown side by side."""
+    shown = _shown_prompts(config, prompts)
+    answers = (texts.greedy.get(request).token_ids for request in sample_requests(shown, config.run.seed))
+    return [(prompt.text, models.readable(token_ids)) for prompt, token_ids in zip(shown, answers, strict=True)]
+
+
+def _shown_prompts(config: Config, prompts: Prompts) -> Sequence[Prompt]:
+    return () if prompts.heldout is None else prompts.heldout.prompts[: config.eval.samples]
+
+
+def describe_samples(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """What a step's samples were, over all ranks."""
+    counts = mixture_counts(rollouts)
+    generated = sum(len(r.completion_ids) for r in rollouts if r.source == "student")
+    total_generated, *realised = sum_all([generated, *counts.values()])
+    total = max(1.0, sum(realised))
+    return {
+        "tokens/generated": total_generated,
+        **{f"mixture/{source}": count / total for source, count in zip(counts, realised, strict=True)},
+    }

@@ -20,9 +20,9 @@ from gkd.models import (
     read_generation_config,
     resolve_model,
 )
+from gkd.run_files import RunFiles
 from gkd.train.distributed import from_main
 from gkd.train.placements import Placements
-from gkd.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -48,8 +48,12 @@ class Models:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)  # pyright: ignore
 
+    def readable(self, token_ids: Sequence[int]) -> str:
+        """Without special tokens, and without white space around."""
+        return self.decode(token_ids, skip_special_tokens=True).strip()
 
-def locate_models(config: Config, folder: RunFolder, launch: Launch, placements: Placements) -> Models:
+
+def locate_models(config: Config, folder: RunFiles, launch: Launch, placements: Placements) -> Models:
     """Resolves the models, makes the student if it is cut from layers, and checks that it fits each teacher.
 
     The main rank does what writes to disk; the others wait. Raises ModelError or ConfigError.
@@ -97,7 +101,7 @@ def _check_teacher(config: Config, name: str, path: str, tokenizer: PreTrainedTo
     return check_tokenizer_pair(tokenizer, teacher_tokenizer, student_rows, _vocabulary_rows(teacher_config))
 
 
-def _student_path(config: Config, folder: RunFolder, teacher_path: str) -> str:
+def _student_path(config: Config, folder: RunFiles, teacher_path: str) -> str:
     if config.student.model is None:
         source, revision = teacher_path, config.teacher.revision
     else:

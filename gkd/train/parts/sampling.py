@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gkd.config import Config, Launch
 from gkd.data import PromptData
 from gkd.rollout.ahead import SampleAhead
@@ -23,10 +25,15 @@ def build_sampler(
     site = Site(compute_device(launch).type, launch.is_main, from_main, Neighbours)
     return SyncedSampler(
         placement.build(spec, site),
-        probe_ids=probe_prompt(prompt.token_ids for prompt in prompts.train.prompts),
+        probe_ids=probe_ids(prompts),
         tolerance=config.sync_tolerance,
         max_over_ranks=max_over_ranks,
     )
+
+
+def probe_ids(prompts: Prompts) -> Sequence[int]:
+    """The text that proves a student's weights wherever they went."""
+    return probe_prompt(prompt.token_ids for prompt in prompts.train.prompts)
 
 
 def build_rollouts(

@@ -15,13 +15,13 @@ from gkd.models import (
     use_short_attention,
     verify_head,
 )
+from gkd.run_files import RunFiles
 from gkd.seeding import derive_seed
 from gkd.train.checkpoint import Checkpointer, find_resume_step
 from gkd.train.deepspeed_config import deepspeed_config
 from gkd.train.distributed import compute_device, from_main
 from gkd.train.engine import Phase, StudentEngine
 from gkd.train.parts.models import Models, student_revision
-from gkd.train.run_folder import RunFolder
 
 
 def build_student(config: Config, models: Models, launch: Launch, phase: Phase) -> StudentEngine:
@@ -47,7 +47,7 @@ def checkpoint_layout(config: Config, launch: Launch) -> dict[str, int]:
     return {"world_size": launch.world_size, "zero_stage": settings["zero_optimization"]["stage"]}
 
 
-def resume_step(config: Config, folder: RunFolder, launch: Launch, note: Callable[[str], None]) -> int:
+def resume_step(config: Config, folder: RunFiles, launch: Launch, note: Callable[[str], None]) -> int:
     """Where a resume starts, before any model is loaded. Raises what `find_resume_step` raises."""
     layout = checkpoint_layout(config, launch)
     step = from_main(find_resume_step(folder.checkpoints, layout, note) if launch.is_main else None)
@@ -58,7 +58,7 @@ def resume_step(config: Config, folder: RunFolder, launch: Launch, note: Callabl
     return step
 
 
-def build_checkpoints(config: Config, folder: RunFolder, launch: Launch, student: StudentEngine) -> Checkpointer:
+def build_checkpoints(config: Config, folder: RunFiles, launch: Launch, student: StudentEngine) -> Checkpointer:
     return Checkpointer(
         folder.checkpoints,
         student,

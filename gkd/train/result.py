@@ -1,0 +1,90 @@
+"""What a run leaves behind: its summary, and the student as a model folder."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gkd.config import Config
+from gkd.models import ModelCard, Probe, save_final
+from gkd.monitor import HeldoutSample, RunSummary, loss_curve, time_totals
+from gkd.run_files import RunFiles
+from gkd.train.engine import StudentEngine
+from gkd.train.run_folder import library_versions
+from gkd.train.snapshots import Snapshot
+
+
+def summarise(
+    config: Config,
+    files: RunFiles,
+    *,
+    records: Sequence[Mapping[str, Any]],
+    before: Snapshot,
+    after: Snapshot,
+    shown: Sequence[tuple[str, str]],
+    wall_s: float,
+) -> RunSummary:
+    """`records` are those of all steps, `shown` is (prompt, the teacher's answer) of each answer of the snapshots."""
+    gkd = _command()
+    answers = zip(shown, before.answers, after.answers, strict=False)  # none on a rank that is not main
+    return RunSummary(
+        name=config.run.name,
+        steps=config.run.steps,
+        wall_s=wall_s,
+        heldout={name.replace("/", "_"): (before.heldout[name], value) for name, value in after.heldout.items()},
+        time_s=time_totals(records),
+        samples=tuple(HeldoutSample(*texts, *own) for texts, *own in answers),
+        losses=loss_curve(records),
+        final_folder=str(files.final),
+        next_commands=(
+            f"{gkd} generate {files.final} --prompt 'List three uses for a paper clip.'",
+            f"{gkd} eval {files.config} --student {files.final}",
+            f"less {files.samples}",
+        ),
+    )
+
+
+def export(
+    config: Config,
+    folder: Path,
+    student: StudentEngine,
+    *,
+    origin: str,
+    probe_ids: Sequence[int],
+    heldout: Mapping[str, tuple[float, float]],
+    is_main: bool,
+) -> None:
+    """The student into `folder`, with what else its model needs from the folder `origin`, proven by a probe.
+
+    Every rank scores and streams, as gathering is collective; the main rank writes and proves.
+    """
+    probe = Probe(probe_ids, student.token_logprobs(probe_ids, 1), config.sync_tolerance)
+    weights, adapter = student.whole_weights(), student.adapter_weights()
+    if not is_main:
+        for _ in itertools.chain(weights, adapter):
+            pass
+        return
+    card = ModelCard(
+        teacher=", ".join(teacher.model for teacher in config.teachers.values()),
+        student=config.student.model or f"{config.student.init} of the teacher",
+        objective=config.objective.model_dump(mode="json"),
+        mixture=config.mixture.model_dump(mode="json"),
+        data=config.data.train,
+        steps=config.run.steps,
+        versions=library_versions(),
+        lora=config.student.lora,
+        heldout=heldout,
+    )
+    save_final(folder, weights, origin, config.student.dtype, card, probe=probe, adapter=adapter)
+
+
+def _command() -> str:
+    """What a shell takes for gkd: its path, where the virtual environment is not active."""
+    if shutil.which("gkd"):
+        return "gkd"
+    path = Path(sys.executable).parent / "gkd"
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -1,0 +1,171 @@
+"""One run, assembled: its parts in the order of what fails first, then measured, trained, measured and exported."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from gkd.config import Config, Launch
+from gkd.errors import RunInterruptedError
+from gkd.files import write_json
+from gkd.monitor import Monitor, RunSummary, read_metrics
+from gkd.run_files import RunFiles
+from gkd.teacher.base import Teacher
+from gkd.train import distributed, parts
+from gkd.train.engine import StudentEngine
+from gkd.train.interruption import Interruption
+from gkd.train.loop import Metrics, train_loop
+from gkd.train.placements import Placements
+from gkd.train.result import export, summarise
+from gkd.train.snapshots import read_snapshot
+from gkd.types import Rollout
+
+_log = logging.getLogger(__name__)
+
+
+class Run:
+    """The parts of a run, and their order. `gkd.Distiller` makes it after the cheap checks, and runs it as it is.
+
+    A benchmark or a test with a monitor, student or teacher of its own overrides the method that builds it. `build` and
+    `loop` alone are a run that measures and writes nothing at its ends.
+    """
+
+    def __init__(
+        self, config: Config, launch: Launch, folder: RunFiles, placements: Placements, *, resume: bool = False
+    ) -> None:
+        """Finds checkpoint and models and reads the data; loads no weights. Raises InputError. Collective."""
+        self.config, self.launch, self.folder, self.placements = config, launch, folder, placements
+        distributed.initialize(launch)
+        parts.check_precision(config, launch.world_size)
+        self.start_step = parts.resume_step(config, folder, launch, _log.warning) if resume else 0
+        self.models = parts.locate_models(config, folder, launch, placements)
+        self.prompts = parts.load_data(config, self.models)
+        self.monitor = self.build_monitor()
+
+    def train(self, started: float) -> RunSummary:
+        """All of it. `started` is `time.monotonic` of the beginning."""
+        with self.monitor:
+            self.monitor.note(self.prompts.description)
+            self.build()
+            self.start()
+            self.loop()
+            return self.finish(started)
+
+    # ---- parts
+
+    def build(self) -> None:
+        """Everything that training needs; what takes most memory comes last. The student is in the sampler then."""
+        config, models, launch = self.config, self.models, self.launch
+        self.data = parts.prompt_data(config, self.prompts, launch)
+        self.texts = parts.teacher_texts(config, models, self.prompts, self.data, launch, self.monitor.note)
+        self.monitor.note(f"starting the sampler ({config.rollout.engine}), the student (DeepSpeed) and the teacher")
+        self.sampler = parts.build_sampler(config, models, self.prompts, launch, self.placements.sampler)
+        self.student = self.build_student()
+        self.teacher = self.build_teacher()
+        self.pack = parts.packer(config, models, config.objective.reduction)
+        self.checkpoints = parts.build_checkpoints(config, self.folder, launch, self.student)
+        self.interruption = Interruption()
+        if self.start_step:
+            self.checkpoints.load(self.start_step)
+            self.monitor.note(f"resumed at step {self.start_step}")
+        self.sampler.load_weights(self.student.weights(), version=self.start_step)
+
+    def build_monitor(self) -> Any:
+        """What the loop asks of a monitor, with `note`; `train` also takes it for a context manager."""
+        config, decode = self.config, self.models.decode
+        return Monitor(config, self.folder.path, is_main=self.launch.is_main, decode=decode, start_step=self.start_step)
+
+    def build_student(self) -> StudentEngine:
+        return parts.build_student(self.config, self.models, self.launch, self.monitor.phase)
+
+    def build_teacher(self) -> Teacher:
+        return parts.build_teacher(self.config, self.models, self.launch, self.placements)
+
+    # ---- from start to end
+
+    def start(self) -> None:
+        """Measures the student as it is before the first step."""
+        self.snapshots = parts.build_snapshots(
+            self.config,
+            self.models,
+            self.prompts,
+            self.texts,
+            self.folder,
+            self.launch,
+            sampler=self.sampler,
+            teacher=self.teacher,
+            student=self.student,
+            start_step=self.start_step,
+        )
+        if self.start_step == 0:
+            before = self.snapshots.take(0, self.folder.tokens_before)
+            if self.launch.is_main:
+                write_json(self.folder.before, before._asdict())
+
+    def loop(self) -> None:
+        rollouts = parts.build_rollouts(self.config, self.models, self.sampler, self.texts, self.data)
+        try:
+            train_loop(
+                data=self.data,
+                rollout=rollouts,
+                teacher=self.teacher,
+                student=self.student,
+                pack=self.pack,
+                measure=self.measure,
+                evaluate=self.evaluate,
+                monitor=self.monitor,
+                save=self.save,
+            )
+        except BaseException:
+            rollouts.close()  # or it would go on sampling for later steps
+            raise
+
+    def finish(self, started: float) -> RunSummary:
+        """Measures the student as it is now, writes it and the summary, and stops the sampler."""
+        config, folder, is_main = self.config, self.folder, self.launch.is_main
+        after = self.snapshots.take(config.run.steps, folder.tokens_after)
+        summary = summarise(
+            config,
+            folder,
+            records=read_metrics(folder.metrics) if is_main else (),
+            before=read_snapshot(folder.before) if is_main else after,
+            after=after,
+            shown=parts.shown_texts(config, self.models, self.prompts, self.texts),
+            wall_s=time.monotonic() - started,
+        )
+        export(
+            config,
+            folder.final,
+            self.student,
+            origin=self.models.student_path,
+            probe_ids=parts.probe_ids(self.prompts),
+            heldout=summary.heldout,
+            is_main=is_main,
+        )
+        if is_main:
+            summary.write_summary_json(folder.summary)
+            summary.write_samples_markdown(folder.samples)
+        self.snapshots.close()
+        self.sampler.close()
+        return summary
+
+    # ---- what the loop calls beside the parts
+
+    def measure(self, rollouts: Sequence[Rollout]) -> Metrics:
+        """Of a step's samples, over all ranks."""
+        return parts.describe_samples(rollouts)
+
+    def evaluate(self, steps_done: int) -> Metrics:
+        """The held-out divergences where they are due; those of the start and the end are in the summary."""
+        every = self.config.eval.every
+        due = every and steps_done % every == 0 and steps_done < self.config.run.steps
+        return self.snapshots.heldout(steps_done) if due else {}
+
+    def save(self, steps_done: int) -> None:
+        """A checkpoint where one is due. Raises RunInterruptedError after one if the run was asked to stop."""
+        if steps_done < self.config.run.steps and self.interruption.is_requested():
+            saved = self.checkpoints.save(steps_done)
+            raise RunInterruptedError(f"stopped after step {steps_done}, saved in {saved}; go on with --resume")
+        self.checkpoints.maybe_save(steps_done)

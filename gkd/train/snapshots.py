@@ -1,0 +1,80 @@
+"""What a run measures of its student at a moment: held-out divergences, and greedy answers to be looked at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from gkd.evaluate.heldout import HeldoutEvaluation
+from gkd.evaluate.samples import AnswerScoring, answer_rollouts, sample_requests
+from gkd.files import write_atomically
+from gkd.monitor import JsonlSink
+from gkd.rollout.sync import SyncedSampler
+from gkd.types import Prompt, SamplingSettings
+
+
+class Snapshot(NamedTuple):
+    """The contents of a before.json."""
+
+    heldout: dict[str, float]  # by metric
+    answers: list[str]  # to the prompts that are shown; none on a rank that is not main
+
+
+def read_snapshot(path: Path) -> Snapshot:
+    return Snapshot(**json.loads(path.read_text()))
+
+
+class Snapshots:
+    """Every method but `close` is collective.
+
+    `heldout` None: there is no such data. `positions`: where the main rank keeps the divergences by position.
+    `shown`: the prompts that the student is asked, with greedy `settings`. `decode` leaves out special tokens.
+    """
+
+    def __init__(
+        self,
+        *,
+        heldout: HeldoutEvaluation | None,
+        positions: JsonlSink | None,
+        sampler: SyncedSampler,
+        scoring: AnswerScoring,
+        shown: Sequence[Prompt],
+        settings: SamplingSettings,
+        seed: int,
+        decode: Callable[[Sequence[int]], str],
+        is_main: bool,
+    ) -> None:
+        self._heldout, self._positions = heldout, positions
+        self._sampler, self._scoring, self._settings = sampler, scoring, settings
+        self._shown, self._seed = shown, seed
+        self._decode, self._is_main = decode, is_main
+
+    def take(self, steps_done: int, tokens_path: Path) -> Snapshot:
+        """The answers also go into `tokens_path`, token by token."""
+        heldout = self.heldout(steps_done)
+        answers = self._answers()
+        if self._shown:
+            scored = self._scoring.measure(answer_rollouts(self._shown, answers))
+            if self._is_main:
+                write_atomically(tokens_path, scored.model_dump_json().encode())
+        return Snapshot(heldout, [self._decode(token_ids) for token_ids in answers])
+
+    def heldout(self, steps_done: int) -> dict[str, float]:
+        """The means; what they are made of by position goes into the run folder."""
+        if self._heldout is None:
+            return {}
+        figures = self._heldout.measure()
+        if self._positions is not None and any(figures.tokens):
+            self._positions.log(steps_done, figures.as_record())
+        return figures.means
+
+    def close(self) -> None:
+        if self._positions is not None:
+            self._positions.close()
+
+    def _answers(self) -> list[Sequence[int]]:
+        """The main rank's; the others ask for none, but an engine may span several ranks."""
+        requests = sample_requests(self._shown, self._seed) if self._is_main else []
+        return [completion.token_ids for completion in self._sampler.generate(requests, self._settings)]
