@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,6 +38,18 @@ def cuda_sources() -> list[Path]:
     return sorted((KERNELS / "cuda").glob("*.cu")) + sorted((KERNELS / "cuda").glob("*.cpp"))
 
 
+def divergences() -> list[tuple[str, str]]:
+    """Name and C++ struct of every divergence that has kernels."""
+    return re.findall(r"^ +entry\((\w+), (\w+)\)", (KERNELS / "shared" / "spec.h").read_text(), re.MULTILINE)
+
+
+def units(source: Path) -> list[tuple[str, list[str]]]:
+    """Name and macros of what a source is compiled to: itself, or one object for each divergence."""
+    if source.name != "rows_kind.cu":
+        return [(source.name, [])]
+    return [(f"rows_{kind}.cu", [f"-DGKD_NAME={kind}", f"-DGKD_STRUCT={struct}"]) for kind, struct in divergences()]
+
+
 def extensions() -> list[Extension]:
     """None where there is nothing to compile with: gkd then computes with the reference, and says so."""
     found = []
@@ -56,7 +69,7 @@ def architectures() -> list[str]:
 
 
 class BuildKernels(build_ext):
-    """Compiles each source once, several at a time, and again only if it or a header has changed."""
+    """Compiles each unit once, several at a time, and again only if its source or a header has changed."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"  # not bound to one Python
@@ -72,13 +85,16 @@ class BuildKernels(build_ext):
         folder = Path("build", "kernels", ext.name)
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        sources = [Path(source) for source in ext.sources]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
-            objects = list(pool.map(lambda source: self._compile(source, folder, torch), sources))
+            tasks = [
+                pool.submit(self._compile, source, macros, folder / f"{name}.o", torch)
+                for source in map(Path, ext.sources)
+                for name, macros in units(source)
+            ]
+            objects = [task.result() for task in tasks]
         self._link(objects, target, torch, cuda=ext.name.endswith("_cuda"))
 
-    def _compile(self, source: Path, folder: Path, torch: Torch) -> Path:
-        out = folder / f"{source.name}.o"
+    def _compile(self, source: Path, macros: list[str], out: Path, torch: Torch) -> Path:
         inputs = [source, Path(__file__), *KERNELS.rglob("*.h"), *KERNELS.rglob("*.cuh"), *KERNELS.rglob("*.inc")]
         if out.exists() and all(path.stat().st_mtime < out.stat().st_mtime for path in inputs):
             return out
@@ -93,7 +109,7 @@ class BuildKernels(build_ext):
         else:
             cuda = ["-DUSE_CUDA", "-isystem", str(cuda_home() / "include")] if "cuda" in source.parts else []
             command = [*_cxx(), *CXX_FLAGS, *ISA_FLAGS.get(source.name, []), *cuda, *include]
-        _run([*command, "-c", str(source), "-o", str(out)])
+        _run([*command, *macros, "-c", str(source), "-o", str(out)])
         return out
 
     def _link(self, objects: list[Path], target: Path, torch: Torch, cuda: bool) -> None:

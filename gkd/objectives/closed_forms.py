@@ -1,6 +1,7 @@
 """Every divergence, once: its value and its gradient with respect to the student's logits, in closed form.
 
-Adding a divergence is one function and one entry of `DEFINITIONS`.
+Adding a divergence is one function and one entry of `_DEFINITIONS`, or, from outside, `register_divergence`. It runs
+on every path; kernels/README.md says how it gets a kernel of its own.
 
 Legend: V vocabulary; `...` any leading dimensions (rows of logits); T temperature.
     P = softmax(teacher_logits / T), Q = softmax(student_logits / T), d = log P - log Q, M a mixture of P and Q.
@@ -22,9 +23,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
+
+from gkd.errors import InputError
+from gkd.objectives.reduction import weigh
 
 _FAR = 45.0  # e^-45 = 3e-20: a ratio of probabilities beyond it is as good as infinite, in any dtype
 
@@ -69,11 +74,12 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     return probabilities, probabilities.amax(dim=-1, keepdim=True).log()
 
 
-def _sum(terms: Tensor, pair: RowPair) -> Tensor:
+def row_sum(terms: Tensor, pair: RowPair) -> Tensor:
+    """[...] of terms [..., V]; NaN for a row without a distribution."""
     return terms.sum(dim=-1) + pair.poison.squeeze(-1)
 
 
-def _centre(weighted_slope: Tensor, pair: RowPair) -> Tensor:
+def centre(weighted_slope: Tensor, pair: RowPair) -> Tensor:
     """g = u - Q sum(u) for u = Q f, [..., V]."""
     total = weighted_slope.sum(dim=-1, keepdim=True) + pair.poison
     return torch.addcmul(weighted_slope, pair.student, total, value=-1.0)
@@ -94,7 +100,7 @@ def _kl(first: Tensor, second: Tensor, log_ratio: Tensor, pair: RowPair) -> Tens
     decay = log_ratio.abs().neg_().expm1_()
     side = torch.sign(log_ratio).add_(log_ratio.clamp(max=0.0))  # 1 or d - 1
     curve = torch.addcmul(log_ratio, decay, side)  # [..., V], >= 0
-    return _sum(safe_product(torch.maximum(first, second), curve), pair)
+    return row_sum(safe_product(torch.maximum(first, second), curve), pair)
 
 
 def _mixture(pair: RowPair, teacher_weight: float) -> tuple[Tensor, Tensor]:
@@ -126,7 +132,7 @@ def reverse_kl(pair: RowPair, _: float, with_gradient: bool) -> tuple[Tensor, Te
     if not with_gradient:
         return value, None
     slope = pair.log_ratio.nan_to_num(0.0, _FAR, -_FAR).mul_(pair.student).neg_()  # Q (log Q - log P)
-    return value, _centre(slope, pair)
+    return value, centre(slope, pair)
 
 
 def jsd(pair: RowPair, beta: float, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -137,8 +143,8 @@ def jsd(pair: RowPair, beta: float, with_gradient: bool) -> tuple[Tensor, Tensor
     to_teacher, to_student = _mixture(pair, beta)
     student_terms = pair.student * to_student  # -Q log Q/M
     terms = torch.addcmul((1.0 - beta) * student_terms, pair.teacher, to_teacher, value=beta)
-    value = -_sum(terms, pair)
-    return value, _centre(student_terms.mul_(beta - 1.0), pair) if with_gradient else None
+    value = -row_sum(terms, pair)
+    return value, centre(student_terms.mul_(beta - 1.0), pair) if with_gradient else None
 
 
 def skew_forward_kl(pair: RowPair, alpha: float, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -148,7 +154,7 @@ def skew_forward_kl(pair: RowPair, alpha: float, with_gradient: bool) -> tuple[T
     if not with_gradient:
         return value, None
     slope = (-to_teacher).expm1_().mul_(pair.student).mul_(alpha - 1.0)  # Q (1 - alpha - r)
-    return value, _centre(slope, pair)
+    return value, centre(slope, pair)
 
 
 def skew_reverse_kl(pair: RowPair, alpha: float, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -158,7 +164,7 @@ def skew_reverse_kl(pair: RowPair, alpha: float, with_gradient: bool) -> tuple[T
     if not with_gradient:
         return value, None
     slope = (-to_student).expm1_().mul_(-alpha).sub_(to_student).mul_(pair.student)  # Q (h + alpha - 1)
-    return value, _centre(slope, pair)
+    return value, centre(slope, pair)
 
 
 def tvd(pair: RowPair, _: float, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -167,7 +173,7 @@ def tvd(pair: RowPair, _: float, with_gradient: bool) -> tuple[Tensor, Tensor | 
     Written with Q = above + below, Q's mass where it exceeds P and where it does not: g = above sum(below) - below
     sum(above). The general form cancels when the two distributions hardly overlap.
     """
-    value = _sum((pair.teacher - pair.student).abs_(), pair) * 0.5
+    value = row_sum((pair.teacher - pair.student).abs_(), pair) * 0.5
     if not with_gradient:
         return value, None
     below = torch.sign(pair.log_ratio).add_(1.0).mul_(0.5).mul_(pair.student)
@@ -189,12 +195,28 @@ def alpha_divergence(pair: RowPair, alpha: float, with_gradient: bool) -> tuple[
     tilt = torch.expm1((weight * log_ratio).clamp(max=_FAR)) * base  # u - base
     larger = torch.maximum(pair.student, pair.teacher)
     difference = torch.expm1(-log_ratio.abs()) * larger * torch.sign(log_ratio)  # base - other
-    value = _sum(torch.add(tilt, difference, alpha=weight), pair) / (alpha * (alpha - 1.0))
+    value = row_sum(torch.add(tilt, difference, alpha=weight), pair) / (alpha * (alpha - 1.0))
     if not with_gradient:
         return value, None
     # A multiple of Q in u drops out of g: u - Q is tilt, or tilt + P - Q where P is the base.
     weighted = tilt.add_(difference) if mirrored else tilt
-    return value, _centre(weighted.mul_(-1.0 / alpha), pair)
+    return value, centre(weighted.mul_(-1.0 / alpha), pair)
+
+
+def mixed_kl(pair: RowPair, weights: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """a KL(P || Q) + b KL(Q || P), g = a (Q - P) + b Q (log Q - log P - R), a and b the weights [2, ...] of each row.
+
+    A weight of exactly 0 drops its term, inf included. Also returns the two KLs [...] by their names.
+    """
+    forward_weight, reverse_weight = weights
+    forward, forward_gradient = forward_kl(pair, 0.0, with_gradient)
+    reverse, reverse_gradient = reverse_kl(pair, 0.0, with_gradient)
+    value = weigh(forward, forward_weight) + weigh(reverse, reverse_weight) + pair.poison.squeeze(-1)
+    gradient = None
+    if forward_gradient is not None and reverse_gradient is not None:
+        gradient = forward_gradient.mul_(forward_weight.unsqueeze(-1))
+        gradient.addcmul_(reverse_gradient, reverse_weight.unsqueeze(-1))
+    return value, gradient, {"forward_kl": forward, "reverse_kl": reverse}
 
 
 @dataclass(frozen=True)
@@ -206,7 +228,7 @@ class Definition:
     ends: Mapping[float, str] = field(default_factory=dict)
 
 
-DEFINITIONS: dict[str, Definition] = {
+_DEFINITIONS: dict[str, Definition] = {
     "forward_kl": Definition(forward_kl),
     "reverse_kl": Definition(reverse_kl),
     "jsd": Definition(jsd, "beta", {0.0: "forward_kl", 1.0: "reverse_kl"}),
@@ -215,3 +237,28 @@ DEFINITIONS: dict[str, Definition] = {
     "tvd": Definition(tvd),
     "alpha": Definition(alpha_divergence, "alpha", {0.0: "reverse_kl", 1.0: "forward_kl"}),
 }
+
+DEFINITIONS: Mapping[str, Definition] = MappingProxyType(_DEFINITIONS)
+"""Every divergence by its name, those registered later included."""
+
+MIXED_KL = "mixed_kl"
+"""The name of `mixed_kl`, which is none of them: its weights differ by row."""
+
+
+def register_divergence(name: str, definition: Definition) -> None:
+    """Makes `name` a kind of divergence, for the rest of the process: of `gkd.objectives.Divergence` and of every op.
+
+    It is computed by its closed form, as it has no kernel. `row_sum`, `centre` and `safe_product` keep a closed form to
+    the rules of this module. Raises InputError for a name that is taken or no identifier, for a parameter other than
+    "beta" and "alpha", and for an end that is no kind.
+    """
+    if name in _DEFINITIONS or name == MIXED_KL:
+        raise InputError(f"register_divergence: the name {name!r} is taken; take another")
+    if not name.isidentifier():
+        raise InputError(f"register_divergence: {name!r} is not a name such as {'my_divergence'!r}")
+    if definition.parameter not in (None, "beta", "alpha"):
+        raise InputError(f"register_divergence: the parameter of {name!r} must be 'beta', 'alpha' or None")
+    unknown = sorted(set(definition.ends.values()) - set(_DEFINITIONS))
+    if unknown:
+        raise InputError(f"register_divergence: {name!r} ends at {unknown[0]!r}, which is no divergence")
+    _DEFINITIONS[name] = definition

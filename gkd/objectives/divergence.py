@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from gkd.errors import ConfigError, InputError
 from gkd.objectives.byproducts import concatenate, row_byproducts
-from gkd.objectives.closed_forms import DEFINITIONS, RowPair
+from gkd.objectives.closed_forms import DEFINITIONS, MIXED_KL, RowPair, mixed_kl
 from gkd.objectives.hard_label import HardLabels
 from gkd.objectives.tiles import row_tiles
 
-KINDS = tuple(DEFINITIONS)
+KINDS: Collection[str] = DEFINITIONS.keys()
+"""The names of all divergences, those registered later included."""
+
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -48,10 +51,7 @@ class Divergence:
     normalize_jsd: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            nearest = difflib.get_close_matches(str(self.kind), KINDS, n=1, cutoff=0.0)[0]
-            known = ", ".join(KINDS)
-            raise ConfigError(f"kind: unknown divergence {self.kind!r}; did you mean {nearest!r}? Known: {known}")
+        self._check_kind()
         for name in ("beta", "alpha"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
@@ -59,6 +59,12 @@ class Divergence:
                 raise ConfigError(f"{name}: {value} is outside [0, 1]; the nearest valid value is {nearest}")
         if not (math.isfinite(self.temperature) and self.temperature > 0.0):
             raise ConfigError(f"temperature: {self.temperature} must be a finite number above 0, such as 1.0")
+
+    def _check_kind(self) -> None:
+        if self.kind not in KINDS:
+            nearest = difflib.get_close_matches(str(self.kind), KINDS, n=1, cutoff=0.0)[0]
+            known = ", ".join(KINDS)
+            raise ConfigError(f"kind: unknown divergence {self.kind!r}; did you mean {nearest!r}? Known: {known}")
 
     @property
     def parameter(self) -> float:
@@ -78,6 +84,26 @@ class Divergence:
         if self.normalize_jsd and self.limit == "jsd":
             scale /= self.beta * (1.0 - self.beta)
         return scale
+
+
+@dataclass(frozen=True)
+class MixedKl(Divergence):
+    """a KL(P || Q) + b KL(Q || P) of each row, whose coefficients `score_rows` takes as kl_weights: a pass for both.
+
+    Only what takes kl_weights takes it. It is not one of KINDS, so it cannot be asked for by name.
+    """
+
+    kind: str = field(default=MIXED_KL, init=False)
+
+    def _check_kind(self) -> None: ...
+
+    @property
+    def parameter(self) -> float:
+        return 0.0
+
+    @property
+    def limit(self) -> str:
+        return self.kind
 
 
 @dataclass(frozen=True)
@@ -121,6 +147,7 @@ def score_rows(
     gradient_scale: Tensor | None = None,
     alive: Tensor | None = None,
     hard_labels: HardLabels | None = None,
+    kl_weights: Tensor | None = None,
     byproducts: bool = False,
 ) -> RowScores:
     """The losses of rows of logits [N, V], tile by tile.
@@ -129,11 +156,14 @@ def score_rows(
     gradient_scale  [N]; multiplies the rows of the gradient, not the values.
     alive           [N] bool; a row where it is False is scored as if all its logits were 0.
     hard_labels     mixed in as (1 - h) divergence + h cross-entropy (`hard_label.py`).
+    kl_weights      [2, N], of a MixedKl and required there: what the rows' forward and reverse KL are multiplied by. A
+                    weight of exactly 0 drops its term, inf included.
     byproducts      also return what `byproducts.py` measures.
 
-    Raises InputError for logits whose shapes or dtypes do not fit. No host synchronisation.
+    Raises InputError for logits or weights whose shapes or dtypes do not fit. No host synchronisation.
     """
     dtype = check_logits(student_logits, teacher_logits)
+    check_kl_weights(kl_weights, divergence, student_logits.shape[0])
     value = torch.empty(student_logits.shape[0], dtype=dtype, device=student_logits.device)
 
     def score_tile(rows: slice) -> dict[str, Tensor]:
@@ -142,11 +172,16 @@ def score_rows(
             dead = ~alive[rows].unsqueeze(-1)
             student, teacher = student.masked_fill(dead, 0.0), teacher.masked_fill(dead, 0.0)
         pair = RowPair.from_logits(student, teacher, divergence.temperature)
-        closed_form = DEFINITIONS[divergence.limit].closed_form
-        tile_value, tile_gradient = closed_form(pair, divergence.parameter, gradient is not None)
+        with_gradient = gradient is not None
+        if kl_weights is None:
+            closed_form = DEFINITIONS[divergence.limit].closed_form
+            tile_value, tile_gradient = closed_form(pair, divergence.parameter, with_gradient)
+            exact = {divergence.limit: tile_value}
+        else:
+            tile_value, tile_gradient, exact = mixed_kl(pair, kl_weights[:, rows].to(dtype), with_gradient)
         measured = {}
         if byproducts:
-            exact = {divergence.limit: tile_value, "divergence": tile_value * divergence.scale}
+            exact["divergence"] = tile_value * divergence.scale
             measured = row_byproducts(pair, student, teacher, divergence.temperature, exact)
         tile_value = tile_value * divergence.scale
         factor = divergence.scale / divergence.temperature
@@ -174,6 +209,14 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> torch.dtype:
     if student_logits.shape[-1] == 0:
         raise InputError("logits have an empty vocabulary: the last dimension is 0")
     return working_dtype(student_logits, teacher_logits)
+
+
+def check_kl_weights(kl_weights: Tensor | None, divergence: Divergence, n_rows: int) -> None:
+    """Raises InputError unless kl_weights are [2, n_rows] for a MixedKl, and None for any other divergence."""
+    if (kl_weights is None) == isinstance(divergence, MixedKl):
+        raise InputError(f"kl_weights belong to MixedKl, which needs them; the divergence is {divergence.kind!r}")
+    if kl_weights is not None and kl_weights.shape != (2, n_rows):
+        raise InputError(f"kl_weights must be [2, {n_rows}], forward and reverse, not {list(kl_weights.shape)}")
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:

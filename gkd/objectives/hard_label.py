@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gkd.objectives.reduction import weigh
+
 
 @dataclass(frozen=True)
 class HardLabels:
@@ -39,8 +41,4 @@ class HardLabels:
             gradient.mul_((1.0 - column) * soft_scale)
             gradient.addcmul_((student_logits - log_sum).exp_(), column)
             gradient.scatter_add_(-1, labels, -column)
-        return _times(value, 1.0 - hard) + _times(cross_entropy, hard)
-
-
-def _times(value: Tensor, weight: Tensor) -> Tensor:
-    return torch.where(weight == 0.0, 0.0, value * weight)
+        return weigh(value, 1.0 - hard) + weigh(cross_entropy, hard)

@@ -109,7 +109,7 @@ class _Divergence(torch.autograd.Function):
         alive = None if flat_weights is None else flat_weights != 0
         needs_gradient, late = ctx.needs_input_grad[0], options.gradient_mode == "recompute"
         gradient, factors = None, None
-        memory = RowMemory.of(student, teacher, stats) if stats is not None or (needs_gradient and late) else None
+        memory = RowMemory.of(student, teacher, spec, stats) if stats is not None or (needs_gradient and late) else None
         if needs_gradient and not late:
             gradient = flat if options.gradient_mode == "in_place" else _empty_rows(flat, kept_dtype(flat))
             like = student.new_empty(student.shape[0], dtype=working_dtype(student, teacher))  # [N]

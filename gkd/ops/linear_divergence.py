@@ -309,7 +309,7 @@ class _LabelLogprobs:
         self._picked = student_logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]  # [n]
         self._has_label = labels >= 0
         # the loss's own sum is this one at temperature 1
-        self.memory = RowMemory.of(student_logits, teacher_logits, None) if job.spec.temperature == 1.0 else None
+        self.memory = RowMemory.of(student_logits, teacher_logits, job.spec) if job.spec.temperature == 1.0 else None
         self._log_sum = student_logits.logsumexp(-1) if self.memory is None else None
 
     def result(self) -> Tensor:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from gkd.objectives.divergence import Divergence
 
-KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha")  # enum Kind
 STATS = ("student_max", "student_sum", "teacher_max", "teacher_sum", "cross")  # enum Stat
 SUMS = ("value", "first", "second")  # enum Sum
 BYPRODUCTS = ("forward_kl", "reverse_kl", "student_entropy", "teacher_entropy", "top1_agreement")  # enum Byproduct
@@ -30,6 +29,9 @@ def _load() -> frozenset[str]:
         warnings.warn(f"gkd's native kernels are missing, the slow reference is used; {_REBUILD}", stacklevel=2)
         return frozenset()
     torch.ops.load_library(_FOLDER / "_cpu.so")
+    if not hasattr(torch.ops.gkd, "kinds"):
+        warnings.warn(f"gkd's native kernels are of an older gkd, the slow reference is used; {_REBUILD}", stacklevel=2)
+        return frozenset()
     for op in ("score_rows", "topk_log_probs", "topk_gradient"):
         torch.library.register_fake(f"gkd::{op}", lambda *_: None)
     if torch.version.cuda is None:
@@ -45,11 +47,14 @@ def _load() -> frozenset[str]:
 DEVICES = _load()
 """The device types that have kernels here. Found on import: torch.compile cannot follow the search."""
 
+KINDS = tuple(torch.ops.gkd.kinds().split()) if DEVICES else ()
+"""The divergences that have kernels, as the library lists them (kernels/shared/spec.h)."""
 
-def supports(*tensors: Tensor) -> bool:
-    """Whether there are kernels for matrices of these devices, dtypes and strides."""
+
+def supports(*tensors: Tensor, divergence: Divergence | None = None) -> bool:
+    """Whether there are kernels for matrices of these devices, dtypes and strides, and for that divergence."""
     device = tensors[0].device.type
-    if device not in DEVICES:
+    if device not in DEVICES or (divergence is not None and divergence.limit not in KINDS):
         return False
     if device == "cuda" and any(tensor.dtype == torch.float64 for tensor in tensors):
         return False
@@ -65,6 +70,7 @@ def score_rows(
     row_scale: Tensor | None = None,
     labels: Tensor | None = None,
     hard_weight: Tensor | None = None,
+    kl_weights: Tensor | None = None,
     given_stats: Tensor | None = None,
     given_sums: Tensor | None = None,
     stats: Tensor | None = None,
@@ -78,6 +84,7 @@ def score_rows(
     alive           [N] bool; a row where it is False is not read, and all of its outputs are 0.
     row_scale       [N]; multiplies the rows of the gradient.
     labels, hard_weight  [N] int64 and [N]: mixes in the cross-entropy (`gkd.objectives.hard_label`).
+    kl_weights      [2, N]; of a MixedKl and required there, contiguous.
     given_stats, given_sums  what an earlier call put into stats and sums, to skip the passes that find them.
     stats [N, 5], sums [N, 3], byproducts [5, N]: see STATS, SUMS and BYPRODUCTS; value [N], the loss of each row.
     gradient        [N, V or more] of any floating dtype; may lie in the student's own memory. Columns from V on get 0.
@@ -87,7 +94,7 @@ def score_rows(
     torch.ops.gkd.score_rows(
         student_logits,
         teacher_logits,
-        KINDS.index(divergence.limit),
+        divergence.limit,
         divergence.parameter,
         divergence.temperature,
         divergence.scale,
@@ -95,6 +102,7 @@ def score_rows(
         row_scale,
         labels,
         hard_weight,
+        kl_weights,
         given_stats,
         given_sums,
         stats,

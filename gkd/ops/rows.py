@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gkd.objectives import divergence as reference
-from gkd.objectives.divergence import Divergence, RowScores, check_logits
+from gkd.objectives.divergence import Divergence, RowScores, check_kl_weights, check_logits
 from gkd.objectives.hard_label import HardLabels
 from gkd.ops import native
 from gkd.ops.common import mark_written
@@ -27,9 +27,11 @@ class RowMemory:
     has_sums: bool = False
 
     @classmethod
-    def of(cls, student_logits: Tensor, teacher_logits: Tensor, stats: Tensor | None) -> RowMemory | None:
+    def of(
+        cls, student_logits: Tensor, teacher_logits: Tensor, divergence: Divergence, stats: Tensor | None = None
+    ) -> RowMemory | None:
         """Memory for rows of logits [N, V], with `stats` if they are known; None where no kernel would use it."""
-        if not native.supports(student_logits, teacher_logits):
+        if not native.supports(student_logits, teacher_logits, divergence=divergence):
             return None
         dtype, n_rows = check_logits(student_logits, teacher_logits), student_logits.shape[0]
         sums = student_logits.new_empty(n_rows, len(native.SUMS), dtype=dtype)
@@ -49,10 +51,11 @@ def score_rows(
     gradient_scale: Tensor | None = None,
     alive: Tensor | None = None,
     hard_labels: HardLabels | None = None,
+    kl_weights: Tensor | None = None,
     byproducts: bool = False,
     memory: RowMemory | None = None,
 ) -> RowScores:
-    """`gkd.objectives.score_rows`, natively: the losses of rows of logits [N, V].
+    """`gkd.objectives.score_rows`, natively where there is a kernel: the losses of rows of logits [N, V].
 
     `gradient` may have more columns than the logits, which get 0, and another floating dtype.
     `memory` is filled, or read where it says that it has something; the reference does not look at it.
@@ -60,7 +63,7 @@ def score_rows(
     """
     dtype = check_logits(student_logits, teacher_logits)
     matrices = [student_logits, teacher_logits] if gradient is None else [student_logits, teacher_logits, gradient]
-    if not native.supports(*matrices):
+    if not native.supports(*matrices, divergence=divergence):
         columns = student_logits.shape[1]
         if gradient is not None:
             gradient[:, columns:].zero_()
@@ -73,12 +76,14 @@ def score_rows(
             gradient_scale=gradient_scale,
             alive=alive,
             hard_labels=hard_labels,
+            kl_weights=kl_weights,
             byproducts=byproducts,
         )
     n_rows = student_logits.shape[0]
+    check_kl_weights(kl_weights, divergence, n_rows)
     value = student_logits.new_empty(n_rows, dtype=dtype)
     if memory is None and byproducts:
-        memory = RowMemory.of(student_logits, teacher_logits, None)
+        memory = RowMemory.of(student_logits, teacher_logits, divergence)
     measured = student_logits.new_empty(len(native.BYPRODUCTS), n_rows, dtype=dtype) if byproducts else None
     native.score_rows(
         student_logits,
@@ -88,6 +93,7 @@ def score_rows(
         row_scale=None if gradient_scale is None else gradient_scale.to(dtype).contiguous(),
         labels=None if hard_labels is None else hard_labels.labels.to(torch.int64).contiguous(),
         hard_weight=None if hard_labels is None else hard_labels.weight.to(dtype).contiguous(),
+        kl_weights=None if kl_weights is None else kl_weights.to(dtype).contiguous(),
         given_stats=memory.stats if memory is not None and memory.has_stats else None,
         given_sums=memory.sums if memory is not None and memory.has_sums and not byproducts else None,
         stats=memory.stats if memory is not None and not memory.has_stats else None,

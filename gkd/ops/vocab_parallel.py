@@ -63,11 +63,13 @@ def vocab_parallel_divergence(
     with the same upstream gradient as the others. Shards whose columns are all -inf are fine as long as another has
     mass. Where a reverse KL is infinite, the gradient is finite, and leads away, but is not that of `gkd.divergence`.
 
-    Raises InputError for shapes or dtypes that do not fit, for a device without native kernels and on a rank outside of
-    the group; ConfigError (a kind of InputError) for an option's value. A rank that raises leaves the others waiting.
+    Raises InputError for shapes or dtypes that do not fit, for a device or a divergence without native kernels and on a
+    rank outside of the group; ConfigError (a kind of InputError) for an option's value. A rank that raises leaves the
+    others waiting.
     """
     spec = Divergence(kind, beta, alpha, temperature, scale_by_temperature_squared, normalize_jsd)
     check_reduction(reduction)
+    _check_kernel(spec)
     columns = _check_shards(student_shard, teacher_shard, valid_vocab)
     check_weights(weights, student_shard.shape[:-1])
     _world_size(group)
@@ -232,6 +234,14 @@ def _world_size(group: dist.ProcessGroup | None) -> int:
 def _rows(shard: Tensor, columns: int) -> Tensor:
     """[N, columns] with adjacent columns, without a copy where that is possible."""
     return adjacent_columns(shard.reshape(shard.shape[:-1].numel(), shard.shape[-1])[:, :columns])
+
+
+def _check_kernel(spec: Divergence) -> None:
+    if native.DEVICES and spec.limit not in native.KINDS:
+        raise InputError(
+            f"vocab_parallel_divergence has no native kernel for {spec.limit!r}, and no other implementation; "
+            "gkd.divergence of the gathered logits works for every kind"
+        )
 
 
 def _check_shards(student: Tensor, teacher: Tensor, valid_vocab: int | None) -> int:

@@ -32,17 +32,20 @@ const Kernels<S>& kernels() {
   }
 }
 
+std::string kinds() { return kKindNames; }
+
 template <class Rows, class Run>
 void run_threads(const Rows& job, Run run) {
   torch::stable::parallel_for(0, job.rows, 1, [&](int64_t begin, int64_t end) { run(job, begin, end); });
 }
 
-void score_rows(Tensor student, Tensor teacher, int64_t kind, double parameter, double temperature, double scale,
+void score_rows(Tensor student, Tensor teacher, std::string kind, double parameter, double temperature, double scale,
                 OptionalTensor alive, OptionalTensor row_scale, OptionalTensor labels, OptionalTensor hard_weight,
-                OptionalTensor given_stats, OptionalTensor given_sums, OptionalTensor stats, OptionalTensor sums,
-                OptionalTensor value, OptionalTensor gradient, OptionalTensor byproducts) {
-  const Arguments arguments{student,     teacher,    kind,  parameter, temperature, scale,    alive,     row_scale, labels,
-                            hard_weight, given_stats, given_sums, stats, sums,      value,       gradient, byproducts};
+                OptionalTensor kl_weights, OptionalTensor given_stats, OptionalTensor given_sums, OptionalTensor stats,
+                OptionalTensor sums, OptionalTensor value, OptionalTensor gradient, OptionalTensor byproducts) {
+  const Arguments arguments{student,   teacher,     kind,       parameter,   temperature, scale, alive, row_scale, labels,
+                            hard_weight, kl_weights, given_stats, given_sums, stats,      sums,  value, gradient,
+                            byproducts};
   if (arguments.is_double()) {
     run_threads(arguments.job<double>(), kernels<double>().score_rows);
   } else {
@@ -90,9 +93,11 @@ void topk_gradient(Tensor student, Tensor ids, double temperature, Tensor on_k, 
 
 STABLE_TORCH_LIBRARY(gkd, m) {
   m.def(GKD_SCORE_ROWS);
+  m.def(GKD_KINDS);
   m.def(GKD_TOPK_LOG_PROBS);
   m.def(GKD_TOPK_GRADIENT);
 }
+STABLE_TORCH_LIBRARY_IMPL(gkd, CompositeExplicitAutograd, m) { m.impl("kinds", TORCH_BOX(&kinds)); }
 STABLE_TORCH_LIBRARY_IMPL(gkd, CPU, m) {
   m.impl("score_rows", TORCH_BOX(&score_rows));
   m.impl("topk_log_probs", TORCH_BOX(&topk_log_probs));

@@ -13,16 +13,13 @@ namespace {
 using Run = void (*)(const Job<float>&, void* stream);
 
 Run run_of(Kind kind) {
+#define GKD_KIND(name, Struct) \
+  case Kind::name: return cuda::run_##name;
   switch (kind) {
-    case Kind::forward_kl: return cuda::run_forward_kl;
-    case Kind::reverse_kl: return cuda::run_reverse_kl;
-    case Kind::jsd: return cuda::run_jsd;
-    case Kind::skew_forward_kl: return cuda::run_skew_forward_kl;
-    case Kind::skew_reverse_kl: return cuda::run_skew_reverse_kl;
-    case Kind::tvd: return cuda::run_tvd;
-    case Kind::alpha: return cuda::run_alpha;
+    GKD_DIVERGENCES(GKD_KIND)
     case Kind::count: break;
   }
+#undef GKD_KIND
   throw std::runtime_error("gkd::score_rows: an unknown kind");
 }
 
@@ -32,12 +29,12 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-void score_rows(Tensor student, Tensor teacher, int64_t kind, double parameter, double temperature, double scale,
+void score_rows(Tensor student, Tensor teacher, std::string kind, double parameter, double temperature, double scale,
                 OptionalTensor alive, OptionalTensor row_scale, OptionalTensor labels, OptionalTensor hard_weight,
-                OptionalTensor given_stats, OptionalTensor given_sums, OptionalTensor stats, OptionalTensor sums,
-                OptionalTensor value, OptionalTensor gradient, OptionalTensor byproducts) {
-  const Arguments arguments{student,   teacher, kind,        parameter,   temperature, scale, alive, row_scale,
-                            labels,    hard_weight, given_stats, given_sums, stats,    sums,  value, gradient,
+                OptionalTensor kl_weights, OptionalTensor given_stats, OptionalTensor given_sums, OptionalTensor stats,
+                OptionalTensor sums, OptionalTensor value, OptionalTensor gradient, OptionalTensor byproducts) {
+  const Arguments arguments{student,   teacher,     kind,       parameter,   temperature, scale, alive, row_scale, labels,
+                            hard_weight, kl_weights, given_stats, given_sums, stats,      sums,  value, gradient,
                             byproducts};
   require(!arguments.is_double() && !(gradient && dtype_of(*gradient) == Dtype::float64),
           "on CUDA logits and gradient must be float16, bfloat16 or float32, not float64");

@@ -59,7 +59,7 @@ struct RowWork {
     float stats[kStats];
     find_stats(stats);
     const Row<M> logits(stats, launch.inverse_temperature);
-    const D divergence(job.parameter);
+    const D divergence = divergence_of<D>(job, row);
     Sums sums;
     const bool given = job.given_sums && !kExtras && !wants_cross();
     const bool fused = !D::needs_sums && !kExtras && !job.given_sums && job.gradient.data;
@@ -71,7 +71,7 @@ struct RowWork {
     if (wants_cross()) stats[kCross] = cross(sums.at(kValue), stats, logits);
     take_given_sums(sums);
     if (!fused) write_gradient(sums, logits, divergence);
-    if (first_thread()) write_rows(stats, sums, logits);
+    if (first_thread()) write_rows(stats, sums, logits, divergence);
   }
 
  private:
@@ -212,8 +212,8 @@ struct RowWork {
   }
   GKD_DEVICE static void add_byproducts(Sums& sums, int column, float s, float t, const Row<M>& logits) {
     const Pair<M> pair = logits.pair(s, t);
-    sums.sum[kSumForwardKl] += product(pair.teacher, pair.log_ratio);
-    sums.sum[kSumReverseKl] -= product(pair.student, pair.log_ratio);
+    if constexpr (D::kForwardKlSum >= kSums) sums.sum[kSumForwardKl] += product(pair.teacher, pair.log_ratio);
+    if constexpr (D::kReverseKlSum >= kSums) sums.sum[kSumReverseKl] -= product(pair.student, pair.log_ratio);
     sums.sum[kSumStudentExponent] += product(pair.student, logits.student_exponent(s));
     sums.sum[kSumTeacherExponent] += product(pair.teacher, logits.teacher_exponent(t));
     const uint32_t key = 2 * uint32_t(column) + (t == logits.teacher_max ? 0 : 1);
@@ -316,8 +316,10 @@ struct RowWork {
     write_padding();
   }
 
-  GKD_DEVICE void write_rows(const float (&stats)[kStats], const Sums& sums, const Row<M>& logits) const {
-    const float poison = RowWork::poison(logits), value = sums.at(kValue) + poison;
+  GKD_DEVICE void write_rows(const float (&stats)[kStats], const Sums& sums, const Row<M>& logits,
+                             const D& divergence) const {
+    const float poison = RowWork::poison(logits), summed = sums.at(kValue);
+    const float value = (job.given_sums ? summed : divergence.total(summed, sums.at(kSecond))) + poison;
     for (int i = 0; job.stats && i < kStats; ++i) job.stats[row * kStats + i] = stats[i];
     if (job.sums) {
       float* out = job.sums + row * kSums;
@@ -327,7 +329,7 @@ struct RowWork {
     }
     if (job.value) job.value[row] = mixed_value(value * float(job.scale), sums, logits) + poison;
     if constexpr (kExtras) {
-      if (job.byproducts) write_byproducts(sums, logits, value, poison);
+      if (job.byproducts) write_byproducts(sums, logits, poison);
     }
   }
   GKD_DEVICE float mixed_value(float value, const Sums& sums, const Row<M>& logits) const {
@@ -335,11 +337,11 @@ struct RowWork {
     const float hard = (hard_logsumexp(sums, logits) - label_logit) * hard_weight;
     return hard_weight == 1.0f ? hard : value * (1.0f - hard_weight) + hard;
   }
-  GKD_DEVICE void write_byproducts(const Sums& sums, const Row<M>& logits, float value, float poison) const {
+  GKD_DEVICE void write_byproducts(const Sums& sums, const Row<M>& logits, float poison) const {
     float* out = job.byproducts + row;
     const int64_t n = job.rows;
-    out[kForwardKl * n] = job.kind == Kind::forward_kl ? value : sums.at(kSumForwardKl) + poison;
-    out[kReverseKl * n] = job.kind == Kind::reverse_kl ? value : sums.at(kSumReverseKl) + poison;
+    out[kForwardKl * n] = sums.at(D::kForwardKlSum) + poison;
+    out[kReverseKl * n] = sums.at(D::kReverseKlSum) + poison;
     out[kStudentEntropy * n] = logits.student_log_sum - sums.at(kSumStudentExponent) + poison;
     out[kTeacherEntropy * n] = logits.teacher_log_sum - sums.at(kSumTeacherExponent) + poison;
     out[kTop1Agreement * n] = (sums.top1 & 1 ? 0.0f : 1.0f) + poison;
@@ -381,9 +383,8 @@ score_rows_kernel(const Job<float> job, const Launch launch) {
       if (job.alive && !job.alive[row]) {
         ignore_row<Shape::kThreads>(job, row, 0, 1);
       } else {
-        // No barrier between rows: a row uses two pieces of scratch in turn, each with a barrier.
-        static_assert(Shape::kExtras);
         RowWork<Shape>(job, launch, row, 0).run();
+        device::sync_block();  // statistics alone use one piece of scratch, and the next row writes to it
       }
     }
   }

@@ -1,4 +1,4 @@
-// The row kernels by divergence. Each is compiled in a file of its own: rows_<kind>.cu.
+// The row kernels by divergence: run_<kind>. Each is compiled by itself, from rows_kind.cu.
 #pragma once
 
 #include "../shared/job.h"
@@ -6,12 +6,8 @@
 namespace gkd::cuda {
 
 // Scores the rows of the job on the current device and the stream (a cudaStream_t). Raises std::runtime_error.
-void run_forward_kl(const Job<float>& job, void* stream);
-void run_reverse_kl(const Job<float>& job, void* stream);
-void run_jsd(const Job<float>& job, void* stream);
-void run_skew_forward_kl(const Job<float>& job, void* stream);
-void run_skew_reverse_kl(const Job<float>& job, void* stream);
-void run_tvd(const Job<float>& job, void* stream);
-void run_alpha(const Job<float>& job, void* stream);
+#define GKD_KIND(name, Struct) void run_##name(const Job<float>& job, void* stream);
+GKD_DIVERGENCES(GKD_KIND)
+#undef GKD_KIND
 
 }  // namespace gkd::cuda

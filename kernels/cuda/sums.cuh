@@ -49,16 +49,7 @@ struct SoftmaxSums {
   }
 };
 
-// Sums over a row, by the index of enum Sum and, with extras, those behind it.
-enum ExtraSum {
-  kSumForwardKl = kSums,  // sum P d
-  kSumReverseKl,          // sum -Q d
-  kSumStudentExponent,    // sum Q x, x the exponent
-  kSumTeacherExponent,    // sum P x
-  kSumHard,               // sum e^(student - largest) at temperature 1
-  kAllSums
-};
-
+// Sums over a row, by the index of enum Sum and, with extras, of ExtraSum.
 template <int kCount_, bool kExtras>
 struct RowSums {
   static constexpr int kCount = kCount_, kWords = kCount + (kExtras ? 1 : 0);

@@ -9,15 +9,20 @@
 //   M::log(x)       of a scalar                     M::product(a, b)  rounded: never fused with what follows, so that
 //                                                   equal probabilities have a difference of 0
 //
-// A divergence is made from its parameter, in double because 1 - parameter may be small, and has
+// A divergence is made from its parameter, in double because 1 - parameter may be small (or from the row's coefficients:
+// `divergence_of`), and has
 //   value(pair)            its term of the row's sum
-//   first(pair), second(pair)  terms of the two sums over the row that its gradient needs (0 where it needs none)
+//   first(pair), second(pair)  terms of two more sums over the row, which its gradient or `total` needs (0 for none)
 //   gradient(pair, first, second)  with respect to student_logits / temperature, given those two sums
-//   needs_sums             whether gradient uses them
-// Adding one: a struct here, a line in `dispatch`, its name in Kind, in gkd/ops/native.py and in closed_forms.py.
+//   needs_sums             whether there are such terms
+//   total(value, second)   the row's divergence, from those two sums
+//   kForwardKlSum, kReverseKlSum  the most accurate sum that is that KL: one of enum Sum, or of ExtraSum
+// Adding one: a struct here and a line in spec.h's list, with its reference in gkd/objectives/closed_forms.py.
 #pragma once
 
-#include "spec.h"
+#include <type_traits>
+
+#include "job.h"
 
 namespace gkd {
 
@@ -94,9 +99,24 @@ struct LogMixture {
   }
 };
 
+// value * weight; a weight of 0 drops what is infinite, too.
+template <class S>
+GKD_INLINE S times(S value, S weight) {
+  return weight == S(0) ? S(0) : value * weight;
+}
+
+// What most have in common.
+struct Divergence {
+  static constexpr int kForwardKlSum = kSumForwardKl, kReverseKlSum = kSumReverseKl;
+  template <class S>
+  GKD_INLINE S total(S value_sum, S) const {
+    return value_sum;
+  }
+};
+
 // Gradients of the general form g = u - Q sum(u), u = Q dD/dQ up to a multiple of Q.
 template <class M, class D>
-struct Centred {
+struct Centred : Divergence {
   using F = typename M::F;
   using S = typename M::S;
   static constexpr bool needs_sums = true;
@@ -108,9 +128,10 @@ struct Centred {
 };
 
 template <class M>
-struct ForwardKl {
+struct ForwardKl : Divergence {
   using F = typename M::F;
   using S = typename M::S;
+  static constexpr int kForwardKlSum = kValue;
   static constexpr bool needs_sums = false;
   GKD_INLINE explicit ForwardKl(double) {}
   GKD_INLINE F value(const Pair<M>& pair) const { return kl_term<M>(pair.teacher, pair.student, pair.log_ratio); }
@@ -123,6 +144,7 @@ template <class M>
 struct ReverseKl : Centred<M, ReverseKl<M>> {
   using F = typename M::F;
   using S = typename M::S;
+  static constexpr int kReverseKlSum = kValue;
   GKD_INLINE explicit ReverseKl(double) {}
   GKD_INLINE F value(const Pair<M>& pair) const { return kl_term<M>(pair.student, pair.teacher, -pair.log_ratio); }
   // Only what is infinite is bounded: then the sum of the slopes is the divergence itself, wherever that is finite.
@@ -201,7 +223,7 @@ struct SkewReverseKl : Centred<M, SkewReverseKl<M>> {
 // With Q split into its mass above P and the rest, g = above sum(below) - below sum(above): u - Q sum(u) would cancel
 // where the two hardly overlap.
 template <class M>
-struct TotalVariation {
+struct TotalVariation : Divergence {
   using F = typename M::F;
   using S = typename M::S;
   static constexpr bool needs_sums = true;
@@ -258,19 +280,45 @@ struct Alpha : Centred<M, Alpha<M>> {
   }
 };
 
-// Calls visit(divergence) with the divergence of that kind and parameter.
+// a KL(P || Q) + b KL(Q || P), a and b the row's own: what two loss terms on the same row cost together.
+template <class M>
+struct MixedKl : Centred<M, MixedKl<M>> {
+  using F = typename M::F;
+  using S = typename M::S;
+  static constexpr int kForwardKlSum = kValue, kReverseKlSum = kSecond;
+  S forward_weight, reverse_weight;
+  GKD_INLINE MixedKl(S forward_weight_, S reverse_weight_)
+      : forward_weight(forward_weight_), reverse_weight(reverse_weight_) {}
+  GKD_INLINE F value(const Pair<M>& pair) const { return ForwardKl<M>(0).value(pair); }
+  GKD_INLINE F second(const Pair<M>& pair) const { return ReverseKl<M>(0).value(pair); }
+  GKD_INLINE S total(S forward_kl, S reverse_kl) const {
+    return times(forward_kl, forward_weight) + times(reverse_kl, reverse_weight);
+  }
+  GKD_INLINE F slope(const Pair<M>& pair) const {  // a (Q - P) + b Q (log Q - log P)
+    return forward_weight * (pair.student - pair.teacher) + reverse_weight * ReverseKl<M>(0).slope(pair);
+  }
+};
+
+// The divergence of a row.
+template <class D, class S>
+GKD_INLINE D divergence_of(const Job<S>& job, int64_t row) {
+  if constexpr (std::is_constructible_v<D, double>) {
+    return D(job.parameter);
+  } else {
+    return D(job.kl_weights[row], job.kl_weights[job.rows + row]);
+  }
+}
+
+// Calls visit(divergence) with that of the row.
 template <class M, class Visitor>
-GKD_INLINE void dispatch(Kind kind, double parameter, Visitor&& visit) {
-  switch (kind) {
-    case Kind::forward_kl: return visit(ForwardKl<M>(parameter));
-    case Kind::reverse_kl: return visit(ReverseKl<M>(parameter));
-    case Kind::jsd: return visit(Jsd<M>(parameter));
-    case Kind::skew_forward_kl: return visit(SkewForwardKl<M>(parameter));
-    case Kind::skew_reverse_kl: return visit(SkewReverseKl<M>(parameter));
-    case Kind::tvd: return visit(TotalVariation<M>(parameter));
-    case Kind::alpha: return visit(Alpha<M>(parameter));
+GKD_INLINE void dispatch(const Job<typename M::S>& job, int64_t row, Visitor&& visit) {
+#define GKD_KIND(name, Struct) \
+  case Kind::name: return visit(divergence_of<Struct<M>>(job, row));
+  switch (job.kind) {
+    GKD_DIVERGENCES(GKD_KIND)
     case Kind::count: return;
   }
+#undef GKD_KIND
 }
 
 }  // namespace gkd

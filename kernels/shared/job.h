@@ -25,6 +25,7 @@ struct Job {
   const S* row_scale;      // multiplies the rows of the gradient
   const int64_t* labels;   // with hard_weight; negative: none
   const S* hard_weight;
+  const S* kl_weights;     // [2, rows]: the forward and the reverse KL's, of mixed_kl and required there
   const S* given_stats;    // [rows, kStats]: skip the pass that finds them
   const S* given_sums;     // [rows, kSums]: likewise
   S* stats;                // [rows, kStats]

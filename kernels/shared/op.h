@@ -22,13 +22,24 @@ using torch::headeronly::ScalarType;
 // Everything that one call can compute; what is not given is not computed. Python checks and allocates
 // (gkd/ops/native.py); here only what would write out of bounds is refused.
 #define GKD_SCORE_ROWS                                                                                      \
-  "score_rows(Tensor student, Tensor teacher, int kind, float parameter, float temperature, float scale, "  \
-  "Tensor? alive, Tensor? row_scale, Tensor? labels, Tensor? hard_weight, Tensor? given_stats, "            \
-  "Tensor? given_sums, Tensor(a!)? stats, Tensor(b!)? sums, Tensor(c!)? value, Tensor(d!)? gradient, "      \
-  "Tensor(e!)? byproducts) -> ()"
+  "score_rows(Tensor student, Tensor teacher, str kind, float parameter, float temperature, float scale, "  \
+  "Tensor? alive, Tensor? row_scale, Tensor? labels, Tensor? hard_weight, Tensor? kl_weights, "             \
+  "Tensor? given_stats, Tensor? given_sums, Tensor(a!)? stats, Tensor(b!)? sums, Tensor(c!)? value, "       \
+  "Tensor(d!)? gradient, Tensor(e!)? byproducts) -> ()"
+
+// kKindNames, for Python.
+#define GKD_KINDS "kinds() -> str"
 
 inline void require(bool condition, const char* what) {
   if (!condition) throw std::runtime_error(std::string("gkd::score_rows: ") + what);
+}
+
+inline Kind kind_of(const std::string& name) {
+#define GKD_KIND(kind, Struct) \
+  if (name == #kind) return Kind::kind;
+  GKD_DIVERGENCES(GKD_KIND)
+#undef GKD_KIND
+  throw std::runtime_error("gkd::score_rows: no kernel of the name " + name);
 }
 
 inline Dtype dtype_of(const Tensor& tensor) {
@@ -58,10 +69,10 @@ T* vector_of(const OptionalTensor& tensor, int64_t count, ScalarType dtype) {
 
 struct Arguments {
   Tensor student, teacher;
-  int64_t kind;
+  std::string kind;
   double parameter, temperature, scale;
-  OptionalTensor alive, row_scale, labels, hard_weight, given_stats, given_sums, stats, sums, value, gradient,
-      byproducts;
+  OptionalTensor alive, row_scale, labels, hard_weight, kl_weights, given_stats, given_sums, stats, sums, value,
+      gradient, byproducts;
 
   bool is_double() const {
     return dtype_of(student) == Dtype::float64 || dtype_of(teacher) == Dtype::float64;
@@ -71,7 +82,6 @@ struct Arguments {
   Job<S> job() const {
     const ScalarType real = sizeof(S) == 8 ? ScalarType::Double : ScalarType::Float;
     const int64_t n = student.size(0), columns = student.size(1);
-    require(kind >= 0 && kind < int64_t(Kind::count), "an unknown kind");
     require(columns > 0, "an empty vocabulary");
     Job<S> job{};
     job.student = matrix_of(student, n, columns);
@@ -81,12 +91,14 @@ struct Arguments {
       job.gradient = matrix_of(*gradient, n, columns);
       job.gradient_columns = gradient->size(1);
     }
-    job.kind = Kind(kind), job.parameter = parameter, job.temperature = temperature, job.scale = scale;
+    job.kind = kind_of(kind), job.parameter = parameter, job.temperature = temperature, job.scale = scale;
     job.alive = vector_of<bool>(alive, n, ScalarType::Bool);
     job.row_scale = vector_of<S>(row_scale, n, real);
     job.labels = vector_of<int64_t>(labels, n, ScalarType::Long);
     job.hard_weight = vector_of<S>(hard_weight, n, real);
     require(!job.labels == !job.hard_weight, "labels and hard_weight belong together");
+    job.kl_weights = vector_of<S>(kl_weights, 2 * n, real);
+    require(kl_weights.has_value() == (job.kind == Kind::mixed_kl), "kl_weights belong to mixed_kl");
     require(!(given_sums && byproducts), "by-products need the pass that given sums save");
     job.given_stats = vector_of<S>(given_stats, n * kStats, real);
     job.given_sums = vector_of<S>(given_sums, n * kSums, real);

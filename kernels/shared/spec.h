@@ -11,8 +11,25 @@
 
 namespace gkd {
 
-// The order is that of KINDS in gkd/ops/native.py.
-enum class Kind : int64_t { forward_kl, reverse_kl, jsd, skew_forward_kl, skew_reverse_kl, tvd, alpha, count };
+// Every divergence that has kernels: the name that Python calls it by, and its struct in divergences.h. The only list:
+// all that goes by kind is made from it, CUDA's object files by building/kernels.py, and Python asks the library for it.
+#define GKD_DIVERGENCES(entry)          \
+  entry(forward_kl, ForwardKl)          \
+  entry(reverse_kl, ReverseKl)          \
+  entry(jsd, Jsd)                       \
+  entry(skew_forward_kl, SkewForwardKl) \
+  entry(skew_reverse_kl, SkewReverseKl) \
+  entry(tvd, TotalVariation)            \
+  entry(alpha, Alpha)                   \
+  entry(mixed_kl, MixedKl)
+
+#define GKD_KIND(name, Struct) name,
+enum class Kind : int64_t { GKD_DIVERGENCES(GKD_KIND) count };
+#undef GKD_KIND
+
+#define GKD_KIND(name, Struct) #name " "
+constexpr char kKindNames[] = GKD_DIVERGENCES(GKD_KIND);  // in that order, a space after each
+#undef GKD_KIND
 
 enum class Dtype : int { float16, bfloat16, float32, float64 };
 
@@ -31,6 +48,10 @@ enum Stat { kStudentMax, kStudentSum, kTeacherMax, kTeacherSum, kCross, kStats }
 
 // Columns of the `sums` of a row or of a shard of it: the divergence, and what its gradient needs to know of the row.
 enum Sum { kValue, kFirst, kSecond, kSums };
+
+// More sums over a row, for by-products and hard labels: P d and -Q d, d the log ratio of P to Q; Q x and P x, x the
+// side's exponent; e^(student - largest) at temperature 1.
+enum ExtraSum { kSumForwardKl = kSums, kSumReverseKl, kSumStudentExponent, kSumTeacherExponent, kSumHard, kAllSums };
 
 // Columns of the by-products, in the order of gkd.objectives.BYPRODUCTS without "divergence".
 enum Byproduct { kForwardKl, kReverseKl, kStudentEntropy, kTeacherEntropy, kTop1Agreement, kByproducts };

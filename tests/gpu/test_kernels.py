@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import gkd
-from gkd.objectives import KINDS, Divergence, score_rows, value_and_gradient
+from gkd.objectives import KINDS, Divergence, MixedKl, score_rows, value_and_gradient
 from gkd.ops import native, rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -52,6 +52,21 @@ def test_value_and_gradient(kind: str, dtype: torch.dtype, vocabulary: int) -> N
     torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-6)
     if vocabulary > 1:
         assert relative(gradient, want_gradient) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_and_reverse_kl_in_one_call(dtype: torch.dtype) -> None:
+    student, teacher = logits(4, 32003, dtype)
+    kl_weights = torch.tensor([[1.0, 0.0, 0.3, 2.0], [0.0, 1.0, 0.7, 0.5]], device="cuda")
+    gradient, want_gradient = torch.empty_like(student), torch.empty_like(student, dtype=torch.float64)
+    options = {"kl_weights": kl_weights, "byproducts": True}
+    got = rows.score_rows(student, teacher, MixedKl(temperature=1.3), gradient=gradient, **options)
+    double = student.double(), teacher.double()
+    want = score_rows(*double, MixedKl(temperature=1.3), gradient=want_gradient, **options)
+    torch.testing.assert_close(got.value.double(), want.value, rtol=1e-5, atol=1e-6)
+    assert relative(gradient, want_gradient) < ROUNDING[dtype]
+    for name, measured in got.byproducts.items():
+        torch.testing.assert_close(measured.double(), want.byproducts[name], rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,6 +13,6 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     target = tmp_path_factory.mktemp("emulation") / "rows.so"
     compile_emulation(target, "-shared", "-fPIC")
     library = ctypes.CDLL(str(target))
-    for name in ("gkd_run_rows", "gkd_run_topk_log_probs", "gkd_run_topk_gradient"):
+    for name in ("gkd_run_rows", "gkd_kinds", "gkd_run_topk_log_probs", "gkd_run_topk_gradient"):
         getattr(library, name).restype = ctypes.c_char_p
     return library

@@ -19,7 +19,7 @@ import torch
 from emulated import DTYPES, Matrix, Rows, check_gradient, compile_emulation, random_rows
 from torch import Tensor
 
-from gkd.objectives import BYPRODUCTS, KINDS, Divergence, HardLabels, score_rows
+from gkd.objectives import BYPRODUCTS, KINDS, Divergence, HardLabels, MixedKl, score_rows
 
 NAN = float("nan")
 INF = float("inf")
@@ -27,7 +27,8 @@ INF = float("inf")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiles C++")
 
 
-VECTORS = ("alive", "row_scale", "labels", "hard_weight", "given_stats", "given_sums", "stats", "sums", "value")
+VECTORS = ("alive", "row_scale", "labels", "hard_weight", "kl_weights", "given_stats", "given_sums")
+OUTPUTS = ("stats", "sums", "value", "byproducts")
 
 
 class Job(ctypes.Structure):
@@ -37,7 +38,7 @@ class Job(ctypes.Structure):
         *((name, Matrix) for name in ("student", "teacher", "gradient")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "gradient_columns", "kind")),
         *((name, ctypes.c_double) for name in ("parameter", "temperature", "scale")),
-        *((name, ctypes.c_void_p) for name in (*VECTORS, "byproducts")),
+        *((name, ctypes.c_void_p) for name in (*VECTORS, *OUTPUTS)),
     ]
 
 
@@ -53,7 +54,7 @@ class Team:
 TEAMS = (Team(0, blocks=1, seed=1), Team(1, seed=0), Team(2, seed=3), Team(4, seed=4))
 each_team = pytest.mark.parametrize("team", TEAMS, ids=["memory", "block", "cluster of 2", "cluster of 4"])
 two_teams = pytest.mark.parametrize("team", TEAMS[::2], ids=["memory", "cluster of 2"])
-each_kind = pytest.mark.parametrize("kind", KINDS)
+each_kind = pytest.mark.parametrize("kind", (*KINDS, "mixed_kl"))
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float16", "bfloat16", "float32"])
 
 
@@ -69,6 +70,7 @@ def emulate(
     **given: Tensor,
 ) -> dict[str, Tensor]:
     """Runs the op. Returns the outputs that are asked for in `want`."""
+    given |= kl_weights_of(spec, len(student.view))
     n_rows, columns = student.view.shape
     shapes = {"value": (n_rows,), "stats": (n_rows, 5), "sums": (n_rows, 3), "byproducts": (5, n_rows)}
     outputs = {name: torch.full(shapes[name], NAN) for name in want}
@@ -79,7 +81,7 @@ def emulate(
         n_rows,
         columns,
         gradient.view.shape[1] if gradient else 0,
-        KINDS.index(spec.limit),
+        library.gkd_kinds().decode().split().index(spec.limit),
         spec.parameter,
         spec.temperature,
         spec.scale,
@@ -93,12 +95,23 @@ def emulate(
 
 
 def spec_of(kind: str, temperature: float = 2.0) -> Divergence:
+    if kind == "mixed_kl":
+        return MixedKl(temperature=temperature, scale_by_temperature_squared=True)
     return Divergence(kind, beta=0.3, alpha=0.3, temperature=temperature, scale_by_temperature_squared=True)
+
+
+def kl_weights_of(spec: Divergence, n_rows: int) -> dict[str, Tensor]:
+    """Of every sort, for a mixed KL."""
+    if not isinstance(spec, MixedKl):
+        return {}
+    of_row = torch.tensor([[1.0, 0.0, 0.3, 2.0], [0.5, 1.0, 0.7, 0.0]])  # [2, 4]
+    return {"kl_weights": of_row[:, torch.arange(n_rows) % 4].contiguous()}
 
 
 def truth(student: Rows, teacher: Rows, spec: Divergence, **options) -> tuple[Tensor, Tensor]:
     """Value and gradient of the logits as they are in memory, in float64."""
     gradient = torch.empty(student.view.shape, dtype=torch.float64)
+    options |= kl_weights_of(spec, len(student.view))
     options = {
         name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in options.items()
     }
@@ -300,7 +313,8 @@ def test_byproducts(library, kind: str, team: Team) -> None:
     values[1][4, 7] = values[1][4].max()  # a tie
     values[0][4, 7] = values[0][4].max() + 1
     student, teacher = (Rows.place(x, torch.float32, offset) for x, offset in zip(values, (0, 1), strict=True))
-    want = score_rows(student.view.double(), teacher.view.double(), spec_of(kind), byproducts=True).byproducts
+    double, weights = (student.view.double(), teacher.view.double()), kl_weights_of(spec_of(kind), 6)
+    want = score_rows(*double, spec_of(kind), byproducts=True, **weights).byproducts
     out = Rows.place(values[0], torch.float32)
     got = emulate(library, student, teacher, spec_of(kind), team, gradient=out, want=("value", "byproducts"))
     check_value(got["value"], want["divergence"])

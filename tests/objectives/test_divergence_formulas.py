@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gkd.errors import ConfigError, InputError
-from gkd.objectives import KINDS, Divergence, divergence_value, score_rows, value_and_gradient
+from gkd.objectives import KINDS, Divergence, MixedKl, divergence_value, score_rows, value_and_gradient
 
 TEMPERATURES = (0.7, 1.0, 2.0)  # 1 has a path of its own
 PARAMETERS = (0.1, 0.5, 0.9)  # both sides of the switch at 1/2, and the switch
@@ -81,6 +81,29 @@ def test_closed_form_gradients_match_autograd(kind: str, parameter: float, tempe
     want = plain_gradient(student, teacher, spec)
     assert relative(value_and_gradient(student, teacher, spec)[1], want) <= 1e-12
     assert relative(value_and_gradient(student.float(), teacher.float(), spec)[1], want) <= 1e-5
+
+
+@pytest.mark.parametrize("temperature", [0.7, 2.0])
+def test_a_mixed_kl_is_the_weighted_sum_of_both(temperature: float) -> None:
+    student, teacher = logits(4, 301)
+    kl_weights = torch.tensor([[1.0, 0.0, 0.3, 2.0], [0.0, 1.0, 0.7, -0.5]], dtype=torch.float64)
+    kls = [Divergence(kind, temperature=temperature) for kind in ("forward_kl", "reverse_kl")]
+    values = torch.stack([plain_formula(student, teacher, kl) for kl in kls])  # [2, 4]
+    gradients = torch.stack([plain_gradient(student, teacher, kl) for kl in kls])  # [2, 4, 301]
+    want, want_gradient = (kl_weights * values).sum(0), (kl_weights.unsqueeze(-1) * gradients).sum(0)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        gradient = torch.empty(4, 301, dtype=dtype)
+        options = {"gradient": gradient, "kl_weights": kl_weights, "byproducts": True}
+        scores = score_rows(student.to(dtype), teacher.to(dtype), MixedKl(temperature=temperature), **options)
+        torch.testing.assert_close(scores.value.double(), want, rtol=tolerance, atol=0)
+        assert relative(gradient, want_gradient) <= tolerance
+        for kl, exact in zip(kls, values, strict=True):
+            torch.testing.assert_close(scores.byproducts[kl.kind].double(), exact, rtol=tolerance, atol=0)
+
+
+def test_a_mixed_kl_has_no_name_to_ask_for() -> None:
+    with pytest.raises(ConfigError, match="unknown divergence 'mixed_kl'"):
+        Divergence("mixed_kl")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -182,7 +205,7 @@ def test_jsd_normalization_divides_by_beta_one_minus_beta() -> None:
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(tuple(KINDS)),
     parameter=st.floats(0, 1),
     temperature=st.floats(0.2, 5),
     scale=st.floats(0.01, 30),
@@ -241,7 +264,7 @@ def test_logits_that_do_not_fit_are_refused() -> None:
 
 
 def test_kinds_are_those_of_the_contract() -> None:
-    assert KINDS == ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha")
+    assert tuple(KINDS) == ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha")
 
 
 def test_row_factors_scale_the_gradient_and_not_the_value() -> None:

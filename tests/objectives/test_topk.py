@@ -164,7 +164,7 @@ def test_a_student_that_is_the_teacher_scores_zero(kind: str, mode: str) -> None
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(KINDS), st.integers(0, 8), st.integers(0, 1000), st.floats(0.05, 0.95))
+@given(st.sampled_from(tuple(KINDS)), st.integers(0, 8), st.integers(0, 1000), st.floats(0.05, 0.95))
 def test_a_tail_never_exceeds_the_full_divergence_and_grows_with_k(
     kind: str, k: int, seed: int, parameter: float
 ) -> None:

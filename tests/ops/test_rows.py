@@ -20,13 +20,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gkd import objectives
-from gkd.objectives import KINDS, Divergence
+from gkd.errors import InputError
+from gkd.objectives import Divergence, MixedKl
+from gkd.objectives.divergence import RowScores
 from gkd.objectives.hard_label import HardLabels
 from gkd.ops import native, rows
 
 NAN, INF = math.nan, math.inf
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TEMPERATURES = (0.1, 0.7, 1.0, 2.0, 10.0)
+KINDS = (*objectives.KINDS, "mixed_kl")
 SIZES = (1, 7, 8, 9, 15, 16, 17, 1023, 1024, 1025, 3001)  # around a vector's width, around a block, and several blocks
 BLOCK = 1024  # columns of which the kernels keep exponentials relative to one maximum
 
@@ -57,6 +60,18 @@ def surroundings(view: Tensor) -> Tensor:
     return memory
 
 
+def kl_weights_of(spec: Divergence, n_rows: int) -> dict[str, Tensor]:
+    """Of every sort, for a mixed KL."""
+    if not isinstance(spec, MixedKl):
+        return {}
+    of_row = torch.tensor([[1.0, 0.0, 0.25, 2.0], [0.5, 1.0, 0.75, 0.0]])  # [2, 4]
+    return {"kl_weights": of_row[:, torch.arange(n_rows) % 4]}
+
+
+def score(student: Tensor, teacher: Tensor, spec: Divergence, **options: object) -> RowScores:
+    return rows.score_rows(student, teacher, spec, **kl_weights_of(spec, len(student)), **options)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class Exact:
     """What the reference says in float64."""
@@ -69,6 +84,7 @@ class Exact:
 def exact(student: Tensor, teacher: Tensor, spec: Divergence, **options: object) -> Exact:
     gradient = torch.empty(student.shape, dtype=torch.float64)
     double = student.double(), teacher.double()
+    options = kl_weights_of(spec, len(student)) | options
     scores = objectives.score_rows(*double, spec, gradient=gradient, byproducts=True, **options)  # type: ignore[arg-type]
     return Exact(scores.value, gradient, scores.byproducts)
 
@@ -96,6 +112,8 @@ def rounding(student: Tensor, teacher: Tensor, spec: Divergence) -> float:
 
 
 def spec_of(kind: str, temperature: float = 1.0, parameter: float = 0.3, **flags: bool) -> Divergence:
+    if kind == "mixed_kl":
+        return MixedKl(temperature=temperature, **flags)
     return Divergence(kind, beta=parameter, alpha=parameter, temperature=temperature, **flags)
 
 
@@ -174,7 +192,7 @@ def test_any_call_matches_the_reference(call: Call) -> None:
     columns = call.vocabulary + call.padding
     gradient = place(torch.full((call.n, columns), NAN), call.gradient_dtype, call.offset, call.gap)
     before = surroundings(gradient)
-    scores = rows.score_rows(student, teacher, spec, gradient=gradient, byproducts=call.byproducts, **options)  # type: ignore[arg-type]
+    scores = score(student, teacher, spec, gradient=gradient, byproducts=call.byproducts, **options)  # type: ignore[arg-type]
     assert torch.equal(surroundings(gradient).isnan(), before.isnan()), "wrote beside its rows"
     assert not gradient.isnan().any(), "left out an element"
     assert gradient[:, call.vocabulary :].abs().sum() == 0
@@ -195,7 +213,7 @@ def test_every_dtype_and_temperature(kind: str, dtype: torch.dtype) -> None:
         spec = spec_of(kind, temperature)
         want = exact(student, teacher, spec)
         gradient = torch.full(student.shape, NAN, dtype=dtype)
-        check_value(rows.score_rows(student, teacher, spec, gradient=gradient).value, want.value, atol=1e-9)
+        check_value(score(student, teacher, spec, gradient=gradient).value, want.value, atol=1e-9)
         noise = rounding(student, teacher, spec) if temperature < 0.7 and dtype != torch.float64 else 0.0
         check_gradient(gradient, want.gradient, 1e-12 if dtype == torch.float64 else 2e-6, noise)
 
@@ -217,7 +235,7 @@ def test_large_vocabularies(kind: str, vocabulary: int, dtype: torch.dtype) -> N
     spec = spec_of(kind, temperature=0.7 if dtype == torch.bfloat16 else 2.0)
     want = exact(student, teacher, spec)
     gradient = torch.full(student.shape, NAN, dtype=dtype)
-    scores = rows.score_rows(student, teacher, spec, gradient=gradient, byproducts=True)
+    scores = score(student, teacher, spec, gradient=gradient, byproducts=True)
     check_value(scores.value, want.value, atol=0)
     check_gradient(gradient, want.gradient)
     for name, measured in scores.byproducts.items():
@@ -280,7 +298,7 @@ def test_equal_models_have_neither_loss_nor_gradient(kind: str, dtype: torch.dty
     logits = rising(3, 2 * BLOCK + 17, seed=1).to(dtype)
     for temperature in (0.1, 0.7, 10.0):
         gradient = torch.full(logits.shape, NAN, dtype=dtype)
-        scores = rows.score_rows(logits, logits.clone(), spec_of(kind, temperature, parameter), gradient=gradient)
+        scores = score(logits, logits.clone(), spec_of(kind, temperature, parameter), gradient=gradient)
         assert scores.value.abs().max() == 0
         assert gradient.abs().max() == 0
 
@@ -290,7 +308,7 @@ def test_a_token_of_equal_probability_counts_half_to_either_side_of_the_total_va
     """The two sums of exponentials are equal in whatever order they are added, as the small one is absorbed."""
     student, teacher = (torch.tensor([x]).to(dtype) for x in ([-200.0, 0.0, 2.0, 2.0], [0.0, -200.0, 2.0, 2.0]))
     gradient = torch.empty_like(student)
-    rows.score_rows(student, teacher, Divergence("tvd"), gradient=gradient)
+    score(student, teacher, Divergence("tvd"), gradient=gradient)
     check_gradient(gradient, exact(student, teacher, Divergence("tvd")).gradient)
 
 
@@ -301,7 +319,7 @@ def test_a_divergence_of_1e_7_keeps_its_relative_accuracy(kind: str) -> None:
     want = exact(student, teacher, spec_of(kind))
     assert 5e-8 < float(want.value.min()) < float(want.value.max()) < 2e-7
     gradient = torch.empty_like(student)
-    check_value(rows.score_rows(student, teacher, spec_of(kind), gradient=gradient).value, want.value, 1e-5, 0)
+    check_value(score(student, teacher, spec_of(kind), gradient=gradient).value, want.value, 1e-5, 0)
     check_gradient(gradient, want.gradient, 1e-3)  # a first-order difference: of numbers 3000 times its size
 
 
@@ -317,10 +335,10 @@ def test_the_gradient_may_overwrite_the_student(kind: str, dtype: torch.dtype) -
         for hard_labels in (None, labels):
             options = {"hard_labels": hard_labels, "byproducts": True}
             want_gradient = torch.empty(student.shape, dtype=narrow)
-            want = rows.score_rows(student, teacher, spec_of(kind, 0.7), gradient=want_gradient, **options)
+            want = score(student, teacher, spec_of(kind, 0.7), gradient=want_gradient, **options)
             memory = student.clone()
             gradient = memory.view(narrow)[:, :2501]
-            got = rows.score_rows(memory, teacher, spec_of(kind, 0.7), gradient=gradient, **options)
+            got = score(memory, teacher, spec_of(kind, 0.7), gradient=gradient, **options)
             assert torch.equal(gradient, want_gradient)
             torch.testing.assert_close((got.value, got.byproducts), (want.value, want.byproducts), rtol=0, atol=0)
             assert got.byproducts["top1_agreement"][1] == 1
@@ -334,13 +352,13 @@ def test_rows_that_are_not_alive_are_not_read(kind: str) -> None:
     student[1], teacher[1], student[3] = NAN, INF, -INF
     alive, labels = torch.tensor([True, False, True, False]), torch.tensor([-1, 5, -1, 9])
     scale = torch.tensor([1.0, NAN, 1.0, INF])
-    gradient, memory = torch.full((4, 1503), NAN), rows.RowMemory.of(student, teacher, None)
+    gradient, memory = torch.full((4, 1503), NAN), rows.RowMemory.of(student, teacher, spec_of(kind))
     assert memory is not None
     memory.stats.fill_(NAN)
     memory.sums.fill_(NAN)
     hard_labels = HardLabels(labels, torch.tensor([0.5, NAN, 0.5, 1.0]))
     options = {"alive": alive, "gradient_scale": scale, "hard_labels": hard_labels, "byproducts": True}
-    scores = rows.score_rows(student, teacher, spec_of(kind), gradient=gradient, memory=memory, **options)
+    scores = score(student, teacher, spec_of(kind), gradient=gradient, memory=memory, **options)
     for outputs in (scores.value, gradient, memory.sums, *scores.byproducts.values()):
         assert outputs[~alive].abs().max() == 0
     assert memory.stats.isfinite().all()
@@ -358,19 +376,63 @@ def test_what_an_earlier_call_found_saves_passes_and_changes_nothing(
     student, teacher = rising(3, vocabulary, seed=1).to(dtype), rising(3, vocabulary, seed=2).to(dtype)
     spec, tolerance = spec_of(kind, 0.7), 0.0 if vocabulary <= BLOCK else 1e-6  # exponentials are kept, by block
     same_passes = kind in ("forward_kl", "tvd") and vocabulary <= BLOCK  # the others' slopes are kept as well
-    memory = rows.RowMemory.of(student, teacher, None)
+    memory = rows.RowMemory.of(student, teacher, spec_of(kind))
     assert memory is not None
     whole_gradient = torch.empty(student.shape, dtype=memory.stats.dtype)
-    whole = rows.score_rows(student, teacher, spec, gradient=whole_gradient, byproducts=True, memory=memory)
+    whole = score(student, teacher, spec, gradient=whole_gradient, byproducts=True, memory=memory)
     for has_sums in (False, True):
         known = rows.RowMemory(memory.stats, memory.sums.clone(), has_stats=True, has_sums=has_sums)
         gradient = torch.empty_like(whole_gradient)
-        value = rows.score_rows(student, teacher, spec, gradient=gradient, memory=known).value
+        value = score(student, teacher, spec, gradient=gradient, memory=known).value
         torch.testing.assert_close(value, whole.value, rtol=tolerance, atol=0)
         torch.testing.assert_close(known.sums, memory.sums, rtol=tolerance, atol=1e-6 if tolerance else 0)
         check_gradient(gradient, whole_gradient.double(), 0.0 if same_passes else 1e-6)
-        again = rows.score_rows(student, teacher, spec, byproducts=True, memory=known)
+        again = score(student, teacher, spec, byproducts=True, memory=known)
         torch.testing.assert_close(again.byproducts, whole.byproducts, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mixed_kl_is_either_kl_at_an_end_and_both_between(dtype: torch.dtype) -> None:
+    """Bit for bit in its by-products; a value or gradient may be rounded once more."""
+    student, teacher = rising(3, 2100, seed=1).to(dtype), rising(3, 2100, seed=2).to(dtype)
+    spec = MixedKl(temperature=0.7, scale_by_temperature_squared=True)
+    gradient, alone = torch.empty(2, 3, 2100, dtype=dtype), torch.empty(2, 3, 2100, dtype=dtype)
+    kls = [
+        rows.score_rows(student, teacher, spec_of(kind, 0.7, scale_by_temperature_squared=True), gradient=out)
+        for kind, out in zip(("forward_kl", "reverse_kl"), alone, strict=True)
+    ]
+    for end, weights in enumerate(torch.eye(2)):
+        kl_weights = weights[:, None].expand(2, 3)
+        scores = rows.score_rows(student, teacher, spec, gradient=gradient[end], kl_weights=kl_weights, byproducts=True)
+        torch.testing.assert_close(scores.value, kls[end].value, rtol=2e-7, atol=0)
+        rounding = 4e-3 if dtype.itemsize == 2 else 3e-7
+        assert float((gradient[end].double() - alone[end].double()).norm() / alone[end].double().norm()) <= rounding
+        for kl, name in zip(kls, ("forward_kl", "reverse_kl"), strict=True):
+            torch.testing.assert_close(scores.byproducts[name] * spec.scale, kl.value, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_of_0_drops_a_kl_that_is_infinite(dtype: torch.dtype) -> None:
+    student, teacher = rising(4, 1030, seed=1).to(dtype), rising(4, 1030, seed=2).to(dtype)
+    student[:2, 3], teacher[2:, 900] = -INF, -INF  # infinite: the forward KL of the first rows, the reverse of the rest
+    kl_weights = torch.tensor([[0.0, 0.5, 2.0, 1.0], [2.0, 1.0, 0.0, 0.5]])
+    want = exact(student, teacher, MixedKl(), kl_weights=kl_weights)
+    gradient = torch.empty(4, 1030, dtype=dtype)
+    value = rows.score_rows(student, teacher, MixedKl(), gradient=gradient, kl_weights=kl_weights).value
+    assert value.isfinite().tolist() == [True, False, True, False]
+    check_value(value, want.value)
+    for got_row, want_row in zip(gradient, want.gradient, strict=True):
+        check_gradient(got_row, want_row)
+
+
+@pytest.mark.parametrize("score_rows", [rows.score_rows, objectives.score_rows])
+def test_kl_weights_and_a_mixed_kl_belong_together(score_rows) -> None:
+    logits = torch.zeros(3, 4)
+    for spec, kl_weights in ((Divergence(), torch.ones(2, 3)), (MixedKl(), None)):
+        with pytest.raises(InputError, match="kl_weights belong to MixedKl"):
+            score_rows(logits, logits, spec, kl_weights=kl_weights)
+    with pytest.raises(InputError, match=r"\[2, 3\], forward and reverse, not \[2\]"):
+        score_rows(logits, logits, MixedKl(), kl_weights=torch.ones(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -380,7 +442,9 @@ def test_stats_are_those_of_their_definition(dtype: torch.dtype) -> None:
     x, y = student.double() / 0.7, teacher.double() / 0.7
     for kind in KINDS:
         stats.fill_(NAN)
-        native.score_rows(student, teacher, spec_of(kind, 0.7), stats=stats)
+        spec = spec_of(kind, 0.7)
+        kl_weights = {name: weights.to(stats.dtype) for name, weights in kl_weights_of(spec, 3).items()}
+        native.score_rows(student, teacher, spec, stats=stats, **kl_weights)
         x_weight, y_weight = (x - x.amax(1, True)).exp(), (y - y.amax(1, True)).exp()
         cross = {"forward_kl": (y_weight * (y - x)).sum(1), "reverse_kl": (x_weight * (x - y)).sum(1)}
         want = [student.amax(1), x_weight.sum(1), teacher.amax(1), y_weight.sum(1), cross.get(kind, torch.zeros(3))]
@@ -398,7 +462,7 @@ def test_byproducts(kind: str, dtype: torch.dtype) -> None:
     student, teacher = student.to(dtype), teacher.to(dtype)
     spec = spec_of(kind, 2.0, scale_by_temperature_squared=True, normalize_jsd=True)
     want = exact(student, teacher, spec)
-    scores = rows.score_rows(student, teacher, spec, byproducts=True)
+    scores = score(student, teacher, spec, byproducts=True)
     assert tuple(scores.byproducts) == objectives.BYPRODUCTS
     assert torch.equal(scores.byproducts["top1_agreement"].double(), want.byproducts["top1_agreement"])
     assert want.byproducts["top1_agreement"].tolist()[2:] == [0, 1, 1, 0]
@@ -420,7 +484,7 @@ def test_hard_labels(kind: str, dtype: torch.dtype, temperature: float) -> None:
     options = {"hard_labels": HardLabels(labels, weight), "gradient_scale": scale}
     want = exact(student, teacher, spec, **options)
     gradient = torch.full(student.shape, NAN, dtype=dtype)
-    value = rows.score_rows(student, teacher, spec, gradient=gradient, **options).value
+    value = score(student, teacher, spec, gradient=gradient, **options).value
     assert value.isfinite().all()
     check_value(value, want.value, atol=1e-6)
     for got_row, want_row in zip(gradient, want.gradient, strict=True):
@@ -430,7 +494,7 @@ def test_hard_labels(kind: str, dtype: torch.dtype, temperature: float) -> None:
 def test_a_factor_that_is_nan_is_seen() -> None:
     student, teacher = randn(2, 20, seed=1).bfloat16(), randn(2, 20, seed=2).bfloat16()
     gradient = torch.zeros_like(student)
-    rows.score_rows(student, teacher, Divergence(), gradient=gradient, gradient_scale=torch.tensor([1.0, NAN]))
+    score(student, teacher, Divergence(), gradient=gradient, gradient_scale=torch.tensor([1.0, NAN]))
     assert gradient.isnan().tolist() == [[False] * 20, [True] * 20]
 
 
@@ -439,7 +503,7 @@ def test_a_row_without_a_distribution_is_nan_in_everything(dtype: torch.dtype) -
     student, teacher = rising(4, 1500, seed=1).to(dtype), rising(4, 1500, seed=2).to(dtype)
     student[0, 1400], student[1], teacher[2, 7] = INF, -INF, NAN
     gradient = torch.zeros(4, 1507, dtype=dtype)
-    scores = rows.score_rows(student, teacher, spec_of("jsd"), gradient=gradient, byproducts=True)
+    scores = score(student, teacher, spec_of("jsd"), gradient=gradient, byproducts=True)
     assert gradient[:3, :1500].isnan().all()
     assert gradient[:, 1500:].abs().max() == 0
     for outputs in (scores.value, gradient[:, :1500], *scores.byproducts.values()):
@@ -451,7 +515,7 @@ def test_a_row_without_a_distribution_is_nan_in_everything(dtype: torch.dtype) -
 def test_no_rows(kind: str) -> None:
     student, gradient = torch.zeros(0, 5), torch.zeros(0, 9)
     labels = HardLabels(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
-    scores = rows.score_rows(student, student, spec_of(kind), gradient=gradient, hard_labels=labels, byproducts=True)
+    scores = score(student, student, spec_of(kind), gradient=gradient, hard_labels=labels, byproducts=True)
     assert [tuple(output.shape) for output in (scores.value, *scores.byproducts.values())] == [(0,)] * 7
 
 
@@ -463,7 +527,7 @@ def test_runs_and_numbers_of_threads_do_not_matter(kind: str, dtype: torch.dtype
     def run(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
         gradient = torch.empty(student.shape, dtype=dtype)
-        scores = rows.score_rows(student, teacher, spec_of(kind), gradient=gradient, byproducts=True)
+        scores = score(student, teacher, spec_of(kind), gradient=gradient, byproducts=True)
         return [scores.value, gradient, *scores.byproducts.values()]
 
     before = torch.get_num_threads()
@@ -484,7 +548,7 @@ def test_offsets_beyond_32_bits(kind: str) -> None:
     student.copy_(rising(2, 1100, seed=1))
     teacher.copy_(rising(2, 1100, seed=2))
     want = exact(student, teacher, spec_of(kind))
-    check_value(rows.score_rows(student, teacher, spec_of(kind), gradient=gradient).value, want.value)
+    check_value(score(student, teacher, spec_of(kind), gradient=gradient).value, want.value)
     check_gradient(gradient, want.gradient)
 
 
@@ -494,7 +558,7 @@ def test_more_elements_than_32_bits_count() -> None:
     student, teacher = (rising(1, vocabulary, seed=seed).half() for seed in (1, 2))
     alive = torch.zeros(n, dtype=torch.bool)
     alive[[0, n - 1]] = True
-    scores = rows.score_rows(student.expand(n, -1), teacher.expand(n, -1), Divergence(), alive=alive, byproducts=True)
+    scores = score(student.expand(n, -1), teacher.expand(n, -1), Divergence(), alive=alive, byproducts=True)
     want = exact(student, teacher, Divergence())
     check_value(scores.value[alive], want.value.expand(2))
     assert scores.value.count_nonzero() == 2
@@ -511,7 +575,7 @@ def test_columns_that_are_not_adjacent_go_to_the_reference(missing: str) -> None
         student = student.t().contiguous().t()
     else:
         gradient = gradient.t().contiguous().t()
-    check_value(rows.score_rows(student, teacher, Divergence(), gradient=gradient).value, want.value)
+    check_value(score(student, teacher, Divergence(), gradient=gradient).value, want.value)
     check_gradient(gradient[:, :40], want.gradient)
     assert gradient[:, 40:].abs().max() == 0
 
@@ -519,9 +583,9 @@ def test_columns_that_are_not_adjacent_go_to_the_reference(missing: str) -> None
 def op_arguments(dtype: torch.dtype, **given: Tensor) -> tuple[object, ...]:
     """Arguments of the op for three rows, with `given` by the names of its schema."""
     student, teacher = randn(3, 40, seed=1).to(dtype), randn(3, 40, seed=2).to(dtype)
-    names = ("alive", "row_scale", "labels", "hard_weight", "given_stats", "given_sums")
+    names = ("alive", "row_scale", "labels", "hard_weight", "kl_weights", "given_stats", "given_sums")
     outputs = ("stats", "sums", "value", "gradient", "byproducts")
-    return (student, teacher, 2, 0.3, 0.7, 1.0, *(given.get(name) for name in (*names, *outputs)))
+    return (student, teacher, "jsd", 0.3, 0.7, 1.0, *(given.get(name) for name in (*names, *outputs)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -554,6 +618,7 @@ def test_the_op_does_what_its_schema_says(dtype: torch.dtype) -> None:
         ({"value": torch.zeros(6)[::2]}, "not contiguous"),
         ({"value": torch.zeros(3, dtype=torch.float64)}, "a vector of another dtype"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, "belong together"),
+        ({"kl_weights": torch.zeros(2, 3)}, "belong to mixed_kl"),
         ({"alive": torch.zeros(3)}, "a vector of another dtype"),
     ],
 )

@@ -72,7 +72,7 @@ def close(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], kind: str, to
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_split_of_the_vocabulary(data: st.DataObject) -> None:
-    kind, parameter = data.draw(st.sampled_from(KINDS)), data.draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
+    kind, parameter = data.draw(st.sampled_from(tuple(KINDS))), data.draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
     temperature = data.draw(st.sampled_from([0.5, 1.0, 3.0]))
     widths = tuple(data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(any)))
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))

@@ -14,7 +14,7 @@ struct Case {
   Kind kind;
   Dtype dtype, gradient;
   int ranks;
-  bool extras, given;
+  bool extras, given, stats_only = false;
 };
 
 std::string run_case(const Case& c) {
@@ -22,7 +22,7 @@ std::string run_case(const Case& c) {
   std::vector<char> student(kRows * (kColumns + 8) * size), teacher = student;
   for (size_t i = 0; i < student.size(); ++i) student[i] = char(i * 7 % 61), teacher[i] = char(i * 5 % 59);
   std::vector<float> stats(kRows * kStats, 1.0f), sums(kRows * kSums, 0.5f), value(kRows), by(kRows * kByproducts);
-  std::vector<float> hard(kRows, 0.5f);
+  std::vector<float> hard(kRows, 0.5f), kl_weights(2 * kRows, 0.5f);
   std::vector<int64_t> labels(kRows, 3);
   Job<float> job{};
   job.student = {student.data(), c.dtype, kColumns};
@@ -32,7 +32,12 @@ std::string run_case(const Case& c) {
   job.kind = c.kind, job.parameter = 0.3, job.temperature = 2, job.scale = 1;
   (c.given ? const_cast<float*&>(job.given_stats) : job.stats) = stats.data();
   (c.given ? const_cast<float*&>(job.given_sums) : job.sums) = sums.data();
-  job.value = value.data();
+  if (c.stats_only) {
+    job.gradient = {}, job.sums = nullptr;
+  } else {
+    job.value = value.data();
+  }
+  if (c.kind == Kind::mixed_kl) job.kl_weights = kl_weights.data();
   if (c.extras) job.byproducts = by.data(), job.labels = labels.data(), job.hard_weight = hard.data();
   const std::string error = emulation::run_rows(job, {c.ranks, 1, 0});
   return error.empty() ? emulation::run_rows(job, {c.ranks, 2, 1}) : error;
@@ -63,7 +68,7 @@ int main() {
     const std::string error = run_topk_case(dtype);
     if (!error.empty()) return std::printf("%s\n", error.c_str()), 1;
   }
-  for (const Kind kind : {Kind::forward_kl, Kind::jsd}) {
+  for (const Kind kind : {Kind::forward_kl, Kind::jsd, Kind::mixed_kl}) {
     for (const int ranks : {0, 1, 2, 4}) {
       for (const bool extras : {false, true}) {
         for (const bool given : {false, true}) {
@@ -74,6 +79,8 @@ int main() {
           }
         }
       }
+      const std::string error = run_case({kind, bfloat16, bfloat16, ranks, false, false, true});
+      if (!error.empty()) return std::printf("%s\n", error.c_str()), 1;
     }
   }
   return 0;

@@ -5,20 +5,19 @@
 namespace gkd::emulation {
 
 std::string run_rows(const Job<float>& job, const Choice& choice) {
-  switch (job.kind) {
-    case Kind::forward_kl: return run_rows<ForwardKl>(job, choice);
-    case Kind::jsd: return run_rows<Jsd>(job, choice);
-#if !defined(__SANITIZE_THREAD__)  // these differ in nothing that threads share
-    case Kind::reverse_kl: return run_rows<ReverseKl>(job, choice);
-    case Kind::skew_forward_kl: return run_rows<SkewForwardKl>(job, choice);
-    case Kind::skew_reverse_kl: return run_rows<SkewReverseKl>(job, choice);
-    case Kind::tvd: return run_rows<TotalVariation>(job, choice);
-    case Kind::alpha: return run_rows<Alpha>(job, choice);
-    case Kind::count: break;
+#if defined(__SANITIZE_THREAD__)  // the others differ from these in nothing that threads share
+  constexpr auto checked = [](Kind kind) {
+    return kind == Kind::forward_kl || kind == Kind::jsd || kind == Kind::mixed_kl;
+  };
 #else
-    default: break;
+  constexpr auto checked = [](Kind) { return true; };
 #endif
+#define GKD_KIND(name, Struct)                                                   \
+  if constexpr (checked(Kind::name)) {                                           \
+    if (job.kind == Kind::name) return run_rows<Struct>(job, choice);            \
   }
+  GKD_DIVERGENCES(GKD_KIND)
+#undef GKD_KIND
   return "an unknown kind";
 }
 
@@ -47,6 +46,7 @@ extern "C" const char* gkd_run_topk_gradient(const gkd::TopkGradient<float>* job
   error = gkd::emulation::run_topk_gradient(*job, blocks, seed);
   return error.c_str();
 }
+extern "C" const char* gkd_kinds() { return gkd::kKindNames; }
 extern "C" int gkd_job_bytes() { return int(sizeof(gkd::Job<float>)); }
 extern "C" const char* gkd_run_rows(const gkd::Job<float>* job, int ranks, int blocks, uint32_t seed) {
   static std::string error;
