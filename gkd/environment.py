@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-from gkd.errors import ModelError
 
 _DEFAULTS = {
     # Threads that wait for one another sleep instead of spinning. Where any other process wants a core too, spinning
@@ -45,32 +41,6 @@ def prepare_process() -> None:
     """Sets what the user has not set."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
-
-
-def prepare_vllm() -> None:
-    """What vLLM reads while it is imported: one process, as tensors are handed over, and quiet."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    logging.getLogger("vllm").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-
-
-def cpu_kv_cache_bytes(gib: float) -> int | None:
-    """vLLM's `kv_cache_memory_bytes`: None on a GPU, where its share of the memory decides."""
-    import torch
-
-    return None if torch.cuda.is_available() else round(gib * 2**30)
-
-
-@contextmanager
-def vllm_failures(model: str) -> Iterator[None]:
-    """Raises ModelError, in one line, for what vLLM raises when it cannot run `model`."""
-    try:
-        yield
-    except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ModelError(f"vLLM cannot run {model}: {reason}") from error
 
 
 def adopt_slurm_launch() -> None:

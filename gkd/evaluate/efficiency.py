@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from gkd.engines.sampling import SamplerSpec
 from gkd.errors import GkdError
 from gkd.evaluate.figures import COLUMNS, Axis, Cell, Figure, Row
 from gkd.evaluate.sizes import parameter_counts
 from gkd.evaluate.speed import Speed, Workload, measure_speed, spread
-from gkd.rollout.offline import SamplerSpec
 
 Note = Callable[[str], None]
 _SPEED_ROWS: tuple[tuple[str, str, Callable[[Speed], Cell]], ...] = (

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from gkd.config import DataConfig
 from gkd.data import load_prompts, render_message
+from gkd.engines.sampling import SamplerSpec
 from gkd.models import end_token_ids, load_tokenizer, pad_token_id, read_config, read_generation_config, resolve_model
-from gkd.rollout.offline import SamplerSpec, start_sampler
+from gkd.rollout.offline import start_sampler
 from gkd.seeding import derive_seed
 from gkd.types import Prompt, SampleRequest, SamplingSettings
 

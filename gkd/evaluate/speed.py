@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from gkd.engines.sampling import SamplerSpec
 from gkd.environment import prepare_process
 from gkd.errors import GkdError, SamplerError
 from gkd.evaluate.figures import Cell, figure
 from gkd.rollout.base import Sampler
-from gkd.rollout.offline import SamplerSpec, start_sampler
+from gkd.rollout.offline import alone, start_sampler
 from gkd.seeding import derive_seed
 from gkd.types import SampleRequest, SamplingSettings
 
@@ -57,7 +58,7 @@ def measure_speed(spec: SamplerSpec, workload: Workload) -> Speed:
     """Raises SamplerError, with the engine's own reason, if it does not start or does not finish."""
     with tempfile.TemporaryDirectory() as folder:
         job_file, result_file = Path(folder) / "job.json", Path(folder) / "result.json"
-        job_file.write_text(json.dumps({"spec": asdict(spec), "workload": asdict(workload)}))
+        job_file.write_text(json.dumps({"spec": asdict(alone(spec)), "workload": asdict(workload)}))
         command = [sys.executable, "-m", "gkd.evaluate.speed", str(job_file), str(result_file)]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if not result_file.is_file():

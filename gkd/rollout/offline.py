@@ -11,11 +11,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from gkd.config import LoraConfig
+from gkd.engines.sampling import SamplerSpec, VllmSampler
 from gkd.environment import prepare_process, without_launcher
 from gkd.errors import SamplerError
 from gkd.models import local_folder
@@ -26,44 +26,14 @@ from gkd.types import SampleRequest, SamplingSettings
 _SHARD_REQUESTS = 256  # what an interruption can lose
 
 
-@dataclass(frozen=True)
-class SamplerSpec:
-    """Everything that is needed to start a sampler, as plain values that travel between processes."""
-
-    engine: str
-    model_folder: str  # or a hub name
-    dtype: str
-    max_model_tokens: int
-    pad_token_id: int
-    max_num_seqs: int = 64
-    kv_cache_gib: float = 1.0
-    gpu_memory_utilization: float = 0.3
-    enforce_eager: bool = True
-    seed: int = 0
-    lora: LoraConfig | None = None  # the sampler applies an adapter, which is all that its updates bring
-    tensor_parallel: int = 1  # ranks that one engine spans; start_sampler gives this rank's share of it
-    sleep_level: int = 0
-    revision: str | None = None  # of a hub name
-
-
 def start_sampler(spec: SamplerSpec) -> Sampler:
-    """Starts the engine that `spec` names, on the files that all of gkd reads of its model."""
+    """Starts the engine that `spec` names, on the files that all of gkd reads of its model.
+
+    Of an engine that spans several ranks it is this rank's share.
+    """
     folder = str(local_folder(spec.model_folder, revision=spec.revision))
     if spec.engine == "vllm":
-        from gkd.rollout.vllm_engine import VllmSampler, VllmSettings
-
-        settings = VllmSettings(
-            dtype=spec.dtype,
-            max_model_tokens=spec.max_model_tokens,
-            seed=spec.seed,
-            max_num_seqs=spec.max_num_seqs,
-            kv_cache_gib=spec.kv_cache_gib,
-            gpu_memory_utilization=spec.gpu_memory_utilization,
-            enforce_eager=spec.enforce_eager,
-            tensor_parallel=spec.tensor_parallel,
-            sleep_level=spec.sleep_level,
-        )
-        return VllmSampler(folder, settings, spec.lora)
+        return VllmSampler(replace(spec, model_folder=folder, revision=None))
     import torch
 
     from gkd.rollout.hf import HfSampler
@@ -76,6 +46,11 @@ def start_sampler(spec: SamplerSpec) -> Sampler:
         max_num_seqs=spec.max_num_seqs,
         lora=spec.lora,
     )
+
+
+def alone(spec: SamplerSpec) -> SamplerSpec:
+    """The same in a process that does nothing but sample: no other rank has a share, and nobody needs the memory."""
+    return replace(spec, tensor_parallel=1, sleep_level=0)
 
 
 def cache_for(root: Path, spec: SamplerSpec, fingerprint: str, settings: SamplingSettings) -> CompletionCache:
@@ -98,7 +73,7 @@ def complete(
         return
     note(f"sampling {count} {whose} completions with {spec.engine}, once; they are kept in the cache")
     plan = {
-        "spec": asdict(spec),
+        "spec": asdict(alone(spec)),
         "jobs": [
             {"folder": str(c.folder), "settings": asdict(s), "requests": [asdict(r) for r in requests]}
             for c, s, requests in missing

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gkd.config import Config
+from gkd.engines.sampling import SamplerSpec
 from gkd.rollout.base import Sampler
-from gkd.rollout.offline import SamplerSpec, start_sampler
+from gkd.rollout.offline import start_sampler
 from gkd.rollout.replicas import SamplerReplicas
-from gkd.rollout.serving.protocol import architecture_digest
 from gkd.rollout.tensor_parallel import TensorParallelSampler
+from gkd.serving.sampler_protocol import architecture_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -57,7 +58,7 @@ class SamplerPlacement:
         """Raises ConfigError unless the servers can take the weights of such a student."""
 
     def build(self, spec: SamplerSpec, site: Site) -> Sampler:
-        """`spec` is of the student, alone on a device. Raises ModelError."""
+        """`spec` is of the student, with whole weights. Raises ModelError."""
         raise NotImplementedError
 
 
@@ -65,18 +66,10 @@ class Local(SamplerPlacement):
     """One engine a rank, in its process, or one for rollout.tensor_parallel of them."""
 
     def build(self, spec: SamplerSpec, site: Site) -> Sampler:
-        rollout = self._config.rollout
-        sampler = start_sampler(
-            replace(
-                spec,
-                lora=self._config.sampler_lora(site.device_type),
-                tensor_parallel=rollout.tensor_parallel,
-                sleep_level=rollout.sleep_level,
-            )
-        )
-        if rollout.tensor_parallel == 1:
+        sampler = start_sampler(replace(spec, lora=self._config.sampler_lora(site.device_type)))
+        if spec.tensor_parallel == 1:
             return sampler
-        neighbours = site.neighbours(rollout.tensor_parallel)
+        neighbours = site.neighbours(spec.tensor_parallel)
         return TensorParallelSampler(sampler, gather=neighbours.gather, place=neighbours.place)
 
 

@@ -8,9 +8,9 @@ from urllib.parse import urlsplit
 
 from gkd.config import Config
 from gkd.errors import ConfigError
-from gkd.rollout.serving import protocol
-from gkd.rollout.serving.protocol import ServedSamplerModel
+from gkd.serving import sampler_protocol as protocol
 from gkd.serving.replicas import ReplicaPool, Role, host_options
+from gkd.serving.sampler_protocol import ServedSamplerModel
 
 
 class SamplerReplicas:
@@ -19,7 +19,7 @@ class SamplerReplicas:
     def __init__(self, config: Config) -> None:
         """Asks every server what it serves. Raises ConfigError if one does not answer or does not fit the run."""
         self._config = config
-        role = Role("rollout", "sampler", protocol.DESCRIPTION_PATH, self._start_command)
+        role = Role("rollout", "no sampler", "gkd sampler", protocol.DESCRIPTION_PATH, self._start_command)
         self.pool = ReplicaPool(config.rollout, role, cool_down_s=math.inf)
         try:
             self.served = self._ask()
@@ -45,9 +45,7 @@ class SamplerReplicas:
             )
 
     def _ask(self) -> ServedSamplerModel:
-        described = [
-            self.pool.describe(replica, ServedSamplerModel, protocol.PROTOCOL_VERSION) for replica in self.pool.replicas
-        ]
+        described = [self.pool.describe(replica, ServedSamplerModel) for replica in self.pool.replicas]
         self.pool.check_agreement(described, ("architecture", "dtype", "vocabulary_rows"))
         for replica, served in zip(self.pool.replicas, described, strict=True):
             self._check(replica.address, served)

@@ -10,9 +10,9 @@ import httpx
 
 from gkd.errors import SamplerError, WeightSyncError
 from gkd.rollout.replicas import SamplerReplicas
-from gkd.rollout.serving import protocol
-from gkd.rollout.serving.protocol import CompletionQuery, ProbeQuery
+from gkd.serving import sampler_protocol as protocol
 from gkd.serving.replicas import NoServerLeftError, Replica, ServerFailedError, ServerRefusedError
+from gkd.serving.sampler_protocol import CompletionQuery, ProbeQuery
 from gkd.serving.threads import map_in_threads
 from gkd.types import Completion, SampleRequest, SamplingSettings
 

@@ -20,11 +20,12 @@ import torch
 from safetensors.torch import save
 
 from gkd.chunks import WEIGHT_PIECE_BYTES
+from gkd.engines import nccl
 from gkd.errors import ConfigError
-from gkd.rollout.gloo_pair import GlooPair, listen_towards
-from gkd.rollout.serving import protocol
-from gkd.rollout.serving.protocol import ServedSamplerModel
+from gkd.serving import sampler_protocol as protocol
+from gkd.serving.gloo_pair import GlooPair, listen_towards
 from gkd.serving.replicas import Replica, ReplicaPool, ServerFailedError, ServerRefusedError
+from gkd.serving.sampler_protocol import ServedSamplerModel
 from gkd.serving.threads import map_in_threads
 
 T = TypeVar("T")
@@ -85,39 +86,25 @@ class GlooLink:
 
 
 class NcclLink:
-    """Pieces over NCCL, by vLLM's own engine, in a group of this process and the server."""
+    """Pieces over NCCL, in a group of this process and the server."""
 
     def __init__(self, pool: ReplicaPool, replica: Replica) -> None:
-        from vllm.distributed.weight_transfer.nccl_common import trainer_init
-
         parts = urlsplit(replica.address)
         with listen_towards(parts.hostname or "", parts.port or protocol.DEFAULT_PORT) as probe:
             host, port = probe.getsockname()[:2]
-        rendezvous = {"master_address": host, "master_port": port, "world_size": 2}
-        info = {**rendezvous, "rank_offset": 1, "packed": True, "packed_buffer_size_bytes": WEIGHT_PIECE_BYTES}
+        info = nccl.server_info(host, port)
         self._group: Any = _both(
-            lambda: trainer_init(rendezvous), lambda: pool.post_json(replica, protocol.CONNECT_PATH, {"info": info})
+            lambda: nccl.join(host, port), lambda: pool.post_json(replica, protocol.CONNECT_PATH, {"info": info})
         )
 
     def send(self, piece: Piece, announce: Callable[[dict[str, Any]], None]) -> None:
-        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
-
         names, tensors = zip(*piece.tensors, strict=True)
         described = {
             "names": list(names),
             "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
             "shapes": [list(tensor.shape) for tensor in tensors],
         }
-        _both(
-            lambda: packed_nccl_broadcast_producer(
-                iterator=iter(piece.tensors),
-                group=self._group,
-                src=0,
-                post_iter_func=lambda item: item[1],
-                buffer_size_bytes=WEIGHT_PIECE_BYTES,
-            ),
-            lambda: announce(described),
-        )
+        _both(lambda: nccl.send(self._group, piece.tensors), lambda: announce(described))
 
 
 @dataclass
@@ -176,7 +163,7 @@ class WeightSender:
         replica = receiver.replica
         if replica.is_down and not self._pool.answers(replica):
             raise ServerFailedError("it still does not answer")
-        served = self._pool.describe(replica, ServedSamplerModel, protocol.PROTOCOL_VERSION)
+        served = self._pool.describe(replica, ServedSamplerModel)
         if receiver.link is None or receiver.process != served.process:
             receiver.process, receiver.link = served.process, self._connect(replica, served)
         self._pool.post_json(replica, protocol.START_PATH, {"update": update, "version": version})

@@ -8,13 +8,30 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import ClassVar
 
+from pydantic import BaseModel, ConfigDict, Field
+
+from gkd.config import Dtype
 from gkd.errors import ConfigError
 
 TOKEN_ID_FORMAT = "<i4"  # numpy's name of little-endian int32
 TOKEN_ID_BYTES = 4
 TOKEN_VARIABLE = "GKD_SERVER_TOKEN"
 _SHORTEST_TOKEN = 16
+
+
+class Description(BaseModel):
+    """What a server of gkd's says of its model. `max_tokens` is the longest sequence that it takes."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+    spoken: ClassVar[int]  # the version of its kind's protocol that this gkd speaks
+
+    protocol: int
+    model: str
+    dtype: Dtype
+    vocabulary_rows: int = Field(ge=1)
+    max_tokens: int = Field(ge=1)
 
 
 def read_token(file: str | Path | None, key: str) -> str | None:

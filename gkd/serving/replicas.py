@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from gkd.errors import ConfigError
-from gkd.serving.protocol import TOKEN_ID_FORMAT, TOKEN_VARIABLE, read_token
+from gkd.serving.protocol import TOKEN_ID_FORMAT, TOKEN_VARIABLE, Description, read_token
 
 _log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 5.0
@@ -26,7 +26,7 @@ _LARGEST_ERROR_BYTES = 4096
 _LARGEST_DESCRIPTION_BYTES = 1 << 16
 _LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 T = TypeVar("T")
-Description = TypeVar("Description", bound=BaseModel)
+Answer = TypeVar("Answer", bound=BaseModel)
 
 
 class ServersConfig(Protocol):
@@ -47,7 +47,8 @@ class Role:
     """What a kind of server is called: in the config, in messages, and where it describes itself."""
 
     section: str
-    noun: str
+    nobody: str  # answers: "no teacher"
+    kind: str  # of program that should: "gkd teacher"
     description_path: str
     start_command: Callable[[str], str]  # of the server at an address
 
@@ -190,14 +191,14 @@ class ReplicaPool:
 
     # ---- what they serve
 
-    def describe(self, replica: Replica, kind: type[Description], protocol_version: int) -> Description:
+    def describe(self, replica: Replica, kind: type[Answer]) -> Answer:
         """What a server says of itself. Raises ConfigError unless it is one of this role and this version of gkd."""
         section, address, start = self._role.section, replica.address, self._role.start_command(replica.address)
         try:
             status, body = self._ask(replica)
         except httpx.HTTPError as error:
             raise ConfigError(
-                f"{section}.addresses: no {self._role.noun} answers at {address} ({self.reason(error)}); "
+                f"{section}.addresses: {self._role.nobody} answers at {address} ({self.reason(error)}); "
                 f"start one with: {start}"
             ) from None
         if status == httpx.codes.UNAUTHORIZED:
@@ -209,14 +210,13 @@ class ReplicaPool:
             description = kind.model_validate_json(bytes(body))
         except ValidationError:
             raise ConfigError(
-                f"{section}.addresses: what answers at {address} is no gkd {self._role.noun} (status {status}); "
+                f"{section}.addresses: what answers at {address} is no {self._role.kind} (status {status}); "
                 f"start one with: {start}"
             ) from None
-        spoken: int = description.protocol  # pyright: ignore[reportAttributeAccessIssue]
-        if spoken != protocol_version:
+        if isinstance(description, Description) and description.protocol != description.spoken:
             raise ConfigError(
-                f"{section}.addresses: {address} speaks version {spoken} of the protocol, this gkd version "
-                f"{protocol_version}; use the same gkd on both sides"
+                f"{section}.addresses: {address} speaks version {description.protocol} of the protocol, this gkd "
+                f"version {description.spoken}; use the same gkd on both sides"
             )
         return description
 

@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from gkd.files import written_aside
+from gkd.models.head_bytes import head_from_bytes, head_to_bytes
 from gkd.teacher.base import Teacher
-from gkd.teacher.serving.head import head_from_bytes, head_to_bytes
 from gkd.types import HiddenScores, Rollout, TeacherScores, TopkScores, first_rows
 
 _log = logging.getLogger(__name__)

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from gkd.config import TeacherConfig
 from gkd.errors import ConfigError, TeacherError
-from gkd.serving.protocol import TOKEN_VARIABLE
-from gkd.serving.replicas import NoServerLeftError, Replica, ServerFailedError, ServerRefusedError
+from gkd.serving.replicas import NoServerLeftError, Replica, Role, ServerFailedError, ServerRefusedError
 from gkd.teacher.servers import TeacherServers
 
 _MODELS_PATH, _COMPLETIONS_PATH = "/v1/models", "/v1/completions"
@@ -56,7 +55,9 @@ class Endpoints(TeacherServers):
         another than the others, allows fewer tokens, or takes no sequence of `longest_tokens`.
         """
         self._longest_tokens = longest_tokens
-        super().__init__(config, section, _MODELS_PATH)
+        super().__init__(
+            config, Role(section, "nothing", "OpenAI-compatible server", _MODELS_PATH, self._start_command)
+        )
 
     def _ask(self) -> None:
         cards = [self._describe(replica) for replica in self._pool.replicas]
@@ -113,30 +114,12 @@ class Endpoints(TeacherServers):
     # ---- one server
 
     def _describe(self, replica: Replica) -> _ModelCard:
-        address, start = replica.address, self._start_command(replica.address)
-        try:
-            response = self._pool.get(replica, _MODELS_PATH)
-        except httpx.HTTPError as error:
-            raise ConfigError(
-                f"{self._section}.addresses: nothing answers at {address} ({self._pool.reason(error)}); start "
-                f"one with: {start}"
-            ) from None
-        if response.status_code == httpx.codes.UNAUTHORIZED:
-            raise ConfigError(
-                f"{self._section}.token_file: {address} asks for its token, and the one given "
-                f"({self._section}.token_file, else ${TOKEN_VARIABLE}) is not it"
-            )
-        try:
-            cards = _ModelList.model_validate_json(response.content).data
-        except ValidationError:
-            raise ConfigError(
-                f"{self._section}.addresses: what answers at {address} is no OpenAI-compatible server (status "
-                f"{response.status_code}); start one with: {start}"
-            ) from None
-        models = [card for card in cards if card.parent is None]
+        models = [card for card in self._pool.describe(replica, _ModelList).data if card.parent is None]
         if len(models) != 1:
             names = ", ".join(card.id for card in models) or "none"
-            raise ConfigError(f"{self._section}.addresses: {address} has to serve one model, and serves {names}")
+            raise ConfigError(
+                f"{self._section}.addresses: {replica.address} has to serve one model, and serves {names}"
+            )
         return models[0]
 
     def _probe(self, replica: Replica) -> None:

@@ -10,16 +10,16 @@ import httpx
 
 from gkd.config import TeacherConfig
 from gkd.errors import ConfigError, TeacherError
-from gkd.serving.replicas import NoServerLeftError, Replica, ServerRefusedError, host_options, refusal
+from gkd.serving import teacher_protocol as protocol
+from gkd.serving.replicas import NoServerLeftError, Replica, Role, ServerRefusedError, host_options, refusal
+from gkd.serving.teacher_protocol import ServedTeacherModel
 from gkd.teacher.servers import TeacherServers
-from gkd.teacher.serving import protocol
-from gkd.teacher.serving.protocol import ServedModel
 
 
 class Replicas(TeacherServers):
     """Servers of one teacher's hidden states."""
 
-    served: ServedModel  # what all serve, with the least max_tokens of any
+    served: ServedTeacherModel  # what all serve, with the least max_tokens of any
 
     def __init__(self, config: TeacherConfig, section: str = "teacher", *, longest_tokens: int = 1) -> None:
         """Asks every server what it serves. `section` is the config's, for messages.
@@ -28,7 +28,8 @@ class Replicas(TeacherServers):
         the section's, or another model than the others, or reads less than a sequence of `longest_tokens` needs.
         """
         self._longest_tokens = longest_tokens
-        super().__init__(config, section, protocol.DESCRIPTION_PATH)
+        role = Role(section, "no teacher", "gkd teacher", protocol.DESCRIPTION_PATH, self._start_command)
+        super().__init__(config, role)
 
     def _ask(self) -> None:
         described = [self._describe(replica) for replica in self._pool.replicas]
@@ -109,8 +110,8 @@ class Replicas(TeacherServers):
                 hint = "; it serves another model than at the start" if name == protocol.IDENTITY_HEADER else ""
                 raise TeacherError(f"{origin}: the answer has {name} {headers.get(name)!r}, not {value!r}{hint}")
 
-    def _describe(self, replica: Replica) -> ServedModel:
-        served = self._pool.describe(replica, ServedModel, protocol.PROTOCOL_VERSION)
+    def _describe(self, replica: Replica) -> ServedTeacherModel:
+        served = self._pool.describe(replica, ServedTeacherModel)
         if served.dtype != self._config.dtype:
             raise ConfigError(
                 f"{self._section}.dtype: {self._config.dtype}, but {replica.address} serves {served.dtype}; set it to "

@@ -11,9 +11,8 @@ import torch
 from safetensors import SafetensorError
 
 from gkd.errors import TeacherError
+from gkd.models.head_bytes import head_from_bytes
 from gkd.teacher.replicas import Replicas
-from gkd.teacher.requests import map_completions
-from gkd.teacher.serving.head import head_from_bytes
 from gkd.types import HiddenScores, OutputHead, Rollout, TeacherScores
 
 
@@ -35,11 +34,7 @@ class ServedTeacher:
         Raises TeacherError, and stops using the servers, if a rollout cannot be scored.
         """
         nothing = torch.empty(0, self._replicas.served.hidden_size, dtype=self._dtype)
-        try:
-            answers = map_completions(self._states, rollouts, nothing, self._replicas.requests_at_once)
-        except BaseException:
-            self._replicas.close()
-            raise
+        answers = self._replicas.ask_for_each(self._states, rollouts, nothing)
         return [HiddenScores(states.to(self._device), self._head) for states in answers]
 
     def _states(self, rollout: Rollout) -> torch.Tensor:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from gkd.config import TeacherConfig
+from gkd.data.order import longest_first
 from gkd.serving.replicas import Replica, ReplicaPool, Role
+from gkd.serving.threads import map_in_threads
+from gkd.types import Rollout
 
 _COOL_DOWN_S = 60.0  # for which a server that failed gets no work while another one does
 _MOST_ATTEMPTS = 3
-T = TypeVar("T")
+Answer = TypeVar("Answer")
 
 
 class TeacherServers:
@@ -20,10 +23,9 @@ class TeacherServers:
     other, once more to the same.
     """
 
-    def __init__(self, config: TeacherConfig, section: str, description_path: str) -> None:
-        """Asks every server what it serves. `section` is the config's, for messages. Raises ConfigError."""
-        self._config, self._section = config, section
-        role = Role(section, "teacher", description_path, self._start_command)
+    def __init__(self, config: TeacherConfig, role: Role) -> None:
+        """Asks every server what it serves. Raises ConfigError."""
+        self._config, self._section = config, role.section
         self._pool = ReplicaPool(config, role, cool_down_s=_COOL_DOWN_S)
         try:
             self._ask()
@@ -34,17 +36,29 @@ class TeacherServers:
     def close(self) -> None:
         self._pool.close()
 
-    @property
-    def requests_at_once(self) -> int:
-        return self._pool.requests_at_once
+    def ask_for_each(
+        self, ask: Callable[[Rollout], Answer], rollouts: Sequence[Rollout], nothing: Answer
+    ) -> list[Answer]:
+        """`ask` of each rollout, one request each, many at once, the longest first, so that it does not come last.
+
+        `nothing` is the answer for an empty completion. Raises the first error of `ask`, and lets go of the servers.
+        """
+        answers = [nothing] * len(rollouts)
+        order = longest_first([len(rollout.token_ids) for rollout in rollouts])
+        scored = [i for i in order if rollouts[i].completion_ids]
+        try:
+            found = map_in_threads(ask, [rollouts[i] for i in scored], self._pool.requests_at_once)
+        except BaseException:
+            self.close()
+            raise
+        for i, answer in zip(scored, found, strict=True):
+            answers[i] = answer
+        return answers
 
     def _ask(self) -> None:
         """Raises ConfigError if a server is of no use."""
         raise NotImplementedError
 
-    def _start_command(self, address: str) -> str:
-        raise NotImplementedError
-
-    def _attempt(self, call: Callable[[Replica], T]) -> T:
+    def _attempt(self, call: Callable[[Replica], Answer]) -> Answer:
         """Raises NoServerLeftError if every attempt fails, and at once what else `call` raises."""
         return self._pool.attempt(call, _MOST_ATTEMPTS)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 
 from gkd.teacher.endpoints import Endpoints
-from gkd.teacher.requests import map_completions
 from gkd.types import Rollout, TeacherScores, TopkScores
 
 
@@ -26,11 +25,7 @@ class TopkTeacher:
         Raises TeacherError, and stops using the servers, if a rollout cannot be scored.
         """
         nothing = TopkScores(torch.empty(0, self._top_k, dtype=torch.int64), torch.empty(0, self._top_k))
-        try:
-            answers = map_completions(self._top_tokens, rollouts, nothing, self._endpoints.requests_at_once)
-        except BaseException:
-            self._endpoints.close()
-            raise
+        answers = self._endpoints.ask_for_each(self._top_tokens, rollouts, nothing)
         return [scores.to(self._device) for scores in answers]
 
     def _top_tokens(self, rollout: Rollout) -> TopkScores:

@@ -16,6 +16,7 @@ import torch
 
 from gkd.config import Config, Launch, cache_folder
 from gkd.data import load_prompts, render_message
+from gkd.engines.sampling import SamplerSpec
 from gkd.errors import ConfigError, RunFolderError
 from gkd.evaluate import task
 from gkd.evaluate.bootstrap import CONFIDENCE
@@ -30,7 +31,7 @@ from gkd.evaluate.token_scores import ScoringSettings, TokenScores, student_scor
 from gkd.evaluate.verified import VerifiedTask, load_tasks
 from gkd.models import load_causal_lm, local_folder, model_fingerprint, resolve_model, verify_head
 from gkd.planning.models import read_architecture
-from gkd.rollout.offline import SamplerSpec, cache_for, complete
+from gkd.rollout.offline import cache_for, complete
 from gkd.train import parts
 from gkd.train.distributed import compute_device
 from gkd.train.parts import Models
@@ -247,7 +248,7 @@ def _complete(
 ) -> list[list[Completion]]:
     spec, fingerprint = contest.sampler_spec(column), contest.fingerprint(column)
     longest = max(len(r.prompt_ids) + settings.max_new_tokens for settings, requests in jobs for r in requests)
-    spec = replace(spec, max_model_tokens=max(spec.max_model_tokens, longest))
+    spec = replace(spec, max_model_tokens=max(contest.pair.max_model_tokens, longest))
     caches = [cache_for(cache_folder(), spec, fingerprint, settings) for settings, _ in jobs]
     cached = [(cache, *job) for cache, job in zip(caches, jobs, strict=True)]
     complete(spec, cached, _log.info, COLUMNS[column])

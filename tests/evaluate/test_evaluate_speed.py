@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from gkd.engines.sampling import SamplerSpec
 from gkd.evaluate.figures import Figure
 from gkd.evaluate.speed import Workload, _requests, measure_speed, spread
-from gkd.rollout.offline import SamplerSpec
 
 WORKLOAD = Workload(prompt_tokens=40, completion_tokens=12, batch_size=3, repeats=2, vocabulary=259, seed=1)
 MIB = 1 << 20

@@ -14,9 +14,10 @@ import torch
 
 from gkd.config import Launch, make_config
 from gkd.data import pack
+from gkd.engines.sampling import SamplerSpec
 from gkd.models import load_causal_lm
 from gkd.rollout.mixture import MixtureRollouts
-from gkd.rollout.offline import SamplerSpec, start_sampler
+from gkd.rollout.offline import start_sampler
 from gkd.rollout.sync import SyncedSampler, probe_prompt
 from gkd.teacher.local import LocalTeacher
 from gkd.train import distributed

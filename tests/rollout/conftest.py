@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from gkd.engines.sampling import SamplerSpec
 from gkd.rollout.base import Sampler
-from gkd.rollout.offline import SamplerSpec, start_sampler
+from gkd.rollout.offline import start_sampler
 
 
 def start_tiny(engine: str, folder: Path) -> Sampler:

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from gkd.config import DataConfig, make_config
 from gkd.data import load_prompts
+from gkd.engines.sampling import SamplerSpec
 from gkd.errors import WeightSyncError
 from gkd.models import load_causal_lm, load_tokenizer, resolve_model
-from gkd.rollout.offline import SamplerSpec, start_sampler
+from gkd.rollout.offline import start_sampler
 from gkd.rollout.sync import SyncedSampler, probe_prompt
 
 PROMPTS = Path(__file__).parents[2] / "configs" / "prompts" / "heldout.jsonl"

@@ -11,8 +11,9 @@ import sys
 
 import torch
 
+from gkd.engines.sampling import SamplerSpec
 from gkd.models import load_causal_lm
-from gkd.rollout.offline import SamplerSpec, start_sampler
+from gkd.rollout.offline import start_sampler
 
 TEXT = tuple(range(3, 200))
 

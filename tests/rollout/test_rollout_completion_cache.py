@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from gkd.engines.sampling import SamplerSpec
 from gkd.rollout.completion_cache import CompletionCache
-from gkd.rollout.offline import SamplerSpec, cache_for
+from gkd.rollout.offline import cache_for
 from gkd.types import Completion, SampleRequest, SamplingSettings
 
 REQUESTS = [SampleRequest((1, 2, 3), 5), SampleRequest((1, 2, 3), 6), SampleRequest((4,), 5)]

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from gkd.engines.sampling import SamplerSpec
 from gkd.errors import SamplerError
-from gkd.rollout.offline import SamplerSpec, cache_for, complete, start_sampler
+from gkd.rollout.offline import cache_for, complete, start_sampler
 from gkd.types import SampleRequest, SamplingSettings
 
 SETTINGS = SamplingSettings(6, stop_token_ids=(2,))

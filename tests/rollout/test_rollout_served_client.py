@@ -14,7 +14,7 @@ from gkd.config import make_config
 from gkd.errors import ConfigError, SamplerError
 from gkd.rollout.replicas import SamplerReplicas
 from gkd.rollout.served import ServedSampler
-from gkd.rollout.serving.protocol import (
+from gkd.serving.sampler_protocol import (
     PROTOCOL_VERSION,
     CompletionQuery,
     ServedSamplerModel,

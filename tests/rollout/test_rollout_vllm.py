@@ -11,9 +11,10 @@ from launching import check, run_python
 from tiny import claim_tied, save_tiny_model
 from transformers import AutoModelForCausalLM
 
+from gkd.engines.sampling import SamplerSpec
 from gkd.errors import SamplerError
 from gkd.rollout.base import Sampler
-from gkd.rollout.offline import SamplerSpec, start_sampler
+from gkd.rollout.offline import start_sampler
 from gkd.types import SampleRequest, SamplingSettings
 
 JOB = Path(__file__).parent / "sleeping_job.py"
@@ -36,7 +37,7 @@ def test_a_probe_finds_states_of_older_weights(
     text = tuple(3 + (11 * i) % 250 for i in range(200))
     vllm_sampler.update_weights(weights, version=0)
     vllm_sampler.probe(text)
-    monkeypatch.setattr("gkd.rollout.vllm_engine.drop_prefix_cache", lambda engine: None)
+    monkeypatch.setattr("gkd.engines.sampling.drop_prefix_cache", lambda engine: None)
     vllm_sampler.update_weights(weights, version=1)
     with pytest.raises(SamplerError, match="still holds the states of 128 tokens from before the update"):
         vllm_sampler.probe(text)

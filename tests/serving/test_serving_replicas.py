@@ -7,7 +7,7 @@ import pytest
 from gkd.config import TeacherConfig
 from gkd.serving.replicas import NoServerLeftError, Replica, ReplicaPool, Role, ServerFailedError
 
-ROLE = Role("teacher", "teacher", "/teacher", lambda address: "gkd serve-teacher")
+ROLE = Role("teacher", "no teacher", "gkd teacher", "/teacher", lambda address: "gkd serve-teacher")
 
 
 def pool(count: int) -> ReplicaPool:

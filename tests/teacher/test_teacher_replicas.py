@@ -14,16 +14,16 @@ from teacher_servers import Answer, FakeServer, rollout
 
 from gkd.config import TeacherConfig
 from gkd.errors import ConfigError, TeacherError
+from gkd.models.head_bytes import head_from_bytes, head_to_bytes
 from gkd.serving.protocol import read_token
+from gkd.serving.teacher_protocol import PROTOCOL_VERSION, ServedTeacherModel
 from gkd.teacher.replicas import Replicas
 from gkd.teacher.served import ServedTeacher
-from gkd.teacher.serving.head import head_from_bytes, head_to_bytes
-from gkd.teacher.serving.protocol import PROTOCOL_VERSION, ServedModel
 from gkd.types import OutputHead
 
 HIDDEN, ROWS = 8, 20
 HEAD = head_to_bytes(OutputHead(torch.arange(ROWS * HIDDEN, dtype=torch.float32).view(ROWS, HIDDEN)))
-SERVED = ServedModel(
+SERVED = ServedTeacherModel(
     protocol=PROTOCOL_VERSION, model="m", fingerprint="f" * 16, dtype="float32", hidden_size=HIDDEN,
     vocabulary_rows=ROWS, max_tokens=64, head_sha256=hashlib.sha256(HEAD).hexdigest(),
 )  # fmt: skip

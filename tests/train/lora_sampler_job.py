@@ -16,9 +16,10 @@ from lora_job import LORA
 from lora_state_job import new_engine
 
 from gkd.config import Launch, LoraConfig
+from gkd.engines.sampling import SamplerSpec
 from gkd.errors import RunError
 from gkd.models import adapter_parameters
-from gkd.rollout.offline import SamplerSpec, start_sampler
+from gkd.rollout.offline import start_sampler
 from gkd.rollout.sync import SyncedSampler, probe_prompt
 from gkd.train import distributed
 from gkd.types import SampleRequest, SamplingSettings, WeightStream

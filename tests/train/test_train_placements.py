@@ -16,13 +16,13 @@ from scores import whole
 from teacher_servers import FakeServer, rollout
 
 from gkd.config import Config, RolloutConfig, TeacherConfig, make_config
+from gkd.engines.sampling import SamplerSpec
 from gkd.errors import ConfigError
 from gkd.models import model_fingerprint, read_config
+from gkd.models.head_bytes import head_to_bytes
 from gkd.rollout import placements as sampler_placements
-from gkd.rollout.offline import SamplerSpec
-from gkd.rollout.serving.protocol import architecture_digest
+from gkd.serving.sampler_protocol import architecture_digest
 from gkd.teacher import placements as teacher_placements
-from gkd.teacher.serving.head import head_to_bytes
 from gkd.train.placements import ask_placements
 from gkd.types import OutputHead
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gkd.config import Config
-from gkd.rollout.offline import SamplerSpec
+from gkd.engines.sampling import SamplerSpec
 from gkd.train.parts.models import Models
 from gkd.types import SamplingSettings
 
@@ -19,16 +19,12 @@ def sampling_settings(config: Config, models: Models) -> SamplingSettings:
 
 
 def sampler_spec(config: Config, models: Models, path: str, dtype: str, revision: str | None = None) -> SamplerSpec:
-    return SamplerSpec(
-        engine=config.rollout.engine,
+    return SamplerSpec.of(
+        config.rollout,
         model_folder=path,
         revision=revision,
         dtype=dtype,
         max_model_tokens=models.max_model_tokens,
         pad_token_id=models.pad_token_id,
-        max_num_seqs=config.rollout.max_num_seqs,
-        kv_cache_gib=config.rollout.kv_cache_gib,
-        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
-        enforce_eager=config.rollout.enforce_eager,
         seed=config.run.seed,
     )

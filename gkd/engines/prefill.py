@@ -10,17 +10,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gkd.environment import cpu_kv_cache_bytes, prepare_vllm, vllm_failures
-from gkd.errors import ModelError
-from gkd.models import local_folder, owns_head
-from gkd.serving.engine import EngineThread
+from gkd.engines.thread import EngineThread
+from gkd.engines.vllm import engine_arguments, importing_vllm, vllm_failures
+from gkd.models import local_folder
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
-class EngineSettings:
+class PrefillSettings:
     """`max_model_tokens` None is the model's own context."""
 
     dtype: str
@@ -34,14 +33,14 @@ class PrefillEngine:
     """vLLM in a thread of this process; requests may come from any thread at any time."""
 
     def __init__(
-        self, model: str, settings: EngineSettings, *, revision: str | None, on_failure: Callable[[], None]
+        self, model: str, settings: PrefillSettings, *, revision: str | None, on_failure: Callable[[], None]
     ) -> None:
         """Returns when the engine is ready. Raises ModelError if vLLM is not installed or cannot run the model.
 
         `on_failure` is called, from the engine's thread, if the engine dies later.
         """
         self._thread = EngineThread(
-            lambda: _start_vllm(model, settings, revision), name="teacher engine", on_failure=on_failure
+            lambda: _start(model, settings, revision), name="teacher engine", on_failure=on_failure
         )
         self.max_tokens = self._thread.max_tokens
         self.close = self._thread.close
@@ -62,34 +61,27 @@ def _request(token_ids: Sequence[int]) -> tuple[Any, Any]:
     return TokensPrompt(prompt_token_ids=list(token_ids)), params
 
 
-def _start_vllm(model: str, settings: EngineSettings, revision: str | None) -> Any:
-    prepare_vllm()
-    try:
+def _start(model: str, settings: PrefillSettings, revision: str | None) -> Any:
+    with importing_vllm():
         from vllm import EngineArgs, LLMEngine
         from vllm.config import PoolerConfig
-    except ImportError as error:
-        raise ModelError(f"vLLM cannot be imported ({error}); install gkd[cuda] or gkd[cpu]") from error
-    folder = str(local_folder(model, revision=revision, key="model"))
-    overrides: dict[str, Any] = {"head_dtype": "model"}  # else a pooling model's states are widened to float32
-    if owns_head(folder, key="model"):
-        overrides["tie_word_embeddings"] = False
-    arguments: dict[str, Any] = {
-        "model": folder,
-        "dtype": settings.dtype,
-        "max_model_len": settings.max_model_tokens,
+    arguments = engine_arguments(
+        str(local_folder(model, revision=revision, key="model")),
+        key="model",
+        dtype=settings.dtype,
+        max_model_tokens=settings.max_model_tokens,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        kv_cache_gib=settings.kv_cache_gib,
+    )
+    arguments |= {
         "tensor_parallel_size": settings.tensor_parallel_size,
-        "gpu_memory_utilization": settings.gpu_memory_utilization,
-        "kv_cache_memory_bytes": cpu_kv_cache_bytes(settings.kv_cache_gib),
         "runner": "pooling",
         "convert": "embed",
         "pooler_config": PoolerConfig(task="token_embed", use_activation=False),
-        "hf_overrides": overrides,
+        # else vLLM widens the states of a pooling model to float32
+        "hf_overrides": arguments["hf_overrides"] | {"head_dtype": "model"},
         "enable_prefix_caching": False,  # a cached prefix has no states
         "enforce_eager": True,  # graphs are for decoding
-        "skip_tokenizer_init": True,
-        "disable_log_stats": True,
-        "use_tqdm_on_load": False,
-        "trust_remote_code": False,
     }
     with vllm_failures(model):
         return LLMEngine.from_engine_args(EngineArgs(**arguments))

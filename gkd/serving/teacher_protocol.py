@@ -1,6 +1,6 @@
 """What a served teacher and its clients agree on. Nothing heavy is imported here.
 
-GET  /teacher                      a `ServedModel` as JSON
+GET  /teacher                      a `ServedTeacherModel` as JSON
 GET  /head                         the output head: safetensors, with logit scale and soft cap in its metadata
 POST /hidden_states?first_row=K    token ids; the answer is the states after the final norm of rows K to the last,
                                    [rows, H] row after row in the served dtype, little-endian
@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import hashlib
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from gkd.config import Dtype
+from gkd.serving.protocol import Description
 
 PROTOCOL_VERSION = 1
 DEFAULT_PORT = 8300
@@ -28,18 +28,13 @@ IDENTITY_HEADER = "x-gkd-identity"
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-class ServedModel(BaseModel):
-    """What a server says of its model. `max_tokens` is the longest sequence that it reads."""
+class ServedTeacherModel(Description):
+    """What a served teacher says of its model. `max_tokens` is the longest sequence that it reads."""
 
-    model_config = ConfigDict(frozen=True, strict=True)
+    spoken = PROTOCOL_VERSION
 
-    protocol: int
-    model: str
     fingerprint: str  # gkd.models.model_fingerprint
-    dtype: Dtype
     hidden_size: int = Field(ge=1)
-    vocabulary_rows: int = Field(ge=1)
-    max_tokens: int = Field(ge=1)
     head_sha256: str
 
     @property

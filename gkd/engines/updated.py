@@ -7,21 +7,21 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from gkd.errors import ModelError, SamplerError
-from gkd.rollout.serving.protocol import CompletionQuery, Transfer
-from gkd.rollout.vllm_engine import (
+from gkd.engines.sampling import SamplerSpec, start_llm
+from gkd.engines.thread import EngineThread
+from gkd.engines.vllm import (
     VllmRequest,
-    VllmSettings,
     completion_of,
     drop_prefix_cache,
+    importing_vllm,
     probed_logprobs,
     refresh_tied_head,
-    start_vllm,
     vllm_probe,
     vllm_request,
     without_dynamo_on_cpu,
 )
-from gkd.serving.engine import EngineThread
+from gkd.errors import SamplerError
+from gkd.serving.sampler_protocol import CompletionQuery, Transfer
 from gkd.types import Completion, SampleRequest
 
 T = TypeVar("T")
@@ -53,18 +53,14 @@ class _Weights:
 class SamplerEngine:
     """vLLM in a thread of this process. Updates wait for completions under way; completions wait for updates."""
 
-    def __init__(
-        self, model: str, settings: VllmSettings, transfer: Transfer, *, on_failure: Callable[[], None]
-    ) -> None:
+    def __init__(self, spec: SamplerSpec, transfer: Transfer, *, on_failure: Callable[[], None]) -> None:
         """Returns when the engine is ready. Raises ModelError if vLLM is not installed or cannot run the model.
 
         `on_failure` is called, from the engine's thread, if the engine dies later.
         """
         self._weights: _Weights | None = None  # the engine thread's own
         self._is_updating = False
-        self._thread = EngineThread(
-            lambda: self._start(model, settings, transfer), name="sampler engine", on_failure=on_failure
-        )
+        self._thread = EngineThread(lambda: self._start(spec, transfer), name="sampler engine", on_failure=on_failure)
         self.max_tokens = self._thread.max_tokens
         self.close = self._thread.close
 
@@ -160,15 +156,13 @@ class SamplerEngine:
             raise NotHeldError("the sampler is not in this update")
         return self._weights
 
-    def _start(self, model: str, settings: VllmSettings, transfer: Transfer) -> Any:
-        try:
+    def _start(self, spec: SamplerSpec, transfer: Transfer) -> Any:
+        with importing_vllm():
             from vllm.config import WeightTransferConfig
 
-            from gkd.rollout.serving.transfer import register_engines
-        except ImportError as error:
-            raise ModelError(f"vLLM cannot be imported ({error}); install gkd[cuda] or gkd[cpu]") from error
+            from gkd.engines.transfer import register_engines
         register_engines()
-        self._llm = start_vllm(model, settings, weight_transfer_config=WeightTransferConfig(backend=transfer))
+        self._llm = start_llm(spec, weight_transfer_config=WeightTransferConfig(backend=transfer))
         without_dynamo_on_cpu().__enter__()  # for as long as this process lives
         return self._llm.llm_engine
 

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gkd.config import Dtype
+from gkd.serving.protocol import TOKEN_ID_FORMAT, Description
 from gkd.types import Completion, SamplingSettings
 
 PROTOCOL_VERSION = 1
@@ -48,17 +48,12 @@ Transfer = Literal["file", "gloo", "nccl"]
 _NO_ARCHITECTURE = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
 
-class ServedSamplerModel(BaseModel):
-    """What a server says of itself. `max_tokens` is the longest prompt and completion together."""
+class ServedSamplerModel(Description):
+    """What a served sampler says of itself. `max_tokens` is the longest prompt and completion together."""
 
-    model_config = ConfigDict(frozen=True, strict=True)
+    spoken = PROTOCOL_VERSION
 
-    protocol: int
-    model: str
     architecture: str  # `architecture_digest`
-    dtype: Dtype
-    vocabulary_rows: int = Field(ge=1)
-    max_tokens: int = Field(ge=1)
     weight_transfer: Transfer
     weights_folder: str | None  # file: where it looks for pieces
     process: str  # another one after a restart
@@ -140,16 +135,12 @@ def architecture_digest(config: Any) -> str:
 def completion_to_bytes(completion: Completion) -> bytes:
     import numpy as np
 
-    from gkd.serving.protocol import TOKEN_ID_FORMAT
-
     return np.asarray(completion.token_ids, TOKEN_ID_FORMAT).tobytes() + logprobs_to_bytes(completion.logprobs)
 
 
 def completion_from_bytes(data: bytes | bytearray, finish_reason: str | None) -> Completion:
     """The inverse of `completion_to_bytes`. Raises ValueError if `data` is no completion."""
     import numpy as np
-
-    from gkd.serving.protocol import TOKEN_ID_FORMAT
 
     count, rest = divmod(len(data), BYTES_A_TOKEN)
     if rest or not count or finish_reason not in ("stop", "length"):

@@ -15,8 +15,9 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 
-from gkd.serving.protocol import TOKEN_ID_BYTES, TOKEN_ID_FORMAT
+from gkd.serving.protocol import TOKEN_ID_BYTES, TOKEN_ID_FORMAT, Description
 
 if TYPE_CHECKING:
     from starlette.routing import BaseRoute
@@ -26,10 +27,14 @@ _PIECE_BYTES = 1 << 20
 _BODY_TIMEOUT_S = 60.0  # a client that stops in the middle of its request
 
 
-def make_app(routes: Sequence[BaseRoute]) -> ASGIApp:
-    """Errors are JSON; a RuntimeError is the engine's, status 500."""
+def make_app(description_path: str, served: Description, routes: Sequence[BaseRoute]) -> ASGIApp:
+    """`routes`, and where the server describes itself. Errors are JSON; a RuntimeError is the engine's, status 500."""
+
+    async def description(request: Request) -> Response:
+        return JSONResponse(served.model_dump())
+
     return Starlette(
-        routes=routes,
+        routes=[Route(description_path, description, methods=["GET"]), *routes],
         exception_handlers={HTTPException: _as_json, RuntimeError: _engine_failed},  # pyright: ignore
     )
 
@@ -108,11 +113,11 @@ async def read_body(request: Request, limit_bytes: int, limit: str) -> bytes:
     return bytes(body)
 
 
-async def read_token_ids(request: Request, *, max_tokens: int, vocabulary_rows: int) -> list[int]:
+async def read_token_ids(request: Request, served: Description) -> list[int]:
     """One sequence; status 400 or 413 for anything else than up to `max_tokens` ids of the vocabulary."""
-    limit_bytes = TOKEN_ID_BYTES * max_tokens
+    vocabulary_rows, limit_bytes = served.vocabulary_rows, TOKEN_ID_BYTES * served.max_tokens
     limit = (
-        f"a sequence has at most {max_tokens} tokens ({limit_bytes} bytes); start the server with a larger "
+        f"a sequence has at most {served.max_tokens} tokens ({limit_bytes} bytes); start the server with a larger "
         "--max-model-tokens, if the model can"
     )
     body = await read_body(request, limit_bytes, limit)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from gkd.errors import InputError, RunError
-from gkd.serving.app import LoopbackGuard, TokenGuard, is_loopback
+from gkd.servers.app import LoopbackGuard, TokenGuard, is_loopback
 from gkd.serving.protocol import TOKEN_VARIABLE
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The output head of a served teacher, on its way to the trainers: safetensors bytes and their hash.
+"""An output head as bytes: on its way from a server to the trainers, or on a disk.
 
 Legend: V vocabulary, H hidden size.
 """
@@ -8,26 +8,12 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from gkd.models import load_causal_lm, output_head, verify_head
 from gkd.types import OutputHead
 
 if TYPE_CHECKING:
     import torch
 
 _METADATA_KEY = "head"  # one key only: safetensors writes several in no fixed order, and equal heads must hash equally
-
-
-def load_head(path: str, dtype: str, *, revision: str | None, key: str) -> OutputHead:
-    """The proven head of a resolved model, on the CPU.
-
-    The whole model is in the host's memory for a moment: that our formula gives its logits is proved on itself.
-    Raises ModelError, starting with `key`, as `load_causal_lm` and `verify_head` do.
-    """
-    model = load_causal_lm(path, dtype, revision=revision, key=key)
-    verify_head(model, key)
-    head = output_head(model)
-    bias = None if head.bias is None else head.bias.detach().clone()
-    return OutputHead(head.weight.detach().clone(), bias, head.logit_scale, head.softcap)
 
 
 def head_to_bytes(head: OutputHead) -> bytes:

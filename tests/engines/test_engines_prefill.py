@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from gkd.engines import prefill
+from gkd.engines.prefill import PrefillEngine, PrefillSettings
 from gkd.errors import ModelError
-from gkd.teacher.serving import engine
-from gkd.teacher.serving.engine import EngineSettings, PrefillEngine
 
-SETTINGS = EngineSettings("float32", None, 1, 0.9, 1.0)
+SETTINGS = PrefillSettings("float32", None, 1, 0.9, 1.0)
 pytestmark = [pytest.mark.fault, pytest.mark.vllm]
 
 
@@ -34,8 +35,9 @@ class FailingVllm:
 
 
 def test_a_failure_reaches_everyone_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    importlib.import_module("vllm")  # which the engine's thread needs for a request, and takes seconds
     vllm, told = FailingVllm(), threading.Event()
-    monkeypatch.setattr(engine, "_start_vllm", lambda *_: vllm)
+    monkeypatch.setattr(prefill, "_start", lambda *_: vllm)
     subject = PrefillEngine("model", SETTINGS, revision=None, on_failure=told.set)
     assert subject.max_tokens == 8
     with pytest.raises(RuntimeError, match="vLLM refused the sequence: too short for me"):
@@ -56,6 +58,6 @@ def test_a_model_that_does_not_start_is_raised_where_it_was_asked_for(monkeypatc
     def refuse(*_: object) -> None:
         raise ModelError("vLLM cannot serve it")
 
-    monkeypatch.setattr(engine, "_start_vllm", refuse)
+    monkeypatch.setattr(prefill, "_start", refuse)
     with pytest.raises(ModelError, match="cannot serve it"):
         PrefillEngine("model", SETTINGS, revision=None, on_failure=lambda: None)

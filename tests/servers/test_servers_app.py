@@ -10,14 +10,16 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from gkd.serving.app import LoopbackGuard, TokenGuard, make_app
+from gkd.servers.app import LoopbackGuard, TokenGuard, make_app
+from gkd.serving.protocol import Description
 
 
 async def anything(request: Request) -> Response:
     return PlainTextResponse("served")
 
 
-APP = make_app([Route("/anything", anything, methods=["GET", "POST"])])
+SERVED = Description(protocol=1, model="m", dtype="float32", vocabulary_rows=9, max_tokens=9)
+APP = make_app("/description", SERVED, [Route("/anything", anything, methods=["GET", "POST"])])
 
 
 def status(app: object, address: str = "http://127.0.0.1:8400", **headers: str) -> int:

@@ -19,7 +19,7 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from gkd.rollout.gloo_pair import GlooPair
+from gkd.serving.gloo_pair import GlooPair
 
 if TYPE_CHECKING:
     import torch

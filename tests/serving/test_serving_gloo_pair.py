@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from gkd.rollout.gloo_pair import GlooPair, listen_towards, own_address
+from gkd.serving.gloo_pair import GlooPair, listen_towards, own_address
 
 
 def has_ipv6() -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gkd.serving.engine import EngineThread
+from gkd.engines.thread import EngineThread
 
 
 class CountingVllm:

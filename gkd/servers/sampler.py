@@ -1,0 +1,224 @@
+"""`gkd serve-sampler`: completions from weights that a trainer sends, by eight routes."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from gkd.engines.sampling import SamplerSpec
+from gkd.engines.updated import NotHeldError, SamplerEngine
+from gkd.errors import InputError
+from gkd.models import local_folder, make_student_from_layers, read_config, resolve_model
+from gkd.servers.app import bad_request, bytes_response, make_app, read_body, read_token_ids
+from gkd.servers.server import ServerSettings, Service, check_context, serve
+from gkd.serving import sampler_protocol as protocol
+from gkd.serving.sampler_protocol import ServedSamplerModel, Transfer, architecture_digest
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+_KEY = "gkd serve-sampler"
+_LARGEST_JSON_BYTES = 1 << 24  # NCCL: names and shapes of all parameters of a piece
+Message = TypeVar("Message", bound=BaseModel)
+T = TypeVar("T")
+Layers = int | list[int] | None  # those of the model that make the student; None: all
+
+
+@dataclass(frozen=True)
+class TransferSettings:
+    """How weights arrive; `backend` None is NCCL on CUDA, files for a server on loopback, else gloo.
+
+    `folder`: where pieces are looked for, on a disk that the trainer has too; None = one of the server's own.
+    """
+
+    backend: Transfer | None
+    folder: Path | None
+
+
+def serve_sampler(spec: SamplerSpec, layers: Layers, transfer: TransferSettings, server: ServerSettings) -> None:
+    """Serves until SIGINT or SIGTERM. `spec` names the model as the user did; its weights come from a trainer later.
+
+    Raises as `serve` does, and ModelError for a model that cannot be served.
+    """
+    if transfer.folder is not None and not transfer.folder.is_dir():
+        raise InputError(f"--weights-folder: there is no folder {str(transfer.folder)!r}")
+    serve(server, lambda stop: _start(spec, layers, transfer, server, stop))
+
+
+def _start(
+    spec: SamplerSpec, layers: Layers, transfer: TransferSettings, server: ServerSettings, stop: Callable[[], None]
+) -> Service:
+    backend = transfer.backend or _default_backend(server)
+    with ExitStack() as cleaning:
+        path = _model_folder(spec, layers, cleaning)
+        config = read_config(path, key=_KEY)
+        check_context(config, spec.max_model_tokens, path)
+        engine = SamplerEngine(replace(spec, model_folder=path, revision=None), backend, on_failure=stop)
+    folder = _weights_folder(backend, transfer, engine)
+    served = ServedSamplerModel(
+        protocol=protocol.PROTOCOL_VERSION,
+        model=spec.model_folder,
+        architecture=architecture_digest(config),
+        dtype=spec.dtype,  # pyright: ignore[reportArgumentType]
+        vocabulary_rows=config.get_text_config().vocab_size,
+        max_tokens=engine.max_tokens,
+        weight_transfer=backend,
+        weights_folder=None if folder is None else str(folder),
+        process=uuid.uuid4().hex,
+    )
+
+    def close() -> None:
+        engine.close()
+        if folder is not None and transfer.folder is None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    return Service(make_sampler_app(served, engine), _words(served), lambda: engine.is_alive, close)
+
+
+def _default_backend(server: ServerSettings) -> Transfer:
+    import torch
+
+    if torch.cuda.is_available():
+        return "nccl"
+    return "file" if server.is_loopback else "gloo"
+
+
+def _model_folder(spec: SamplerSpec, layers: Layers, cleaning: ExitStack) -> str:
+    source = resolve_model(spec.model_folder, revision=spec.revision, key=_KEY)
+    if layers is None:
+        return str(local_folder(source, revision=spec.revision, key=_KEY))
+    folder = Path(cleaning.enter_context(tempfile.TemporaryDirectory(prefix="gkd-sampler-"))) / "student"
+    return str(make_student_from_layers(source, layers, folder, revision=spec.revision))
+
+
+def _weights_folder(backend: Transfer, transfer: TransferSettings, engine: SamplerEngine) -> Path | None:
+    """Where the file engine looks: nobody else can read or write a folder of the server's own."""
+    if backend != "file":
+        return None
+    folder = transfer.folder or Path(tempfile.mkdtemp(prefix="gkd-weights-"))
+    engine.connect({"folder": str(folder)}).result()
+    return folder.absolute()
+
+
+def _words(served: ServedSamplerModel) -> str:
+    return (
+        f"{served.model} ({served.architecture}, {served.dtype}, {served.vocabulary_rows} vocabulary rows, sequences "
+        f"up to {served.max_tokens} tokens; weights by {served.weight_transfer})"
+    )
+
+
+# ---- its routes
+
+
+def make_sampler_app(served: ServedSamplerModel, engine: SamplerEngine) -> ASGIApp:
+    async def completions(request: Request) -> Response:
+        prompt_ids = await read_token_ids(request, served)
+        query = _query(request, protocol.CompletionQuery)
+        _check_room(len(prompt_ids), query.max_new_tokens, served.max_tokens)
+        made = await _result(engine.complete(prompt_ids, query))
+        body = protocol.completion_to_bytes(made.answer)
+        return _versioned_bytes(body, made.weights_version, {protocol.FINISH_REASON_HEADER: made.answer.finish_reason})
+
+    async def probe(request: Request) -> Response:
+        token_ids = await read_token_ids(request, served)
+        query = _query(request, protocol.ProbeQuery)
+        _check_room(len(token_ids), 1, served.max_tokens)
+        made = await _result(engine.probe(token_ids, query.weights_version))
+        return _versioned_bytes(protocol.logprobs_to_bytes(made.answer), made.weights_version, {})
+
+    async def connect(request: Request) -> Response:
+        return await _done(engine.connect(await _connection(request, served)))
+
+    async def start(request: Request) -> Response:
+        message = await _message(request, protocol.UpdateStart)
+        return await _done(engine.start_update(message.update, message.version))
+
+    async def piece(request: Request) -> Response:
+        message = await _message(request, protocol.UpdatePiece)
+        return await _done(engine.receive_piece(message.update, message.piece))
+
+    async def finish(request: Request) -> Response:
+        message = await _message(request, protocol.UpdateFinish)
+        return await _done(engine.finish_update(message.update, message.pieces))
+
+    async def accept(request: Request) -> Response:
+        return await _done(engine.accept((await _message(request, protocol.UpdateAccept)).update))
+
+    posts = {
+        protocol.COMPLETIONS_PATH: completions,
+        protocol.PROBE_PATH: probe,
+        protocol.CONNECT_PATH: connect,
+        protocol.START_PATH: start,
+        protocol.PIECE_PATH: piece,
+        protocol.FINISH_PATH: finish,
+        protocol.ACCEPT_PATH: accept,
+    }
+    routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
+    return make_app(protocol.DESCRIPTION_PATH, served, routes)
+
+
+def _query(request: Request, kind: type[Message]) -> Message:
+    try:
+        return kind.model_validate(dict(request.query_params))
+    except ValidationError as error:
+        raise bad_request(_faults(error)) from None
+
+
+def _check_room(prompt_tokens: int, new_tokens: int, max_tokens: int) -> None:
+    if prompt_tokens + new_tokens > max_tokens:
+        raise bad_request(
+            f"a prompt of {prompt_tokens} tokens and {new_tokens} new ones are more than the {max_tokens} "
+            "that this sampler takes; start it with a larger --max-model-tokens, if the model can"
+        )
+
+
+def _versioned_bytes(body: bytes, version: int, headers: dict[str, str]) -> Response:
+    return bytes_response(memoryview(body), {protocol.VERSION_HEADER: str(version)} | headers)
+
+
+async def _connection(request: Request, served: ServedSamplerModel) -> dict[str, Any]:
+    if served.weight_transfer == "file":
+        raise bad_request("files need no connection")  # and nobody may name another folder
+    return (await _message(request, protocol.Connection)).info
+
+
+async def _message(request: Request, kind: type[Message]) -> Message:
+    body = await read_body(request, _LARGEST_JSON_BYTES, f"a message has at most {_LARGEST_JSON_BYTES} bytes")
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise bad_request(_faults(error)) from None
+
+
+async def _done(future: Future[None]) -> Response:
+    await _result(future)
+    return JSONResponse({})
+
+
+async def _result(future: Future[T]) -> T:
+    """Status 409 for what does not fit the weights that are held; other errors are the engine's."""
+    try:
+        return await asyncio.wrap_future(future)
+    except NotHeldError as error:
+        raise HTTPException(HTTPStatus.CONFLICT, str(error)) from None
+    except Exception as error:  # noqa: BLE001  (vLLM's loaders have errors of every kind)
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+
+
+def _faults(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors())
