@@ -79,11 +79,11 @@ test-avx2: $(KERNELS)
 # The figures of README and docs from benchmarks/results; a test fails where they are not up to date.
 PAGES := README.md $(addprefix docs/,benchmarks.md recipes.md scaling.md serving.md table.md)
 tables: $(READY)
-	$(BIN)/python benchmarks/tables.py --write $(PAGES) --plots docs/plots
+	$(BIN)/python -m benchmarks.figures.tables --write $(PAGES) --plots docs/plots
 
 # Small runs of every benchmark, their tables and plots in build/evidence, and the figures of README and docs held against them.
 evidence: $(KERNELS)
-	$(BIN)/python benchmarks/evidence.py $(ARGS)
+	$(BIN)/python -m benchmarks.figures.evidence $(ARGS)
 
 # A link to nowhere or a name that is gone fails. The variable silences advertising.
 docs: $(READY)
@@ -93,7 +93,7 @@ docs: $(READY)
 # On a machine with a GPU, torch, numpy, pytest and nvcc; no virtual environment and no network are needed.
 GPU_PYTHON ?= python3
 gpu-check:
-	$(GPU_PYTHON) benchmarks/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) $(if $(OUT),--out $(OUT))
+	$(GPU_PYTHON) -m benchmarks.gpu_check $(if $(WHEELS),--wheels $(WHEELS)) $(if $(OUT),--out $(OUT))
 
 # Cross-compiles the CUDA kernels for all architectures, GPU or not.
 cuda: $(READY)

@@ -23,9 +23,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.processes import OK, ended
+from benchmarks.records import RESULTS, ROOT, say
+from gkd.files import write_json
+
 PEERS = ROOT / "build" / "peers"
 JOB = ["tests/gpu/small_job.py"]
 DIVERGENCE, LINEAR = "divergence_cuda.csv", "linear_divergence_cuda.csv"
@@ -44,7 +46,7 @@ class Step:
 @dataclass(frozen=True)
 class Outcome:
     name: str
-    status: str  # "ok", "failed", "timed out", or why it could not be tried
+    status: str  # OK, how it failed, or why it could not be tried
     seconds: float
     required: bool
 
@@ -91,14 +93,14 @@ def main() -> int:
         "steps": [asdict(outcome) for outcome in outcomes],
         "bars": [asdict(bar) | {"verdict": bar.verdict} for bar in bars],
     }
-    (out / "gpu_check.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_json(out / "gpu_check.json", record)
     say(f"record: {out / 'gpu_check.json'}")
-    return int(any(outcome.required and outcome.status != "ok" for outcome in outcomes))
+    return int(any(outcome.required and outcome.status != OK for outcome in outcomes))
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--wheels", type=Path, help="folder of wheels of peers, unpacked into build/peers")
     parser.add_argument("--quick", action="store_true", help="few rounds and one shape: does it work at all")
     return parser.parse_args()
@@ -147,12 +149,12 @@ def steps(out: Path, quick: bool) -> list[Step]:
     kernel_metrics += (
         ",dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__throughput.avg.pct_of_peak_sustained_elapsed"
     )
-    divergence = [python, "benchmarks/divergence.py", "--device", "cuda", "--works", "value+gradient", *few]
+    divergence = [python, "-m", "benchmarks.losses.divergence", "--device", "cuda", "--works", "value+gradient", *few]
     divergence += ["--kinds", "forward_kl", "reverse_kl", "jsd", "--ignored", "0"]
     divergence += ["--shapes", "8192x128256", *([] if quick else ["8192x151936"])]
-    linear = [python, "benchmarks/linear_divergence.py", "--device", "cuda", "--kinds", "jsd", *few]
+    linear = [python, "-m", "benchmarks.losses.linear_divergence", "--device", "cuda", "--kinds", "jsd", *few]
     linear += ["--shapes", "1024x4096x4096x128256" if quick else "8192x4096x4096x128256"]
-    end_to_end = [python, "benchmarks/end_to_end.py", *(["--size", "tiny"] if quick else [])]
+    end_to_end = [python, "-m", "benchmarks.runs.end_to_end", *(["--size", "tiny"] if quick else [])]
     return [
         Step("build", [python, "setup.py", "build_ext", "--inplace"], 150),
         Step("tests", [python, "-m", "pytest", "-q", "--confcutdir=tests/gpu", "tests/gpu"], 120),
@@ -179,18 +181,10 @@ def run(step: Step, environment: Mapping[str, str], out: Path) -> Outcome:
         return Outcome(step.name, f"{step.command[0]} not found", 0.0, step.required)
     start = time.monotonic()
     with log.open("w") as file:
-        process = subprocess.Popen(
-            step.command, cwd=ROOT, env=dict(environment), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            status = "ok" if process.wait(step.limit_s) == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
-            status = "timed out"
+        status = ended(step.command, file, step.limit_s, environment)
     seconds = time.monotonic() - start
     say(f"{step.name}: {status} after {seconds:.0f} s")
-    if status != "ok" or step.name == "end_to_end":
+    if status != OK or step.name == "end_to_end":
         for line in log.read_text(errors="replace").splitlines()[-25:]:
             say(f"    {line}")
     return Outcome(step.name, status, round(seconds, 1), step.required)
@@ -230,12 +224,8 @@ def figure(case: Mapping[str, Mapping[str, str]], implementation: str, column: s
 
 
 def git_revision() -> str:
-    done: Any = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() or "unknown"
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ PAGES_WITH_TABLES = [
 
 @pytest.mark.parametrize("page", PAGES_WITH_TABLES)
 def test_tables_are_those_of_the_recorded_results(page: str) -> None:
-    command = [sys.executable, "benchmarks/tables.py", "--check", page]
+    command = [sys.executable, "-m", "benchmarks.figures.tables", "--check", page]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert page in (ROOT / "Makefile").read_text() or page.removeprefix("docs/") in (ROOT / "Makefile").read_text()

@@ -57,9 +57,9 @@ class Device:
 GPU_EFFICIENCY = Efficiency(sample=0.6, score=0.5, train=0.4, optimizer=0.7, sync=0.5, link=0.75)
 GPU_DECODE_EAGER_S, GPU_DECODE_GRAPH_S = 0.015, 0.003  # ASSUMPTION: vLLM's scheduler and launches a step
 
-# Made by benchmarks/fit_planner.py from `fitted_to` of benchmarks/results/plan_cpu.json, a quickstart on 2 x86 cores
-# with AMX: the rates of gkd/planning/measure.py beside the run, and given those one efficiency a phase. docs/scaling.md
-# shows what error they leave on runs that they were not fitted to.
+# Made by `python -m benchmarks.runs.fit_planner` from `fitted_to` of benchmarks/results/plan_cpu.json, a quickstart on
+# 2 x86 cores with AMX: the rates of gkd/planning/measure.py beside the run, and given those one efficiency a phase.
+# docs/scaling.md shows what error they leave on runs that they were not fitted to.
 # ASSUMPTION: link.
 CPU_BF16_FLOPS_PER_S, CPU_BANDWIDTH_BYTES_PER_S = 1.09e12, 23.3 * GB
 CPU_EFFICIENCY = Efficiency(sample=0.278, score=0.444, train=0.386, optimizer=0.88, sync=0.0647, link=0.5)

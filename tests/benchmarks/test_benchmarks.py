@@ -1,20 +1,18 @@
-"""The benchmark scripts run from end to end on tiny shapes, and their figures become tables and back."""
+"""The benchmarks run from end to end on tiny shapes, and their figures become tables and back."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
 import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from launching import check, run_python
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from benchmarks.losses import measure
+
 NUMBERS = ("ms_p20", "ms_p50", "ms_p80", "gb_per_s", "copy_share", "ratio_to_gkd", "copy_gb_per_s")
 CASES = {
     "divergence": ["--shapes", "8x1000", "5x300", "--kinds", "jsd", "reverse_kl", "--ignored", "0.3"],
@@ -26,15 +24,14 @@ UNCOMPILED = {
 }
 
 
-def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+def run_benchmark(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return run_python(["-m", f"benchmarks.{name}", *map(str, arguments)], timeout_s=300)
 
 
 def measured(name: str, out: Path, *arguments: object) -> list[dict[str, str]]:
-    """The rows that a tiny run of a script writes."""
-    done = run_script(name, *CASES[name], "--device", "cpu", "--repeats", 2, "--quick", "--out", out, *arguments)
-    assert done.returncode == 0, done.stderr
+    """The rows that a tiny run of a loss's benchmark writes."""
+    options = [*CASES[name], "--device", "cpu", "--repeats", 2, "--quick", "--out", out, *arguments]
+    check(run_benchmark(f"losses.{name}", *options))
     with out.open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -46,16 +43,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in CASES:
         measured(name, folder / f"{name}_cpu.csv", "--only", *UNCOMPILED[name])
     return folder
-
-
-@pytest.fixture
-def measure(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The shared module, imported as the scripts do."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import measure  # type: ignore
-
-    yield measure
-    del sys.modules["measure"]
 
 
 def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
@@ -108,7 +95,7 @@ def test_compiled_implementations_run(tmp_path: Path) -> None:
     assert len(compiled) == 2 and all(row["ms_p50"] and row["note"].startswith("compiled in") for row in compiled)
 
 
-def test_a_peer_that_fails_keeps_its_reason_and_gkd_must_not(measure: ModuleType) -> None:
+def test_a_peer_that_fails_keeps_its_reason_and_gkd_must_not() -> None:
     def fails() -> object:
         raise ValueError("first line\nsecond line")
 
@@ -116,14 +103,14 @@ def test_a_peer_that_fails_keeps_its_reason_and_gkd_must_not(measure: ModuleType
         return measure.Candidate(lambda index: (torch.ones(()),))
 
     copied = measure.copy_call(1024, "cpu")
-    found, _ = measure.measure({"gkd": works, "peer": fails}, "cpu", 2, copied, lambda line: None)
+    found, _ = measure.measure({"gkd": works, "peer": fails}, "cpu", 2, copied)
     assert found["gkd"].timing is not None
     assert found["peer"].timing is None and found["peer"].note == "ValueError: first line"
     with pytest.raises(ValueError, match="first line"):
-        measure.measure({"gkd": fails}, "cpu", 2, copied, lambda line: None)
+        measure.measure({"gkd": fails}, "cpu", 2, copied)
 
 
-def test_rounds_alternate(measure: ModuleType) -> None:
+def test_rounds_alternate() -> None:
     called: list[str] = []
 
     def call(name: str) -> object:
@@ -135,7 +122,8 @@ def test_rounds_alternate(measure: ModuleType) -> None:
 
 
 PEAK_OF_TWO_TENSORS = """
-import measure, torch
+import torch
+from benchmarks.losses import measure
 
 def call(index):
     first = torch.ones(4 << 20)  # 16 MiB of float32
@@ -150,8 +138,7 @@ print(measure.peak_extra_bytes(call, "cpu"))
 
 def test_peak_memory_counts_what_is_held_at_once() -> None:
     """In a process of its own: the tests before this one leave holes that tensors could hide in."""
-    command = [sys.executable, "-c", PEAK_OF_TWO_TENSORS]
-    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+    done = check(run_python(["-c", PEAK_OF_TWO_TENSORS]))
     if done.stdout.strip() == "None":
         pytest.skip("this kernel does not reset the high-water mark of memory")
     assert int(done.stdout) == pytest.approx(32 << 20, rel=0.1)
@@ -167,7 +154,7 @@ def test_tables_are_what_the_results_say(results: Path, tmp_path: Path) -> None:
         (folder / path.name).write_text(path.read_text())
 
     def tables(option: str) -> int:
-        return run_script("tables", "--results", folder, option, page).returncode
+        return run_benchmark("figures.tables", "--results", folder, option, page).returncode
 
     assert tables("--check") == 1
     assert tables("--write") == 0 and tables("--check") == 0
@@ -186,13 +173,13 @@ def test_tables_want_their_markers(results: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     for text in ("nothing", "<!-- begin: unknown -->\n<!-- end: unknown -->", "<!-- begin: divergence -->\n"):
         page.write_text(text)
-        done = run_script("tables", "--results", results, "--write", page)
+        done = run_benchmark("figures.tables", "--results", results, "--write", page)
         assert done.returncode != 0 and "Traceback" not in done.stderr and str(page) in done.stderr
 
 
 def test_plots(results: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    done = run_script("tables", "--results", results, "--plots", tmp_path)
+    done = run_benchmark("figures.tables", "--results", results, "--plots", tmp_path)
     assert done.returncode == 0, done.stderr
     assert {path.suffix for path in tmp_path.iterdir()} == {".svg"} and len(list(tmp_path.iterdir())) == 3
 
@@ -202,20 +189,11 @@ def test_plots(results: Path, tmp_path: Path) -> None:
 def test_packed_and_padded_rollouts_have_the_same_gradient(tmp_path: Path) -> None:
     arguments = ["--batch", "3", "--max-new-tokens", "6", "--rounds", "1", "--micro-batch-size", "2"]
     arguments += ["--micro-batch-tokens", "100", "--work", str(tmp_path), "--out", str(tmp_path / "packing.json")]
-    command = [sys.executable, str(BENCHMARKS / "packing.py"), *arguments]
-    done = subprocess.run(command, cwd=BENCHMARKS.parent, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    check(run_benchmark("runs.packing", *arguments))
     record = json.loads((tmp_path / "packing.json").read_text())
     assert record["gradient_difference_float32"] < 1e-5 and record["speedup"] > 0
 
 
-def test_record_run_still_starts() -> None:
-    environment = os.environ | {"PYTHONWARNINGS": "error::ImportWarning"}
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "record_run.py"), "missing-folder", "out.json"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
+def test_a_run_that_is_to_be_recorded_has_to_be_there() -> None:
+    done = run_benchmark("runs.record", "missing-folder", "out.json")
     assert "FileNotFoundError" in done.stderr and "missing-folder" in done.stderr

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
+from launching import run_python
 
-ROOT = Path(__file__).parents[2]
-BENCHMARKS = ROOT / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def modules() -> SimpleNamespace:
-    """Imported as the scripts do."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        names = ("claims", "evidence", "judging")
-        return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+from benchmarks.figures import claims, judging
+from benchmarks.figures.evidence import runs
+from benchmarks.records import RESULTS, ROOT
+from gkd.bench import tables
 
 
 @pytest.fixture
@@ -35,12 +22,12 @@ def copy(tmp_path: Path) -> Path:
     """README, docs and results, to lie in."""
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
-    shutil.copytree(BENCHMARKS / "results", tmp_path / "results")
+    shutil.copytree(RESULTS, tmp_path / "results")
     return tmp_path
 
 
-def claim_named(modules: SimpleNamespace, name: str) -> Any:
-    (claim,) = (claim for claim in modules.claims.CLAIMS if claim.name == name)
+def claim_named(name: str) -> judging.Claim:
+    (claim,) = (claim for claim in claims.CLAIMS if claim.name == name)
     return claim
 
 
@@ -75,9 +62,8 @@ def lie_in(path: Path, factor: float, *keys: str) -> None:
 
 
 def wrong(*arguments: object) -> set[str]:
-    """What benchmarks/claims.py objects to."""
-    command = [sys.executable, str(BENCHMARKS / "claims.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    """What `benchmarks.figures.claims` objects to."""
+    done = run_python(["-m", "benchmarks.figures.claims", *map(str, arguments)], timeout_s=100)
     assert "Traceback" not in done.stderr and done.returncode == bool(done.stderr)
     return set(done.stderr.splitlines())
 
@@ -100,30 +86,30 @@ def test_readme_and_docs_say_what_the_results_say() -> None:
         ("served teacher: bytes, 128 log-probabilities ÷ hidden states", "docs/serving.md", "17.99"),
     ],
 )
-def test_a_lie_on_a_page_is_found(modules: SimpleNamespace, copy: Path, name: str, page: str, lie: str) -> None:
-    before = set(modules.claims.stale(copy, copy / "results"))
-    claim = claim_named(modules, name)
+def test_a_lie_on_a_page_is_found(copy: Path, name: str, page: str, lie: str) -> None:
+    before = set(claims.stale(copy, copy / "results"))
+    claim = claim_named(name)
     lie_on(copy / page, claim.says, lie)
     (found,) = wrong("--root", copy, "--results", copy / "results") - before
     assert found.startswith(f"{page}: {name}: says {lie}, {claim.figure.file} says ")
 
 
-def test_a_second_figure_a_lost_sentence_and_a_lost_file_are_found(modules: SimpleNamespace, copy: Path) -> None:
-    before = set(modules.claims.stale(copy, copy / "results"))
+def test_a_second_figure_a_lost_sentence_and_a_lost_file_are_found(copy: Path) -> None:
+    before = set(claims.stale(copy, copy / "results"))
     readme = copy / "README.md"
     text = readme.read_text().replace("benchmarks/results/versus_trl_cpu.json", "elsewhere")
     readme.write_text(text.replace("sync weights", "weights") + "\n24 steps in 1m00s\n")
-    found = "\n".join(sorted(set(modules.claims.stale(copy, copy / "results")) - before))
+    found = "\n".join(sorted(set(claims.stale(copy, copy / "results")) - before))
     assert "README.md: quickstart: wall_s: says 1m00s" in found
     assert "README.md: quickstart: time/sync_s: not there" in found
     assert "README.md: versus TRL: memory: does not name benchmarks/results/versus_trl_cpu.json" in found
 
 
-def test_a_lie_in_a_result_is_found(modules: SimpleNamespace, copy: Path) -> None:
-    before = set(modules.claims.stale(copy, copy / "results"))
+def test_a_lie_in_a_result_is_found(copy: Path) -> None:
+    before = set(claims.stale(copy, copy / "results"))
     lie_in(copy / "results" / "packing_cpu.json", 10, "speedup")
     (copy / "results" / "teacher_scoring_cpu.json").unlink()
-    found = set(modules.claims.stale(copy, copy / "results")) - before
+    found = set(claims.stale(copy, copy / "results")) - before
     (lie,) = (line for line in found if "packing_cpu.json says" in line)
     assert lie.startswith("docs/benchmarks.md: packing: speed-up: says ")
     assert (
@@ -131,10 +117,10 @@ def test_a_lie_in_a_result_is_found(modules: SimpleNamespace, copy: Path) -> Non
     )
 
 
-def test_what_is_not_measured_yet_may_be_missing(modules: SimpleNamespace, copy: Path) -> None:
+def test_what_is_not_measured_yet_may_be_missing(copy: Path) -> None:
     """Results and their sentence come and go together."""
-    claim = modules.judging.Claim("speed", r"([\d.]+) apples", modules.judging.of("none.json", "apples"))
-    check = modules.judging.disagreements
+    claim = judging.Claim("speed", r"([\d.]+) apples", judging.of("none.json", "apples"))
+    check = judging.disagreements
     assert check(claim, copy, copy / "results") == []
     (copy / "results" / "none.json").write_text('{"apples": 3.14}')
     assert "not there" in check(claim, copy, copy / "results")[0]
@@ -151,26 +137,24 @@ def test_what_is_not_measured_yet_may_be_missing(modules: SimpleNamespace, copy:
         ("0.1s", 0.137, True), ("31s", 30.7, True), ("31s", 30.2, False), ("2", 2.01, True),
     ],
 )  # fmt: skip
-def test_a_figure_agrees_to_the_last_digit_shown(
-    modules: SimpleNamespace, text: str, figure: float, agree: bool
-) -> None:
-    assert modules.judging.agrees(text, figure) == agree
+def test_a_figure_agrees_to_the_last_digit_shown(text: str, figure: float, agree: bool) -> None:
+    assert judging.agrees(text, figure) == agree
 
 
 # ---- against new results
 
 
-def test_every_small_run_that_claims_name_exists(modules: SimpleNamespace) -> None:
-    names = {run.name for run in modules.evidence.runs(Path(), Path())}
-    named = {claim.again.run for claim in modules.claims.CLAIMS if claim.again}
+def test_every_small_run_that_claims_name_exists() -> None:
+    names = {run.name for run in runs(Path(), Path())}
+    named = {claim.again.run for claim in claims.CLAIMS if claim.again}
     assert {"divergence", "versus_trl", "quickstart"} < named <= names
-    assert len({claim.name for claim in modules.claims.CLAIMS}) == len(modules.claims.CLAIMS)
+    assert len({claim.name for claim in claims.CLAIMS}) == len(claims.CLAIMS)
 
 
-def test_the_recorded_results_hold_against_themselves(modules: SimpleNamespace) -> None:
-    results = BENCHMARKS / "results"
-    runs = {run.name for run in modules.evidence.runs(Path(), Path())}
-    verdicts = modules.claims.compared(results, results, runs)
+def test_the_recorded_results_hold_against_themselves() -> None:
+    results = RESULTS
+    names = {run.name for run in runs(Path(), Path())}
+    verdicts = claims.compared(results, results, names)
     assert all(one.holds for one in verdicts if one.claim.again and one.committed is not None)
     assert sum(one.holds is True for one in verdicts) > 20
 
@@ -184,41 +168,31 @@ def test_the_recorded_results_hold_against_themselves(modules: SimpleNamespace) 
         ("quickstart: JSD before", 1.2, ("summary", "heldout_jsd_before")),
     ],
 )
-def test_what_no_longer_holds_is_found(
-    modules: SimpleNamespace, copy: Path, name: str, factor: float, keys: tuple[str, ...]
-) -> None:
+def test_what_no_longer_holds_is_found(copy: Path, name: str, factor: float, keys: tuple[str, ...]) -> None:
     fresh = copy / "results"
-    lie_in(fresh / claim_named(modules, name).figure.file, factor, *keys)
+    lie_in(fresh / claim_named(name).figure.file, factor, *keys)
     (found,) = (line for line in wrong("--now", fresh) if "committed" in line)
     assert found.startswith(f"{name}: now ")
 
 
-def test_the_table_of_ways_to_distil_says_what_is_claimed_of_it(modules: SimpleNamespace) -> None:
+def test_the_table_of_ways_to_distil_says_what_is_claimed_of_it() -> None:
     """Its claims read sentences that a script writes: each finds its own figure once, a negative one too."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        pages = importlib.import_module("table.pages")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
     sentence = "In {} accuracy on-policy GKD gains {:.2f} to {:.2f} times what supervised KD does."
-    assert sentence.split("{")[0] in Path(pages.__file__).read_text()
+    assert sentence.split("{")[0] in Path(tables.__file__).read_text()
     page = " ".join([sentence.format("greedy", -0.25, 1.5), sentence.format("sampled", -3, 4), "of which 0 failed, in"])
     names = [f"{which} ratio of gains, {kind}" for kind in ("greedy", "sampled") for which in ("least", "greatest")]
-    found = [
-        re.findall(claim_named(modules, f"ways to distil: {name}").says, page) for name in [*names, "failed cells"]
-    ]
+    found = [re.findall(claim_named(f"ways to distil: {name}").says, page) for name in [*names, "failed cells"]]
     assert found == [["-0.25"], ["1.50"], ["-3.00"], ["4.00"], ["0"]]
 
 
-def test_a_run_without_results_does_not_hold_unless_it_was_not_asked_for(modules: SimpleNamespace, copy: Path) -> None:
+def test_a_run_without_results_does_not_hold_unless_it_was_not_asked_for(copy: Path) -> None:
     (copy / "results" / "packing_cpu.json").unlink()
-    compared = modules.claims.compared
-    for runs, holds in (({"packing"}, False), ({"divergence"}, None)):
-        verdicts = compared(BENCHMARKS / "results", copy / "results", runs)
+    for asked_for, holds in (({"packing"}, False), ({"divergence"}, None)):
+        verdicts = claims.compared(RESULTS, copy / "results", asked_for)
         found = [one for one in verdicts if one.claim.again and one.claim.again.run == "packing"]
         assert len(found) == 2 and all(one.holds is holds for one in found)
 
 
 def test_the_quickstart_leaves_less_than_a_third() -> None:
-    summary = json.loads((BENCHMARKS / "results" / "quickstart.json").read_text())["summary"]
+    summary = json.loads((RESULTS / "quickstart.json").read_text())["summary"]
     assert summary["heldout_forward_kl_after"] <= 0.3 * summary["heldout_forward_kl_before"]

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import check, run_python
 
-ROOT = Path(__file__).parents[2]
+from benchmarks.runs.random_model import Size, run_config
 
 
 def measured(folder: Path, *options: str) -> dict[str, Any]:
     record = folder / "record.json"
-    command = [sys.executable, "benchmarks/end_to_end.py", "--size", "tiny", "--steps", "4", "--transformers"]
-    done = subprocess.run([*command, *options, "--out", str(record)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = ["-m", "benchmarks.runs.end_to_end", "--size", "tiny", "--steps", "4", "--transformers"]
+    check(run_python([*command, *options, "--out", record]))
     return json.loads(record.read_text())
 
 
@@ -34,9 +31,7 @@ def test_plain_pytorch_under_deepspeeds_name_takes_the_same_steps(tmp_path: Path
         assert 0 < record["share_of_matmul_rate"] < 1
 
 
-def test_a_batch_has_enough_prompts_however_short_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    end_to_end = importlib.import_module("end_to_end")
-    size = end_to_end.Size(2, 64, 512, batch_size=64, micro_batch_size=8, max_prompt_tokens=48, max_new_tokens=2)
-    end_to_end.run_config(size, tmp_path / "teacher", tmp_path / "run", "transformers", 1)
+def test_a_batch_has_enough_prompts_however_short_they_are(tmp_path: Path) -> None:
+    size = Size(2, 64, 512, batch_size=64, micro_batch_size=8, max_prompt_tokens=48, max_new_tokens=2)
+    run_config(size, tmp_path / "teacher", tmp_path / "run", "transformers", 1)
     assert len(set((tmp_path / "prompts.jsonl").read_text().splitlines())) == 64

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from launching import run_python
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from benchmarks.figures import evidence
+
 SLEEPS_WITH_A_CHILD = """
 import pathlib, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
@@ -20,23 +20,13 @@ time.sleep(300)
 """
 
 
-@pytest.fixture(scope="module")
-def evidence() -> ModuleType:
-    """Imported as the script does."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module("evidence")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
 def is_running(pid: int) -> bool:
     status = Path(f"/proc/{pid}/status")
     return status.exists() and "State:\tZ" not in status.read_text()
 
 
 def test_what_fails_or_hangs_is_reported_and_the_others_go_on(
-    evidence: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     python, results = sys.executable, tmp_path / "results"
     results.mkdir()
@@ -59,25 +49,25 @@ def test_what_fails_or_hangs_is_reported_and_the_others_go_on(
     assert not is_running(int((tmp_path / "child").read_text()))
 
 
-def test_without_time_nothing_is_started(evidence: ModuleType, tmp_path: Path) -> None:
+def test_without_time_nothing_is_started(tmp_path: Path) -> None:
     run = evidence.Run("late", [[sys.executable, "-c", "pass"]], None, 60)
     (outcome,) = evidence.run_all([run], tmp_path, time.monotonic() - 1)
     assert outcome.status == "no time was left" and not (tmp_path / "logs").exists()
 
 
-def test_all_of_it_has_time_and_writes_where_claims_look(evidence: ModuleType, tmp_path: Path) -> None:
+def test_all_of_it_has_time_and_writes_where_claims_look(tmp_path: Path) -> None:
     runs = evidence.runs(tmp_path / "results", tmp_path / "work")
     assert len({run.name for run in runs}) == len(runs)
     for run in runs:
         command = [str(part) for part in run.commands[-1]]
-        assert (BENCHMARKS.parent / command[1]).is_file()
+        assert command[1] == "-m" and find_spec(command[2]) is not None
         assert run.makes is None or str(tmp_path / "results" / run.makes) in command
         assert not any("benchmarks/results" in part for part in command)
 
 
 def test_one_run_leaves_tables_plots_and_verdicts(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "evidence.py"), "--only", "choosing", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    command = ["-m", "benchmarks.figures.evidence", "--only", "choosing", "--out", tmp_path]
+    done = run_python(command, timeout_s=200)
     assert "[1/1] choosing" in done.stdout and "Traceback" not in done.stderr
     assert len(list((tmp_path / "plots").glob("choosing_*.svg"))) == 3
     assert "## divergence\n\nNot measured yet." in (tmp_path / "tables.md").read_text()

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import check, run_python
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-PHASES = ("sample", "step")
+from benchmarks.records import RESULTS
 
 
 def tables(*arguments: object) -> None:
-    command = [sys.executable, str(BENCHMARKS / "tables.py"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stderr
+    check(run_python(["-m", "benchmarks.figures.tables", *map(str, arguments)], timeout_s=100))
 
 
 @pytest.fixture
 def scaling() -> dict[str, Any]:
-    """A record as benchmarks/scaling.py writes it: what is sampled grows as planned, a step does not."""
+    """A record as benchmarks.runs.scaling writes it: what is sampled grows as planned, a step does not."""
     points = [
         {
             "axis": axis,
@@ -63,6 +59,6 @@ def test_the_quickstarts_table_is_its_record(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("<!-- begin: quickstart -->\n<!-- end: quickstart -->\n")
     tables("--write", page)
-    summary = json.loads((BENCHMARKS / "results" / "quickstart.json").read_text())["summary"]
+    summary = json.loads((RESULTS / "quickstart.json").read_text())["summary"]
     before, after = (summary[f"heldout_forward_kl_{when}"] for when in ("before", "after"))
     assert f"| forward KL | {before:.3f} | {after:.3f} | {100 * after / before:.1f} % |" in page.read_text()

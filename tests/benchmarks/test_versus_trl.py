@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from launching import run_python
 from tiny import save_tiny_model
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from benchmarks.runs.planned import training_flops
+from benchmarks.runs.versus_trl import launch
+from benchmarks.runs.versus_trl.engine import gkd_config
+from benchmarks.runs.versus_trl.job import Job, Stopwatch, Work, check_same_work
+from benchmarks.runs.versus_trl.profiled import group
+from gkd.planning.models import architectures
+
 CONTENDERS = ["gkd", "TRL DistillationTrainer", "TRL GKDTrainer"]
 PARTS = ("sampling_s", "scoring_s", "training_s", "sync_s", "other_s")
 
 
-def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+def run_benchmark(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return run_python(["-m", f"benchmarks.{name}", *map(str, arguments)], timeout_s=500)
 
 
 @pytest.fixture(scope="module")
@@ -31,27 +36,14 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Two of tiny steps by every contender, in one round."""
     folder = tmp_path_factory.mktemp("versus_trl")
     arguments = ["--smoke", "--rounds", 1, "--folder", folder / "work", "--out", folder / "results" / "versus_trl.json"]
-    done = run_script("versus_trl", *arguments)
+    done = run_benchmark("runs.versus_trl", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     path = folder / "results" / "versus_trl.json"
     return SimpleNamespace(arguments=arguments, path=path, record=json.loads(path.read_text()), said=done.stdout)
 
 
-@pytest.fixture(scope="module")
-def contenders() -> SimpleNamespace:
-    """The package, imported as the script does."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        names = ("job", "launch", "summary", "profiled")
-        return SimpleNamespace(**{name: importlib.import_module(f"contenders.{name}") for name in names})
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
-def work_in(contenders: SimpleNamespace, folder: Path, **changes: Any) -> Any:
-    return contenders.job.Work(
-        teacher="teacher", layers=2, train="train", heldout="heldout", folder=str(folder), **changes
-    )
+def work_in(folder: Path, **changes: Any) -> Work:
+    return Work(teacher="teacher", layers=2, train="train", heldout="heldout", folder=str(folder), **changes)
 
 
 # ---- the whole
@@ -99,7 +91,7 @@ def test_the_profile_covers_the_step(smoke: SimpleNamespace) -> None:
 @pytest.mark.slow
 @pytest.mark.long
 def test_started_again_it_measures_nothing_twice(smoke: SimpleNamespace) -> None:
-    done = run_script("versus_trl", *smoke.arguments)
+    done = run_benchmark("runs.versus_trl", *smoke.arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("measured before") == 7 and " s, " not in done.stdout
     assert json.loads(smoke.path.read_text())["contenders"] == smoke.record["contenders"]
@@ -111,30 +103,28 @@ def test_tables_show_what_the_record_says(smoke: SimpleNamespace, tmp_path: Path
     page = tmp_path / "page.md"
     sections = [f"<!-- begin: {name} -->\n<!-- end: {name} -->\n" for name in ("versus_trl", "versus_trl-profile")]
     page.write_text("".join(sections))
-    assert run_script("tables", "--results", smoke.path.parent, "--write", page).returncode == 0
+    assert run_benchmark("figures.tables", "--results", smoke.path.parent, "--write", page).returncode == 0
     text = page.read_text()
     for name in CONTENDERS:
         jsd = smoke.record["contenders"][name]["over_rounds"]["heldout/jsd"]["median"]
         assert any(line.startswith(f"| {name} |") and f"| {jsd:.4f} (" in line for line in text.splitlines())
     assert "| matrix products |" in text and "jsd(0.5)" in text
-    assert run_script("tables", "--results", smoke.path.parent, "--check", page).returncode == 0
+    assert run_benchmark("figures.tables", "--results", smoke.path.parent, "--check", page).returncode == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"), [(["--batch", 12], "--batch: 12"), (["--steps", 1], "--steps"), (["--kind", "tvd"], "tvd")]
 )
 def test_what_cannot_be_measured_is_refused_at_once(arguments: list[object], said: str) -> None:
-    done = run_script("versus_trl", *arguments)
+    done = run_benchmark("runs.versus_trl", *arguments)
     assert done.returncode == 2 and said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
 # ---- its parts
 
 
-def test_other_prompts_another_order_or_other_stop_tokens_are_an_error(
-    contenders: SimpleNamespace, tmp_path: Path
-) -> None:
-    check, work = contenders.job.check_same_work, work_in(contenders, tmp_path, steps=1, batch_size=2)
+def test_other_prompts_another_order_or_other_stop_tokens_are_an_error(tmp_path: Path) -> None:
+    check, work = check_same_work, work_in(tmp_path, steps=1, batch_size=2)
     prompts = [[1, 2], [3], [4]]
     prepared = {"prompts": [{"ids": ids} for ids in prompts], "stop_token_ids": [7]}
     check(prompts[:2], 7, work, prepared)
@@ -146,8 +136,8 @@ def test_other_prompts_another_order_or_other_stop_tokens_are_an_error(
         check(prompts[:2], [7, 2], work, prepared)
 
 
-def test_a_stopwatch_gives_the_rest_to_training(contenders: SimpleNamespace) -> None:
-    watch = contenders.job.Stopwatch()
+def test_a_stopwatch_gives_the_rest_to_training() -> None:
+    watch = Stopwatch()
     for _ in range(2):
         with watch.part("sampling"):
             time.sleep(0.02)
@@ -159,26 +149,22 @@ def test_a_stopwatch_gives_the_rest_to_training(contenders: SimpleNamespace) -> 
         assert step["training_s"] == pytest.approx(step["step_s"] - step["sampling_s"]) and step["training_s"] >= 0.03
 
 
-def test_a_failed_job_leaves_its_reason_and_no_result(contenders: SimpleNamespace, tmp_path: Path) -> None:
-    job = contenders.job.Job("missing", work_in(contenders, tmp_path), {}, str(tmp_path / "result.json"))
-    with pytest.raises(contenders.launch.JobError, match=r"No module named 'contenders.missing'"):
-        contenders.launch.launched(job)
+def test_a_failed_job_leaves_its_reason_and_no_result(tmp_path: Path) -> None:
+    job = Job("missing", work_in(tmp_path), {}, str(tmp_path / "result.json"))
+    with pytest.raises(launch.JobError, match=r"No module named 'benchmarks.runs.versus_trl.missing'"):
+        launch.launched(job)
     assert not Path(job.result).exists()
-    assert contenders.job.Job.read(tmp_path / "result.job.json").work == job.work
+    assert Job.read(tmp_path / "result.job.json").work == job.work
 
 
-def test_what_a_process_left_when_its_watcher_was_killed_is_no_result(
-    contenders: SimpleNamespace, tmp_path: Path
-) -> None:
-    job = contenders.job.Job(
-        "machine", work_in(contenders, tmp_path), {"seconds_a_size": 0.01}, str(tmp_path / "result.json")
-    )
+def test_what_a_process_left_when_its_watcher_was_killed_is_no_result(tmp_path: Path) -> None:
+    job = Job("machine", work_in(tmp_path), {"seconds_a_size": 0.01}, str(tmp_path / "result.json"))
     (tmp_path / "result.own.json").write_text('{"flops_per_s": 1}')
-    found = contenders.launch.launched(job)
+    found = launch.launched(job)
     assert found["flops_per_s"] > 1e6 and found["peak_rss_bytes"] > 100 << 20 and found["wall_s"] > 0
-    assert contenders.launch.launched(job) == found
-    assert contenders.launch.is_done(job)
-    assert not contenders.launch.is_done(replace(job, options={"seconds_a_size": 0.02}))
+    assert launch.launched(job) == found
+    assert launch.is_done(job)
+    assert not launch.is_done(replace(job, options={"seconds_a_size": 0.02}))
 
 
 ALLOCATES_IN_A_CHILD = """
@@ -188,14 +174,14 @@ subprocess.run([sys.executable, "-c", child])
 """
 
 
-def test_peak_memory_is_that_of_the_process_tree(contenders: SimpleNamespace) -> None:
+def test_peak_memory_is_that_of_the_process_tree() -> None:
     process = subprocess.Popen([sys.executable, "-c", ALLOCATES_IN_A_CHILD])
-    peak_bytes = contenders.launch.watched(process)
+    peak_bytes = launch.watched(process)
     assert process.returncode == 0
     assert 300 << 20 < peak_bytes < 400 << 20
 
 
-def test_flops_are_what_torch_counts(contenders: SimpleNamespace, tmp_path: Path) -> None:
+def test_flops_are_what_torch_counts(tmp_path: Path) -> None:
     """One padding-free batch through plain PyTorch: layers, both heads, the loss's gradient."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -203,7 +189,7 @@ def test_flops_are_what_torch_counts(contenders: SimpleNamespace, tmp_path: Path
 
     prompt, new, batch = 40, 24, 2
     teacher = save_tiny_model(tmp_path / "teacher", layers=4, hidden=128)
-    work = replace(work_in(contenders, tmp_path, batch_size=batch, micro_batch_size=batch), teacher=str(teacher))
+    work = replace(work_in(tmp_path, batch_size=batch, micro_batch_size=batch), teacher=str(teacher))
     save_tiny_model(work.student, layers=2)
     student: Any = load_causal_lm(str(work.student), torch.float32, key="student.model")
     ids = torch.zeros(batch, prompt + new, dtype=torch.int64)
@@ -213,13 +199,14 @@ def test_flops_are_what_torch_counts(contenders: SimpleNamespace, tmp_path: Path
         logits = student.lm_head(states).flatten(0, 1)
         _ = torch.randn(batch * new, 128) @ torch.randn(128, 259)  # the teacher's logits
         (logits.softmax(-1) - teacher_logits).square().sum().backward()
+    models = architectures(gkd_config(work, tmp_path / "run", 0))
     # torch counts no attention on a CPU: two products, half of each masked, and twice that backward; 2 layers, width 64
     attention = 3 * 2 * 2 * 2 * 64 * (prompt + new) / 2 * batch * (prompt + new)
-    assert contenders.summary.training_flops(work, prompt, new) == counter.get_total_flops() + attention
+    assert training_flops(*models, batch, prompt, new) == counter.get_total_flops() + attention
 
 
 @pytest.mark.parametrize(
-    ("operator", "group"),
+    ("operator", "kind"),
     [
         ("mkldnn::_linear_pointwise", "matrix products"),
         ("aten::addmm", "matrix products"),
@@ -229,10 +216,5 @@ def test_flops_are_what_torch_counts(contenders: SimpleNamespace, tmp_path: Path
         ("aten::mul", "other operators"),
     ],
 )
-def test_operators_are_grouped_by_kind(contenders: SimpleNamespace, operator: str, group: str) -> None:
-    assert contenders.profiled.group(operator) == group
-
-
-def test_modules_of_the_package_are_the_benchmarks_own(contenders: SimpleNamespace) -> None:
-    module: ModuleType = contenders.job
-    assert module.__file__ is not None and Path(module.__file__).parent == BENCHMARKS / "contenders"
+def test_operators_are_grouped_by_kind(operator: str, kind: str) -> None:
+    assert group(operator) == kind

@@ -75,7 +75,7 @@ def test_the_quickstart_against_a_record() -> None:
 
 
 def test_a_run_to_fit_to_that_cannot_be_made() -> None:
-    result = run_python(["benchmarks/fit_planner.py", "run.stepz=3"])
+    result = run_python(["-m", "benchmarks.runs.fit_planner", "run.stepz=3"])
     assert result.returncode == 2 and "run.stepz" in result.stderr
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import statistics
-from collections.abc import Iterator
 from dataclasses import replace
-from types import ModuleType
 
 import pytest
 from planned import REPOSITORY, setup_of
 
+from benchmarks.runs import fit_planner as fit
+from benchmarks.runs import planned as recorded
 from gkd.config import load_config
 from gkd.errors import DataError
 from gkd.monitor import PHASES
@@ -24,20 +23,6 @@ from gkd.planning.sweep import sweep
 from gkd.planning.time import time_plan
 
 SMALL, HUGE = "qwen3_8b_to_1.7b", "qwen3_235b_to_8b"
-
-
-@pytest.fixture(scope="module")
-def fit() -> Iterator[ModuleType]:
-    """benchmarks/fit_planner.py"""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(REPOSITORY / "benchmarks")
-        yield importlib.import_module("fit_planner")
-
-
-@pytest.fixture(scope="module")
-def page(fit: ModuleType) -> ModuleType:
-    """benchmarks/scaling_page.py"""
-    return fit.scaling_page
 
 
 def test_phases_are_those_of_a_run() -> None:
@@ -123,9 +108,9 @@ def test_a_sweep_where_nothing_fits() -> None:
     assert result.verdict == "fits on no number of devices" and not any(point.efficiency for point in result.points)
 
 
-def test_a_machine_of_half_the_rates_takes_twice_as_long(page: ModuleType) -> None:
+def test_a_machine_of_half_the_rates_takes_twice_as_long() -> None:
     """What --measure finds scales every phase of a CPU."""
-    setup = page.setup_of(page.recorded_runs()[0])
+    setup = recorded.setup_of(recorded.recorded_runs()[0])
     device = setup.device
     slower = replace(
         device, bf16_flops_per_s=device.bf16_flops_per_s / 2, bandwidth_bytes_per_s=device.bandwidth_bytes_per_s / 2
@@ -245,23 +230,23 @@ def test_an_adapter_alone_is_synced_where_the_sampler_applies_it() -> None:
 # ---- against runs
 
 
-def test_the_numbers_of_the_cpu_come_from_the_record(fit: ModuleType, page: ModuleType) -> None:
+def test_the_numbers_of_the_cpu_come_from_the_record() -> None:
     """Fitted anew they are the same, and one number a phase leaves no more than rounding of its run's errors."""
-    fitted_to, *_ = page.recorded_runs()
+    fitted_to, *_ = recorded.recorded_runs()
     assert fit.fitted(fitted_to) == device_named("cpu")
     source = fit.DEVICES.read_text()
     assert fit.with_numbers(source, device_named("cpu")) == source
-    assert all(abs(page.compared(fitted_to).error(phase)) < 0.03 for phase in PHASES)
+    assert all(abs(recorded.compared(fitted_to).error(phase)) < 0.03 for phase in PHASES)
 
 
-def test_a_fit_finds_the_efficiencies_that_made_the_times(fit: ModuleType, page: ModuleType) -> None:
-    setup = page.setup_of(page.recorded_runs()[0])
+def test_a_fit_finds_the_efficiencies_that_made_the_times() -> None:
+    setup = recorded.setup_of(recorded.recorded_runs()[0])
     efficiency = replace(setup.device.efficiency, sample=0.5, score=0.12, train=0.31, optimizer=0.8, sync=0.07)
     device = replace(setup.device, efficiency=efficiency, bf16_flops_per_s=2e12, bandwidth_bytes_per_s=3e10)
     plan = time_plan(replace(setup, device=device))
     times = {f"time/{phase}_s": 3 * seconds for phase, seconds in plan.timed_s.items()}
     rates = {"bf16_flops_per_s": 2e12, "bandwidth_bytes_per_s": 3e10}
-    run = {**page.recorded_runs()[0], **rates, "summary": {"steps": 3, **times}}
+    run = {**recorded.recorded_runs()[0], **rates, "summary": {"steps": 3, **times}}
     assert fit.fitted(run).efficiency == efficiency
     written = fit.with_numbers(fit.DEVICES.read_text(), fit.fitted(run))
     assert "= 2e12, 30 * GB" in written and "Efficiency(sample=0.5, score=0.12, train=0.31, " in written
@@ -270,7 +255,7 @@ def test_a_fit_finds_the_efficiencies_that_made_the_times(fit: ModuleType, page:
         fit.fitted(run)
 
 
-def test_a_machine_that_changes_during_a_run_is_not_fitted_to(fit: ModuleType) -> None:
+def test_a_machine_that_changes_during_a_run_is_not_fitted_to() -> None:
     before = {"bf16_flops_per_s": 1.0e12, "bandwidth_bytes_per_s": 2.0e10}
     assert fit.steady_rates(before, {**before, "bf16_flops_per_s": 1.1e12})["bf16_flops_per_s"] == 1.05e12
     with pytest.raises(fit.UnsteadyError, match="bandwidth_bytes_per_s went from"):
@@ -282,10 +267,10 @@ def test_a_machine_that_changes_during_a_run_is_not_fitted_to(fit: ModuleType) -
     assert 0 <= stolen <= ticks
 
 
-def test_runs_that_nothing_was_fitted_to(page: ModuleType) -> None:
+def test_runs_that_nothing_was_fitted_to() -> None:
     """The machine they ran on can slow down in the middle of one, and come back before its rates are measured."""
-    _, *held_out = page.recorded_runs()
-    errors = {run["what"]: abs(page.compared(run).step_error) for run in held_out}
+    _, *held_out = recorded.recorded_runs()
+    errors = {run["what"]: abs(recorded.compared(run).step_error) for run in held_out}
     assert len(errors) >= 4
     assert errors["the quickstart again, 6 steps"] < 0.25
     assert statistics.median(errors.values()) < 0.25 and max(errors.values()) < 0.5
@@ -297,11 +282,6 @@ def test_memory_is_what_a_process_held() -> None:
     config = load_config(REPOSITORY / "configs" / "quickstart.yaml", held["overrides"])
     plan = memory_plan(make_setup(config, *architectures(config), device_named("cpu"), 1))
     assert 0.85 * held["max_rss_bytes"] < plan.peak_bytes < held["max_rss_bytes"]
-
-
-def test_the_page_is_what_the_planner_says(page: ModuleType) -> None:
-    text = page.PAGE.read_text()
-    assert page.fill(text) == text, "docs/scaling.md is stale: run python benchmarks/scaling_page.py"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"steps": 0}', '{"steps": 2, "time/sample_s": 1.0}'])

@@ -1,0 +1,1 @@
+"""Figures of README and docs: made of results, and held against them."""

@@ -1,1 +1,0 @@
-"""What benchmarks/tables.py puts into pages: a module a kind of result, the plots, and what they share."""

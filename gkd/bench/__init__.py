@@ -1,0 +1,1 @@
+"""`gkd bench table`: ways to distil, compared on tasks that a program checks."""

@@ -1,0 +1,58 @@
+"""A record for the terminal, and as CSV: a row a cell."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gkd.bench import tables
+from gkd.bench.summary import CellResult
+
+
+def show(record: dict[str, Any]) -> None:
+    for rows in (
+        tables.method_rows(record),
+        tables.grid_rows(record, "greedy"),
+        tables.temperature_rows(record),
+        tables.ratio_rows(record),
+        tables.sweep_rows(record, "greedy"),
+        tables.sweep_rows(record, "sampled"),
+    ):
+        print()
+        columns(rows)
+    print(f"\n{tables.verdict(record)}\n")
+
+
+def columns(rows: Sequence[Sequence[str]]) -> None:
+    """The first column to the left, all others to the right."""
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    for first, *rest in rows:
+        cells = (cell.rjust(width + 2) for cell, width in zip(rest, widths[1:], strict=True))
+        print(first.ljust(widths[0]) + "".join(cells))
+
+
+def write_csv(path: Path, record: dict[str, Any]) -> None:
+    """A failed cell has its reason and no figures."""
+    rows = [flat(cell) for cell in record["cells"]]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def flat(cell: CellResult) -> dict[str, Any]:
+    """Scores by task get a column each, `greedy/addition`; the curve stays in the JSON."""
+    method = {name: value for name, value in cell["method"].items() if name != "objective"}
+    objective = {name: cell["method"]["objective"][name] for name in ("kind", "beta", "alpha")}
+    row = {"setting": cell["setting"], "seed": cell["seed"], **method, **objective, "failed": cell.get("failed", "")}
+    row |= {name: cell[name] for name in ("trained_tokens", "sampled_tokens", "steps") if name in cell}
+    row |= {f"{name}_s": f"{seconds:.2f}" for name, seconds in cell.get("seconds", {}).items()}
+    for name, value in cell.get("scores", {}).items():
+        by_task = (
+            {f"{name}/{task}": share for task, share in value.items()} if isinstance(value, dict) else {name: value}
+        )
+        row |= {column: "" if found is None else f"{found:.5f}" for column, found in by_task.items()}
+    return row

@@ -1,0 +1,80 @@
+"""The comparison of the GKD paper (arXiv 2306.13649) at a size for two cores.
+
+A teacher is trained from scratch on four kinds of problems that a program checks, students several times smaller get a
+short supervised phase, and then every method goes on from the same students with the same number of trained tokens:
+supervised fine-tuning, SeqKD, supervised KD, and GKD with six divergences at three shares of the student's own samples;
+besides, other temperatures, two controls, and a sweep over what the outcome may hang on. docs/table.md says what came
+out.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gkd.bench import plan
+from gkd.bench.folder import read_json
+from gkd.bench.show import show, write_csv
+from gkd.bench.sizes import Size
+from gkd.bench.work import Workers
+from gkd.errors import InputError
+from gkd.files import write_json
+
+CUT_OFF = "stopped; the same command goes on from here"
+
+
+def make_table(
+    size: Size, *, workers: int, folder: Path, out: Path | None, so_far: bool, say: Callable[[str], None]
+) -> None:
+    """Runs what is missing in `folder`, which a table that was cut off goes on from; prints the tables, and writes the
+    record, a JSON and a CSV beside it, to `out` (default: into `folder`). `so_far`: runs nothing.
+
+    Raises InputError where `so_far` finds nothing.
+    """
+    chosen = plan.settings(folder / size.name, size)
+    out = out or folder / f"gkd_table_{size.name}.json"
+    if not so_far:
+        say(f"results so far are kept in {folder / size.name}")
+        run(chosen, workers, say)
+    elif not chosen[0].folder.teacher_texts.exists():
+        raise InputError(f"--so-far: nothing is finished in {folder / size.name}; start without it")
+    record = recorded(size, chosen)
+    write_json(out, record)
+    write_csv(out.with_suffix(".csv"), record)
+    show(record)
+    say(f"written: {out} and {out.with_suffix('.csv').name}")
+
+
+def run(chosen: list[plan.Setting], workers: int, say: Callable[[str], None]) -> None:
+    """Everything that is not there yet. Exits at a signal: what is finished is kept."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(CUT_OFF))
+    try:
+        with Workers(workers, say) as pool:
+            for jobs in (plan.start_jobs, plan.text_jobs, plan.cell_jobs):
+                pool.run(jobs(chosen))
+    except KeyboardInterrupt:
+        sys.exit(CUT_OFF)
+
+
+def recorded(size: Size, chosen: list[plan.Setting]) -> dict[str, Any]:
+    """Every finished cell, and what it was measured with."""
+    from gkd.bench.machine import device, device_kind  # torch loads here, and not before: workers set its threads
+    from gkd.bench.models import make_model, parameters
+    from gkd.train.run_folder import library_versions
+
+    texts, cells = read_json(chosen[0].folder.teacher_texts), plan.results(chosen)
+    return {
+        "command": f"gkd bench table --size {size.name}",
+        "device": device(device_kind()),
+        "versions": ", ".join(f"{name} {version}" for name, version in library_versions().items()),
+        "size": asdict(size),
+        "parameters": {name: parameters(make_model(getattr(size, name), 0)) for name in ("teacher", "student")},
+        "teacher": {figure: texts[figure] for figure in ("greedy", "sampled")},
+        "planned_cells": sum(len(plan.cells_of(setting)) for setting in chosen),
+        "cell_seconds": sum(cell["seconds"]["all"] for cell in cells if "seconds" in cell),
+        "cells": cells,
+    }
