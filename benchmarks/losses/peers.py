@@ -248,9 +248,11 @@ def bare_products(chunk_bytes: int) -> Callable[[Tensor, Tensor, Tensor, Tensor]
 
 
 def _compile_in_this_process() -> None:
-    """Inductor's helper processes load torch while the rounds have begun, on the cores that these are timed on."""
+    """Inductor's helper processes load torch while the rounds have begun, on the cores that these are timed on. And its
+    cache forgets for how many threads it compiled: in a process with fewer, what it gives corrupts the heap."""
     config: Any = importlib.import_module("torch._inductor.config")
     config.compile_threads = 1
+    config.force_disable_caches = True
 
 
 def _needs_cuda(task: Task) -> None:
