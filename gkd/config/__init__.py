@@ -7,6 +7,7 @@ Every error is a `ConfigError` whose message starts with the path of the key.
 from gkd.config.files import describe_keys, load_config, make_config
 from gkd.config.process import Launch, cache_folder
 from gkd.config.sections import (
+    DROPPABLE,
     MAIN_TEACHER,
     PROBE_TOKENS,
     Config,
@@ -22,6 +23,7 @@ from gkd.config.sections import (
 )
 
 __all__ = [
+    "DROPPABLE",
     "MAIN_TEACHER",
     "PROBE_TOKENS",
     "Config",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -14,6 +14,8 @@ from gkd.errors import ConfigError, shown
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 DivergenceKind = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha"]
+Droppable = Literal["developer", "tool", "system", "think"]
+DROPPABLE: tuple[Droppable, ...] = get_args(Droppable)
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 _MIXTURE_TOLERANCE = 1e-6
 _SET_FOR_TEMPLATES = {"conversation", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict"}
@@ -166,6 +168,9 @@ class DataConfig(Section):
         "drop", description="what happens to rows whose completion, if used, exceeds rollout.max_new_tokens; counted"
     )
     empty_prompts: Literal["drop", "error"] = Field("error", description="what happens to empty ones; counted")
+    allow_dropped: list[Droppable] = Field(
+        [], description="what the chat template may leave out of conversations: developer, tool, system, think; counted"
+    )
     teacher_column: str | None = Field(
         None, description="column of the rows that names their teacher of other_teachers; without a name: teacher"
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gkd.config import DataConfig
+from gkd.config import DROPPABLE, DataConfig
 from gkd.data import load_prompts, render_message
 from gkd.engines.sampling import SamplerSpec
 from gkd.models import end_token_ids, load_tokenizer, pad_token_id, read_config, read_generation_config, resolve_model
@@ -34,7 +34,11 @@ def generate_answers(
     config = read_config(path, key="MODEL")
     tokenizer = load_tokenizer(path, key="MODEL")
     context = getattr(config, "max_position_embeddings", None) or 4096
-    limits = DataConfig(train=str(file or model), max_prompt_tokens=max(1, context - settings.max_new_tokens))  # pyright: ignore[reportCallIssue]
+    limits = DataConfig(  # pyright: ignore[reportCallIssue]
+        train=str(file or model),
+        max_prompt_tokens=max(1, context - settings.max_new_tokens),
+        allow_dropped=list(DROPPABLE),  # said, and answered as the model's own template has it
+    )
     prompts: list[Prompt] = [render_message(text, tokenizer) for text in messages]
     if file is not None:
         prompts += load_prompts(str(file), "train", tokenizer, limits, key="--file").prompts
