@@ -34,6 +34,7 @@ def generate_command(
     if engine == "vllm":
         require_vllm("gkd generate", "or add --engine transformers")
     from gkd.evaluate.generation import generate_answers
+    from gkd.monitor.text import clean
     from gkd.types import SamplingSettings
 
     answers = generate_answers(
@@ -49,5 +50,5 @@ def generate_command(
     if out is not None:
         out.write_text("".join(json.dumps(answer) + "\n" for answer in answers), encoding="utf-8")
         return
-    for answer in answers:
-        typer.echo(f"> {answer['prompt']}\n{answer['completion']}\n")
+    for answer in answers:  # a model's words must not act on the terminal
+        typer.echo(f"> {clean(str(answer['prompt']))}\n{clean(str(answer['completion']))}\n")

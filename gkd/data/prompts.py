@@ -70,6 +70,7 @@ def load_prompts(
         prompts.append(Prompt(index, tuple(ids), _shown_text(row), completion, row.origin, teacher))
     counts["kept"] = len(prompts)
     _tell_split_tokens(encoder, key)
+    _check_left_out(encoder, config.allow_dropped, key)
     if not prompts:
         raise DataError(
             f"{path}: no prompt is left of {len(rows)} rows: {counts['dropped_long_prompts']} longer than "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from urllib.parse import urlsplit
 
 from gkd.config import Config
@@ -75,7 +76,7 @@ class SamplerReplicas:
         student = self._config.student
         layers = "" if student.init is None else f" --layers {str(student.init.layers).strip('[]').replace(' ', '')}"
         port = urlsplit(address).port or protocol.DEFAULT_PORT
-        model = student.model or self._config.teacher.model
+        model = shlex.quote(student.model or self._config.teacher.model)
         return f"gkd serve-sampler {model}{layers} --dtype {student.dtype}{host_options(address)} --port {port}"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -175,4 +176,5 @@ class Endpoints(TeacherServers):
 
     def _start_command(self, address: str) -> str:
         port, config = urlsplit(address).port or _DEFAULT_PORT, self._config
-        return f"vllm serve {config.model} --dtype {config.dtype} --max-logprobs {config.top_k} --port {port}"
+        model = shlex.quote(config.model)
+        return f"vllm serve {model} --dtype {config.dtype} --max-logprobs {config.top_k} --port {port}"

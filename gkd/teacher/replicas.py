@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
@@ -122,4 +123,4 @@ class Replicas(TeacherServers):
     def _start_command(self, address: str) -> str:
         port = urlsplit(address).port or protocol.DEFAULT_PORT
         model, dtype = self._config.model, self._config.dtype
-        return f"gkd serve-teacher {model} --dtype {dtype}{host_options(address)} --port {port}"
+        return f"gkd serve-teacher {shlex.quote(model)} --dtype {dtype}{host_options(address)} --port {port}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -41,9 +42,9 @@ def summarise(
         losses=loss_curve(records),
         final_folder=str(files.final),
         next_commands=(
-            f"{gkd} generate {files.final} --prompt 'List three uses for a paper clip.'",
-            f"{gkd} eval {files.config} --student {files.final}",
-            f"less {files.samples}",
+            shlex.join([gkd, "generate", str(files.final), "--prompt", "List three uses for a paper clip."]),
+            shlex.join([gkd, "eval", str(files.config), "--student", str(files.final)]),
+            shlex.join(["less", str(files.samples)]),
         ),
     )
 
