@@ -23,6 +23,7 @@ import reprlib
 import unicodedata
 
 _UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, invisible and turning ones, lone surrogates, line ends
+_LONGEST_MESSAGE = 2000  # characters: a key may have thousands, and its remedy stands at the end
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 120
 
@@ -36,7 +37,9 @@ class GkdError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        return one_line(super().__str__())
+        text = one_line(super().__str__())
+        half = _LONGEST_MESSAGE // 2
+        return text if len(text) <= _LONGEST_MESSAGE else f"{text[:half]} ... {text[-half:]}"
 
 
 def one_line(text: str) -> str:
