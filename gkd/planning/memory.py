@@ -12,13 +12,12 @@ from gkd.chunks import WEIGHT_PIECE_BYTES
 from gkd.planning.devices import SERVED_SAMPLER_SHARE, USABLE_MEMORY_SHARE
 from gkd.planning.models import DTYPE_BYTES
 from gkd.planning.setup import Setup
+from gkd.planning.teachers import Bytes, teacher_place
 
 PHASES = ("sample", "score", "train", "sync")
 # DeepSpeed's defaults, in elements: reduce_bucket_size, stage3_max_live_parameters
 REDUCE_BUCKET_ELEMENTS = 5e8
 LIVE_PARAMETERS = 1e9
-
-Bytes = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -75,21 +74,26 @@ def gb(value: float) -> str:
 
 def memory_plan(setup: Setup) -> MemoryPlan:
     """See MemoryPlan. Sequences are taken at their longest: memory has to hold the worst micro-batch."""
-    state, host = student_state(setup)
+    (state, host), teacher = student_state(setup), teacher_place(setup)
     sampler, room = _sampler(setup)
     awake, always = (sampler, {}) if setup.sleeps else ({}, sampler)
     one_sequence = setup.longest_tokens * setup.student.kv_bytes(setup.student_dtype) / setup.sampler_devices
     waiting = {"sampler weights": setup.waiting_bytes} if setup.waiting_bytes else {}
     node_ranks = min(setup.devices, setup.device.devices_a_node)
     return MemoryPlan(
-        resident={**state, **_teacher(setup), **always},
-        phases={"sample": awake, "score": _scoring(setup), "train": _training(setup), "sync": awake | _sync(setup)},
+        resident={**state, **teacher.resident(setup), **always},
+        phases={
+            "sample": awake,
+            "score": {**teacher.scoring(setup), "teacher hidden states": _teacher_states(setup)},
+            "train": _training(setup),
+            "sync": awake | _sync(setup),
+        },
         host={name: value * node_ranks for name, value in {**host, **waiting}.items()},
         limit_bytes=setup.device.memory_bytes * USABLE_MEMORY_SHARE,
         host_limit_bytes=setup.device.host_memory_bytes * USABLE_MEMORY_SHARE,
         sampler_room_bytes=room,
         sequences_at_once=room / one_sequence,
-        served_bytes=_served(setup),
+        served_bytes=teacher.served_bytes(setup),
     )
 
 
@@ -121,30 +125,6 @@ def student_state(setup: Setup) -> tuple[Bytes, Bytes]:
     return {k: v for k, v in device.items() if v}, {k: v for k, v in host.items() if v}
 
 
-def _teacher(setup: Setup) -> Bytes:
-    """Of a training device. The loss needs the teacher's head wherever the teacher is."""
-    width = DTYPE_BYTES[setup.teacher_dtype]
-    head = setup.teacher.embedding_parameters * width
-    if setup.teacher_placement == "local":
-        return {"teacher weights": setup.teacher_bytes}
-    if setup.teacher_placement == "served":
-        return {"teacher head": head}
-    layer = width * setup.teacher.matrix_parameters(setup.teacher.experts) / setup.teacher.layers
-    return {
-        "teacher weights": setup.teacher_bytes / setup.devices,
-        "teacher head": head,
-        "teacher gathered layers": 2 * layer,  # one is used while the next arrives
-    }
-
-
-def _served(setup: Setup) -> float:
-    """Of a device of the served teacher: its share of the weights, and a micro-batch's activations."""
-    if setup.teacher_placement != "served":
-        return 0.0
-    activations = setup.teacher.inference_bytes(setup.teacher_dtype) * _scoring_tokens(setup)
-    return setup.teacher_bytes / setup.teacher_devices + activations
-
-
 def _sampler(setup: Setup) -> tuple[Bytes, float]:
     """(resident bytes of a training device, room for keys and values where the sampler is)."""
     weights = setup.sampler_weights_bytes
@@ -161,22 +141,10 @@ def _sampler(setup: Setup) -> tuple[Bytes, float]:
     return {"sampler weights": weights, "sampler keys and values": room}, room
 
 
-def _scoring_tokens(setup: Setup) -> float:
-    return setup.scoring_micro_batch_size * setup.longest_tokens
-
-
 def _teacher_states(setup: Setup) -> float:
     """The hidden states that the loss will use, of all of a rank's completions at their longest."""
     tokens = max(1.0, setup.local_sequences) * setup.max_new_tokens
     return tokens * setup.teacher.hidden * DTYPE_BYTES[setup.teacher_dtype]
-
-
-def _scoring(setup: Setup) -> Bytes:
-    states = {"teacher hidden states": _teacher_states(setup)}
-    if setup.teacher_placement == "served":
-        return states
-    activations = setup.teacher.inference_bytes(setup.teacher_dtype) * _scoring_tokens(setup)
-    return {"teacher activations": activations, **states}
 
 
 def _training(setup: Setup) -> Bytes:

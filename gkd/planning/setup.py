@@ -46,7 +46,7 @@ class Setup:
     decode_overhead_s: float  # the sampler's own time a step
     chunk_bytes: float
     teacher_placement: Placement = "local"
-    teacher_devices: int = 0  # of a served teacher
+    teacher_devices: int = 0  # of a served teacher; others have none of their own
     sampler_devices: int = 1  # that one sampler is split over
     sleep_level: int = 0  # of a local sampler while the student trains
     sampler_replicas: int = 0  # servers of a served sampler, a device each; 0: every rank has a sampler of its own
@@ -86,8 +86,7 @@ class Setup:
 
     @property
     def all_devices(self) -> int:
-        served_teacher = self.teacher_devices if self.teacher_placement == "served" else 0
-        return self.devices + served_teacher + self.sampler_replicas
+        return self.devices + self.teacher_devices + self.sampler_replicas
 
     @property
     def trained_parameters(self) -> int:

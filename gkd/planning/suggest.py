@@ -110,7 +110,7 @@ def _sleep_levels(setup: Setup) -> set[int]:
 def _elsewhere(setup: Setup) -> Iterator[Setup]:
     """The teacher sharded over the training devices, or served by a few of its own."""
     if setup.devices > 1:
-        yield replace(setup, teacher_placement="sharded")
+        yield replace(setup, teacher_placement="sharded", teacher_devices=0)
     devices = devices_for_teacher(setup)
     for factor in (1, 2, 4, 8):  # more of them than memory asks for, so that training need not wait
         if factor * devices <= max(devices, setup.devices):
@@ -174,7 +174,7 @@ def _as_override(setup: Setup, name: str) -> str:
     if name == "offload_optimizer":
         return 'deepspeed.config with zero_optimization.offload_optimizer.device = "cpu"'
     if name == "teacher_placement":
-        served = f" on {setup.teacher_devices} more devices" if value == "served" else ""
+        served = f" on {setup.teacher_devices} more devices" if setup.teacher_devices else ""
         return f"teacher.placement={value}{served}"
     if name == "micro_batch_size" and setup.packed:
         return f"optim.micro_batch_tokens={value * setup.longest_tokens}"

@@ -64,7 +64,7 @@ def _on(setup: Setup, devices: int, mode: Mode) -> Setup:
     growth = devices / setup.devices
     if setup.sampler_replicas:
         point = replace(point, sampler_replicas=max(1, round(setup.sampler_replicas * growth)))
-    if setup.teacher_placement == "served":
+    if setup.teacher_devices:
         share = round(setup.teacher_devices * growth)
         point = replace(point, teacher_devices=max(devices_for_teacher(setup), share))
     return point

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 from gkd.config import PROBE_TOKENS
 from gkd.monitor.timing import PHASES
-from gkd.planning.devices import HOST_BANDWIDTH_BYTES_PER_S, RING_LATENCY_S
+from gkd.planning.devices import HOST_BANDWIDTH_BYTES_PER_S
+from gkd.planning.links import Link, collective
 from gkd.planning.memory import memory_plan
 from gkd.planning.models import DTYPE_BYTES
 from gkd.planning.setup import Setup
+from gkd.planning.teachers import teacher_place
 
 PADDING = 1.2  # ASSUMPTION: tokens of a padded micro-batch by its real tokens
 FLOAT32_SLOWDOWN = {"cpu": 4.0, "gpu": 16.0}  # ASSUMPTION: bf16 peak by float32 peak (A100: 312 / 19.5)
@@ -34,16 +36,6 @@ MERGE_BYTES = 2 + 4 + 4 + 4
 _WHILE_SAMPLING = ("score", "forward_backward", "optimizer")
 
 Seconds = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Link:
-    """What one training device sends or receives over one kind of link in a step."""
-
-    name: str
-    link: str  # "node", "network", "device" or "host"
-    bytes_a_step: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -102,7 +94,7 @@ class TimePlan:
 
 def time_plan(setup: Setup) -> TimePlan:
     """See TimePlan."""
-    links = (*_training_links(setup), *_teacher_links(setup), *_sync_links(setup))
+    links = (*_training_links(setup), *teacher_place(setup).links(setup), *_sync_links(setup))
     phases = {
         "sample": sampling_s(setup),
         "score": scoring_s(setup),
@@ -145,16 +137,11 @@ def sampling_s(setup: Setup) -> Seconds:
 
 
 def scoring_s(setup: Setup) -> Seconds:
-    teacher, eff = setup.teacher, setup.device.efficiency.score
-    sequences = setup.local_sequences
-    if setup.teacher_placement == "served":
-        sequences = setup.batch_size / setup.teacher_devices  # its devices work as one
-    tokens = sequences * setup.mean_tokens * PADDING
+    teacher, eff, place = setup.teacher, setup.device.efficiency.score, teacher_place(setup)
+    tokens = place.sequences(setup) * setup.mean_tokens * PADDING
     micro_batches = math.ceil(setup.local_sequences / setup.scoring_micro_batch_size)
     flops = tokens * teacher.forward_flops(setup.mean_tokens / 2)
-    read = teacher.weights_read_bytes(tokens / micro_batches, setup.teacher_dtype)
-    if setup.teacher_placement == "served":
-        read /= setup.teacher_devices
+    read = teacher.weights_read_bytes(tokens / micro_batches, setup.teacher_dtype) / place.devices_as_one(setup)
     return {
         "compute": flops / _flops_per_s(setup, setup.teacher_dtype) / eff,
         "weights": micro_batches * read / setup.device.bandwidth_bytes_per_s / eff,
@@ -243,30 +230,14 @@ def _training_links(setup: Setup) -> list[Link]:
         whole = halved = 2.0 * trained
     every = max(1.0, setup.accumulation)
     if stage == 0:  # a ring's all-reduce passes everything twice
-        return [_collective(setup, "gradients", 2 * whole, 1)]
+        return [collective(setup, "gradients", 2 * whole, 1)]
     if stage < 3:
         times = every if stage == 2 else 1.0
-        return [_collective(setup, "gradients", times * halved, times), _collective(setup, "updated weights", whole, 1)]
+        return [collective(setup, "gradients", times * halved, times), collective(setup, "updated weights", whole, 1)]
     return [
-        _collective(
-            setup, "weights of the step", 2 * every * (halved + setup.frozen_bytes), 2 * every * student.layers
-        ),
-        _collective(setup, "gradients", every * halved, every * student.layers),
+        collective(setup, "weights of the step", 2 * every * (halved + setup.frozen_bytes), 2 * every * student.layers),
+        collective(setup, "gradients", every * halved, every * student.layers),
     ]
-
-
-def _teacher_links(setup: Setup) -> list[Link]:
-    width = DTYPE_BYTES[setup.teacher_dtype]
-    states = setup.local_sequences * setup.completion_tokens * setup.teacher.hidden * width
-    if setup.teacher_placement == "local":
-        return [Link("teacher's hidden states", "device", states, 0.0)]
-    if setup.teacher_placement == "served":
-        rate = setup.device.network_bytes_per_s * setup.device.efficiency.link
-        return [Link("teacher's hidden states", "network", states, states / rate)]
-    micro_batches = math.ceil(setup.local_sequences / setup.scoring_micro_batch_size)
-    size_bytes, messages = micro_batches * setup.teacher_bytes, micro_batches * setup.teacher.layers
-    gathered = _collective(setup, "teacher's weights", size_bytes, messages)
-    return [Link("teacher's hidden states", "device", states, 0.0), gathered]
 
 
 def _sync_links(setup: Setup) -> list[Link]:
@@ -282,7 +253,7 @@ def _sync_links(setup: Setup) -> list[Link]:
     links: list[Link] = []
     if setup.zero_stage == 3 and setup.devices > 1:
         gathered = "weights gathered" if setup.sampler_replicas else name
-        links.append(_collective(setup, gathered, kept, student.tensors))
+        links.append(collective(setup, gathered, kept, student.tensors))
     if setup.sampler_replicas:
         links.append(_to_servers(setup, name, sent * setup.sampler_replicas))
     return links or [Link(name, "device", sent, 0.0)]
@@ -294,20 +265,3 @@ def _to_servers(setup: Setup, name: str, size_bytes: float) -> Link:
     rate = setup.device.node_link_bytes_per_s if within else setup.device.network_bytes_per_s
     seconds = size_bytes / rate / setup.device.efficiency.link
     return Link(name, "node" if within else "network", size_bytes, seconds)
-
-
-def _collective(setup: Setup, name: str, size_bytes: float, count: float) -> Link:
-    """An all-gather or reduce-scatter of `size_bytes` in all, in `count` pieces, over all training devices.
-
-    Rings pass each device's links once: inside a node its own, between nodes all of a node's together.
-    """
-    ranks, device = setup.devices, setup.device
-    if ranks == 1:
-        return Link(name, "device", 0.0, 0.0)
-    within = ranks <= device.devices_a_node
-    rate = device.node_link_bytes_per_s
-    if not within:
-        rate = min(rate, device.network_bytes_per_s * device.devices_a_node)
-    sent = size_bytes * (ranks - 1) / ranks
-    waiting = count * RING_LATENCY_S * math.ceil(ranks / device.devices_a_node)
-    return Link(name, "node" if within else "network", sent, sent / rate / device.efficiency.link + waiting)
