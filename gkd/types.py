@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 if TYPE_CHECKING:  # torch takes a second to import; these types must not
     import torch
 
-CompletionSource = Literal["student", "dataset", "teacher"]
 FinishReason = Literal["stop", "length"]
 
 
@@ -73,7 +72,7 @@ class Rollout:
     """A completion that a step trains on: where it came from and, if sampled here, by which weights."""
 
     draw: PromptDraw
-    source: CompletionSource
+    source: str  # of gkd.registry.SOURCES
     completion_ids: tuple[int, ...]
     logprobs: tuple[float, ...] | None = None  # student samples only
     weights_version: int | None = None  # student samples only
@@ -125,14 +124,29 @@ class TopkScores:
         return TopkScores(self.ids.to(device), self.log_probs.to(device))
 
 
+@dataclass(frozen=True)
+class NoScores:
+    """Nothing, of N tokens: where no term of the objective asks a teacher."""
+
+    tokens: int
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def to(self, device: torch.device) -> NoScores:
+        return self
+
+
 # What a teacher says of one rollout's completion, or of the scored tokens of a micro-batch: row j is of token j.
-TeacherScores: TypeAlias = HiddenScores | TopkScores
+TeacherScores: TypeAlias = HiddenScores | TopkScores | NoScores
 
 
 def first_rows(scores: TeacherScores, count: int) -> TeacherScores:
     """What the same teacher says of the first `count` tokens."""
     if isinstance(scores, HiddenScores):
         return HiddenScores(scores.states[:count], scores.head)
+    if isinstance(scores, NoScores):
+        return NoScores(min(scores.tokens, count))
     return TopkScores(scores.ids[:count], scores.log_probs[:count])
 
 
@@ -147,12 +161,13 @@ class TokenBatch:
     input_ids: torch.Tensor  # [B, T] int64
     score_index: torch.Tensor  # [N] int64 into B*T: the position whose output predicts the scored token
     labels: torch.Tensor  # [N] int64: the scored tokens
-    weights: torch.Tensor  # [N] float32: before division by the global batch's total weight
-    hard_label: torch.Tensor  # [N] bool: the token comes from a data set's completion
+    weights: torch.Tensor  # [N] float32: of the row, in every term's numerator
     sampler_logprobs: torch.Tensor  # [N] float32: the sampler's own of student samples, NaN elsewhere
     sequence_index: torch.Tensor  # [N] int64 into `sample_ids`: the token's sequence
     teacher: TeacherScores | None  # of N tokens, by one teacher
     sample_ids: tuple[str, ...]  # one name a sequence, for messages
+    sources: tuple[str, ...]  # where each sequence's completion comes from
+    completion_lengths: tuple[int, ...]  # scored tokens of each sequence, which stand together in N
     sequence_lengths: tuple[int, ...] | None = None  # packed: tokens of each sequence in the row; None: padded rows
 
     @property

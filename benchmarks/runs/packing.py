@@ -27,10 +27,12 @@ from gkd.config import load_config
 from gkd.data import pack
 from gkd.files import write_json
 from gkd.models import load_causal_lm, make_student_from_layers, output_head, resolve_model, use_packed_attention
+from gkd.objectives.objective import divergence_objective
 from gkd.train.module import StudentModule
 from gkd.types import HiddenScores, OutputHead, Prompt, PromptDraw, Rollout, TeacherScores, TokenBatch
 
 CONFIG = "configs/quickstart.yaml"
+OBJECTIVE = divergence_objective("forward_kl")  # the quickstart's
 
 
 def main() -> None:
@@ -47,9 +49,7 @@ def main() -> None:
         "padded": pack_all(rollouts, scores, options.micro_batch_size, None),
         "packed": pack_all(rollouts, scores, options.micro_batch_size, options.micro_batch_tokens),
     }
-    module = StudentModule(
-        load_causal_lm(str(folder), "float32"), config.objective, head.weight.shape[0], torch.bfloat16
-    )
+    module = StudentModule(load_causal_lm(str(folder), "float32"), head.weight.shape[0], torch.bfloat16)
     use_packed_attention(module.model, "optim.micro_batch_tokens")
     module.train()
     seconds: dict[str, list[float]] = {name: [] for name in splits}
@@ -114,7 +114,7 @@ def pack_all(
 def backward(module: StudentModule, batches: Sequence[TokenBatch]) -> None:
     total = sum(batch.scored_tokens for batch in batches)
     for batch in batches:
-        (module(batch).loss / total).backward()
+        (module(batch, OBJECTIVE).loss / total).backward()
 
 
 def time_step(module: StudentModule, batches: Sequence[TokenBatch]) -> float:
@@ -127,8 +127,7 @@ def time_step(module: StudentModule, batches: Sequence[TokenBatch]) -> float:
 
 def gradient_difference(module: StudentModule, splits: dict[str, list[TokenBatch]]) -> float:
     """Relative Frobenius norm of the difference of all gradients, in float32."""
-    head = module.divergence_head
-    exact = StudentModule(module.model, head._objective, head._valid_vocab, torch.float32)
+    exact = StudentModule(module.model, module.objective_head.valid_vocab, torch.float32)
     gradients: list[torch.Tensor] = []
     for batches in splits.values():
         exact.zero_grad()

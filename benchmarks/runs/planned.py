@@ -31,7 +31,7 @@ def planned_setup(config: Config, device: Device, devices: int = 1) -> Setup:
         device,
         devices,
         prompt_tokens=mean_prompt_tokens(config),
-        completion_tokens=config.rollout.max_new_tokens,
+        completion_tokens=config.rollout.most_new_tokens,
     )
 
 

@@ -19,18 +19,14 @@ from typing import Any
 
 import torch
 
-from gkd.bench.controls import FixedNegativeAdvantage, NoTeacher
 from gkd.bench.folder import Folder
 from gkd.bench.methods import SLOW, START, Cell, Method
 from gkd.bench.score import HeldOut, Judge
 from gkd.bench.sizes import Size
 from gkd.config import Config, Launch, make_config
 from gkd.data import render_message
-from gkd.models import load_causal_lm
 from gkd.run_files import RunFiles
-from gkd.teacher.base import Teacher
 from gkd.train import distributed, parts
-from gkd.train.engine import StudentEngine
 from gkd.train.parts import Models
 from gkd.train.placements import ask_placements
 from gkd.train.run import Run
@@ -93,13 +89,7 @@ def cell_config(folder: Folder, cell: Cell) -> Config:
                 "max_num_seqs": 512,
             },
             "mixture": {"student": method.student_share, "dataset": 1.0 - method.student_share},
-            "objective": {
-                "kind": method.objective.kind,
-                "beta": method.objective.beta,
-                "alpha": method.objective.alpha,
-                "temperature": method.loss_temperature,
-                "hard_label_weight": 1.0 if method.signal == "labels" else 0.0,
-            },
+            "objective": {"temperature": method.loss_temperature, **_term(method)},
             "optim": {
                 "lr": size.lr * (SLOW if method.signal == "fixed_negative_slow" else 1.0),
                 "warmup_steps": min(5, steps // 4),
@@ -110,6 +100,15 @@ def cell_config(folder: Folder, cell: Cell) -> Config:
         },
         origin=cell.method.label,
     )
+
+
+def _term(method: Method) -> dict[str, Any]:
+    """What the method's signal is, as the objective's one term."""
+    if method.signal == "labels":
+        return {"kind": "cross_entropy"}
+    if method.signal == "teacher":
+        return {"kind": method.objective.kind, "beta": method.objective.beta, "alpha": method.objective.alpha}
+    return {"kind": "policy_gradient", "advantage": "constant", "constant": -1.0}
 
 
 @dataclass
@@ -155,7 +154,7 @@ class CellRun(Run):
     """A run with the budget for its monitor and a judge; it measures with the judge alone, and writes nothing."""
 
     def __init__(self, folder: Folder, cell: Cell, budget: TokenBudget) -> None:
-        self._method, self._budget = cell.method, budget
+        self._budget = budget
         config = cell_config(folder, cell)
         super().__init__(config, _LAUNCH, RunFiles(config.run.folder), ask_placements(config))
         self.build()
@@ -163,7 +162,7 @@ class CellRun(Run):
         self.judge = Judge(
             heldout=read_heldout(folder, self.models),
             settings=replace(parts.sampling_settings(config, self.models), temperature=1.0),
-            teacher=self._scorer,
+            teacher=self.teacher,
             pack=self.pack,
         )
 
@@ -178,18 +177,6 @@ class CellRun(Run):
 
     def build_monitor(self) -> TokenBudget:
         return self._budget
-
-    def build_student(self) -> StudentEngine:
-        if not self._method.signal.startswith("fixed_negative"):
-            return super().build_student()
-        model: Any = load_causal_lm(self.models.student_path, "float32", key="student.model")
-        model.to(_DEVICE).train()
-        valid_vocab, phase = self.models.valid_vocab, self._budget.phase
-        return FixedNegativeAdvantage(model, self.config, _LAUNCH, valid_vocab=valid_vocab, phase=phase)
-
-    def build_teacher(self) -> Teacher:
-        self._scorer = super().build_teacher()
-        return self._scorer if self._method.signal == "teacher" else NoTeacher(self.models.valid_vocab, _DEVICE)
 
     def measure(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
         return {"tokens/sampled": float(sum(len(r.completion_ids) for r in rollouts if r.source == "student"))}

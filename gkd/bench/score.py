@@ -95,7 +95,7 @@ class Judge:
             for prompt, completion in zip(self.heldout.prompts, completions, strict=True)
         ]
         micro_batches = self.pack(rollouts, self.teacher.score(rollouts))
-        measured = student.token_divergences(micro_batches, COMPARED)
+        measured = student.token_measures(micro_batches, COMPARED)
         return {name: torch.cat([tokens[name] for tokens in measured]).mean().item() for name in _MEASURED}
 
 

@@ -5,6 +5,8 @@ Every error is a `ConfigError` whose message starts with the path of the key.
 """
 
 from gkd.config.files import describe_keys, load_config, make_config
+from gkd.config.mixture import MixtureConfig
+from gkd.config.objective import ObjectiveConfig
 from gkd.config.process import Launch, cache_folder
 from gkd.config.sections import (
     DROPPABLE,
@@ -12,11 +14,8 @@ from gkd.config.sections import (
     PROBE_TOKENS,
     Config,
     DataConfig,
-    DivergenceKind,
     Dtype,
     LoraConfig,
-    MixtureConfig,
-    ObjectiveConfig,
     OptimConfig,
     RolloutConfig,
     TeacherConfig,
@@ -28,7 +27,6 @@ __all__ = [
     "PROBE_TOKENS",
     "Config",
     "DataConfig",
-    "DivergenceKind",
     "Dtype",
     "Launch",
     "LoraConfig",

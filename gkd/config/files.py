@@ -12,8 +12,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from gkd.config.objective import ObjectiveConfig
 from gkd.config.sections import Config, Section
 from gkd.errors import ConfigError, shown
+from gkd.objectives.terms import TERMS
+from gkd.objectives.token_weights import TOKEN_WEIGHTS
+from gkd.plugins import load_plugins
 
 _MOST_VALUES = 10_000  # of a config; what an alias repeats counts each time
 _MOST_LEVELS = 20
@@ -48,6 +52,8 @@ _Loader.add_implicit_resolver(
 def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:bool":  # YAML 1.1 reads the key `on` as true
+            key_node.tag = "tag:yaml.org,2002:str"
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
             problem = f"key {shown(key)} is no text; put it in quotes if it is meant"
@@ -98,13 +104,20 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def make_config(values: Mapping[str, Any], origin: str = "config") -> Config:
-    """Checks nested plain values; raises ConfigError, which names each wrong key, the first ten of many."""
+    """Checks nested plain values, after the plugins that they name.
+
+    Raises ConfigError, which names each wrong key, the first ten of many.
+    """
     _check_plain(values, origin)
+    load_plugins(values.get("plugins"))
     try:
         return Config.model_validate(dict(values))
     except ValidationError as error:
         details = error.errors()
     lines = [_explain(dict(detail)) for detail in details[:_MOST_ERRORS]]
+    objective = values.get("objective")
+    if isinstance(objective, Mapping) and "terms" not in objective:  # the form of one term has no such key
+        lines = [line.replace("objective.terms.0.", "objective.") for line in lines]
     more = f"; and {len(details) - _MOST_ERRORS} more" if len(details) > _MOST_ERRORS else ""
     raise ConfigError(f"{origin}: " + "; ".join(lines) + more)
 
@@ -162,13 +175,15 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(detail: dict[str, Any]) -> str:
-    location = [str(part) for part in detail["loc"] if not str(part).startswith(("function-", "constrained"))]
+    location = [str(part) for part in detail["loc"] if not str(part).startswith(("function-", "constrained", "<"))]
     path = ".".join(location)
     if detail["type"] == "extra_forbidden":
         return f"{path}: unknown key{_suggestion(location)}"
     if detail["type"] == "missing":
         return f"{path}: is missing"
     message = detail["msg"].removeprefix("Value error, ")
+    if message.startswith(": "):  # of the value as a whole
+        return f"{path}{message}"
     if detail["type"] == "value_error":
         return f"{path}.{message}" if path else message
     return f"{path}: {message[0].lower()}{message[1:]}, not {shown(detail['input'])}"
@@ -180,7 +195,7 @@ def _suggestion(location: list[str]) -> str:
         field = model.model_fields.get(part)
         model = _section_of(field.annotation) if field else None
         if model is None:
-            return ""
+            return _term_suggestion(location)
     close = difflib.get_close_matches(location[-1], list(model.model_fields), n=1, cutoff=0.5)
     if close:
         return f"; did you mean {'.'.join([*location[:-1], close[0]])}?"
@@ -192,16 +207,40 @@ def _suggestion(location: list[str]) -> str:
     return f"; did you mean {' or '.join(home)}?" if home else f"; known: {', '.join(model.model_fields)}"
 
 
+def _term_suggestion(location: list[str]) -> str:
+    """Of a key in a term, whatever its kind is."""
+    if location[:2] != ["objective", "terms"]:
+        return ""
+    known = sorted({path.split(".")[-1] for path, _, _ in _term_keys()} | set(ObjectiveConfig.model_fields))
+    close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 def _section_of(annotation: Any) -> type[Section] | None:
     candidates = [annotation, *getattr(annotation, "__args__", ())]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
 
 def describe_keys() -> list[tuple[str, str, str]]:
-    """(path, default, description) of every key, in the order of the file."""
+    """(path, default, description) of every key, in the order of the file; those of registered terms after `terms`."""
     rows: list[tuple[str, str, str]] = []
     _describe(Config, "", rows)
+    place = next(index for index, row in enumerate(rows) if row[0] == "objective.terms") + 1
+    rows[place:place] = _term_keys()
     return rows
+
+
+def _term_keys() -> list[tuple[str, str, str]]:
+    rows: dict[tuple[str, str, str], None] = {}
+    for kind in TERMS.names():
+        own: list[tuple[str, str, str]] = []
+        _describe(TERMS[kind], "objective.terms.N.", own)
+        rows |= dict.fromkeys(own)
+    for name in TOKEN_WEIGHTS.names():
+        own = []
+        _describe(TOKEN_WEIGHTS[name], f"objective.terms.N.token_weight.{name}.", own)
+        rows |= dict.fromkeys(own)
+    return list(rows)
 
 
 def _describe(model: type[Section], prefix: str, rows: list[tuple[str, str, str]]) -> None:

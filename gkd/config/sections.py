@@ -6,18 +6,19 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from gkd.chunks import LOSS_CHUNK_BYTES
+from gkd.config.mixture import MixtureConfig
+from gkd.config.objective import ObjectiveSection, default_objective
 from gkd.errors import ConfigError, shown
+from gkd.schedules import CountSchedule, largest, value_at
+from gkd.schema import Fraction, Section
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-DivergenceKind = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha"]
 Droppable = Literal["developer", "tool", "system", "think"]
 DROPPABLE: tuple[Droppable, ...] = get_args(Droppable)
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-_MIXTURE_TOLERANCE = 1e-6
+_ROUNDING = 1e-6  # of fractions that add up
 _SET_FOR_TEMPLATES = {"conversation", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict"}
 MAIN_TEACHER = "main"  # name of `teacher`, beside those of `other_teachers`
 PROBE_TOKENS = 160  # of the text that proves a sync: more than a block of vLLM's prefix cache, 128 at most by default
@@ -38,12 +39,6 @@ def _possible_path(text: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(_possible_path)]
-
-
-class Section(BaseModel):
-    """A frozen mapping in which an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -206,7 +201,9 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0.0, description="of sampling; the loss has its own")
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="nucleus; 1 = off")
     top_k: int = Field(0, ge=0, description="most likely tokens kept; 0 = off")
-    max_new_tokens: int = Field(128, ge=1, description="longest completion")
+    max_new_tokens: CountSchedule = Field(
+        128, description="longest completion; a number, or a schedule for those that the student samples"
+    )
     samples_per_prompt: int = Field(1, ge=1, description="completions a prompt in one step")
     stop_token_ids: list[int] | None = Field(None, description="null = the model's own end tokens")
     sync_tolerance: float | None = Field(
@@ -231,6 +228,15 @@ class RolloutConfig(Section):
         "its weights wait in host memory, 2 = its cache and weights",
     )
 
+    @property
+    def most_new_tokens(self) -> int:
+        """The longest completion of any step."""
+        return round(largest(self.max_new_tokens))
+
+    def new_tokens_at(self, step: int) -> int:
+        """The longest completion that the student samples in a step."""
+        return round(value_at(self.max_new_tokens, step))
+
     @model_validator(mode="after")
     def _settings_fit_the_placement(self) -> RolloutConfig:
         for name, default in (("tensor_parallel", 1), ("sleep_level", 0)):
@@ -251,45 +257,6 @@ class RolloutConfig(Section):
             raise ValueError(f"engine: a served sampler is vllm, not {self.engine}; set it to vllm")
         _check_addresses(self.addresses, "sampler", 8400)
         return self
-
-
-class MixtureConfig(Section):
-    student: Fraction = Field(1.0, description="lambda: probability that a sample's completion is the student's")
-    teacher: Fraction = Field(0.0, description="probability that it is the teacher's, sampled once and cached")
-    dataset: Fraction = Field(0.0, description="probability that it is the data set's")
-
-    @model_validator(mode="after")
-    def _sums_to_one(self) -> MixtureConfig:
-        total = self.student + self.teacher + self.dataset
-        if abs(total - 1.0) > _MIXTURE_TOLERANCE:
-            rest = max(0.0, 1.0 - self.teacher - self.dataset)
-            raise ValueError(f"student + teacher + dataset is {total:g}, must be 1; set student to {rest:g}")
-        return self
-
-
-class ObjectiveConfig(Section):
-    kind: DivergenceKind = Field("forward_kl", description="divergence between teacher and student")
-    beta: Fraction = Field(0.5, description="jsd: weight of the teacher in the mixture")
-    alpha: Fraction = Field(0.1, description="skew_*: share mixed in; alpha: order of the alpha divergence")
-    temperature: float = Field(1.0, gt=0.0, description="divides the logits of both sides")
-    hard_label_weight: Fraction = Field(
-        0.0, description="alpha_kd: share of cross-entropy on completions of the data set"
-    )
-    scale_by_temperature_squared: bool = Field(False, description="multiply the divergence by temperature squared")
-    normalize_jsd: bool = Field(False, description="divide the JSD by beta (1 - beta): no jump at 0 and 1")
-    reduction: Literal["token_mean", "sequence_mean"] = Field(
-        "token_mean", description="mean over the global batch's scored tokens, or of each sequence's mean"
-    )
-    importance_weights: Literal["none", "token", "sequence"] = Field(
-        "none", description="weigh the student's samples by p_trainer / p_sampler, of each token or the whole sequence"
-    )
-    importance_cap: float = Field(2.0, gt=0.0, description="largest such weight")
-    chunk_mib: int | None = Field(
-        None,
-        ge=1,
-        description="float32 logits of one side in memory at once; "
-        f"null: {LOSS_CHUNK_BYTES['cpu'] >> 20} on a CPU, {LOSS_CHUNK_BYTES['cuda'] >> 20} on a GPU",
-    )
 
 
 class OptimConfig(Section):
@@ -336,14 +303,17 @@ class LogConfig(Section):
 class Config(Section):
     """A whole run."""
 
+    plugins: list[str] = Field(
+        [], description="installed modules that register terms, token weights, divergences, sources or shapes"
+    )
     run: RunConfig = RunConfig()  # pyright: ignore[reportCallIssue]
     teacher: TeacherConfig
-    other_teachers: dict[str, OtherTeacherConfig] = {}  # by name
+    other_teachers: dict[str, OtherTeacherConfig] = Field({}, description="more teachers, by name")
     student: StudentConfig
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()  # pyright: ignore[reportCallIssue]
     mixture: MixtureConfig = MixtureConfig()  # pyright: ignore[reportCallIssue]
-    objective: ObjectiveConfig = ObjectiveConfig()  # pyright: ignore[reportCallIssue]
+    objective: ObjectiveSection = default_objective()
     optim: OptimConfig = OptimConfig()  # pyright: ignore[reportCallIssue]
     deepspeed: Annotated[DeepSpeedConfig, BeforeValidator(lambda v: {"config": v} if isinstance(v, str) else v)] = (
         DeepSpeedConfig()  # pyright: ignore[reportCallIssue]
@@ -365,10 +335,9 @@ class Config(Section):
                 f"optim.micro_batch_tokens: {optim.micro_batch_tokens} does not hold one sequence of "
                 f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}; at least {longest}"
             )
-        if self.objective.hard_label_weight > 0 and self.mixture.dataset == 0:
-            raise ValueError("objective.hard_label_weight: needs completions of the data set, but mixture.dataset is 0")
+        self.objective.check_sources(self.mixture.shares)
         if any(teacher.placement == "topk" for teacher in self.teachers.values()):
-            self._check_topk_objective()
+            self.objective.check_topk()
         self._check_routes()
         if optim.schedule != "constant" and optim.warmup_steps >= self.run.steps:
             raise ValueError(
@@ -410,19 +379,8 @@ class Config(Section):
                 either = "is 0 and data.teacher_column null: it would teach nothing; set one of the two"
                 both = f"is {weight:g}, but data.teacher_column says which rows it teaches; leave out one of the two"
                 raise ValueError(f"other_teachers.{name}.weight: {both if weight > 0 else either}")
-        if sum(weights.values()) > 1.0 + _MIXTURE_TOLERANCE:
+        if sum(weights.values()) > 1.0 + _ROUNDING:
             raise ValueError(f"other_teachers: the weights add up to {sum(weights.values()):g}, which is more than 1")
-
-    def _check_topk_objective(self) -> None:
-        if self.objective.temperature != 1.0:
-            raise ValueError(
-                f"objective.temperature: {self.objective.temperature:g}, but a top k is told at temperature 1; "
-                "set it to 1, or use hidden states (placement: served)"
-            )
-        if self.objective.hard_label_weight > 0:
-            raise ValueError(
-                "objective.hard_label_weight: is not there for a teacher with placement: topk; set it to 0"
-            )
 
     def check_world_size(self, world_size: int) -> None:
         """Raises ConfigError unless `world_size` ranks divide into samplers, and the global batch into whole
@@ -453,7 +411,7 @@ class Config(Section):
     @property
     def longest_sequence(self) -> int:
         """Tokens of prompt and completion together."""
-        return self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        return self.data.max_prompt_tokens + self.rollout.most_new_tokens
 
     @property
     def longest_sampled(self) -> int:

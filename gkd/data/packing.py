@@ -18,7 +18,7 @@ from torch.nn.functional import pad as pad_columns
 
 from gkd.data.order import longest_first
 from gkd.errors import SamplerError
-from gkd.types import HiddenScores, Rollout, TeacherScores, TokenBatch, TopkScores, first_rows
+from gkd.types import HiddenScores, NoScores, Rollout, TeacherScores, TokenBatch, TopkScores, first_rows
 
 
 def pack(
@@ -43,7 +43,7 @@ def pack(
     which idle micro-batches of one token that nothing scores are added; where there are scores, a rank that may have to
     add one needs a rollout, be it an empty one. Scores stay on their device.
 
-    Weights: 1 a token ("token_mean"), or 1 / completion length ("sequence_mean"): each sequence sums to 1.
+    Row weights: 1 for each token ("token_mean"), or 1 / completion length ("sequence_mean").
     Raises SamplerError if the teacher's scores do not fit the rollouts, ValueError for an empty prompt.
     """
     if scores is not None:
@@ -123,7 +123,6 @@ def _micro_batch(
     score_index: list[int] = []
     labels: list[int] = []
     weights: list[float] = []
-    hard_label: list[bool] = []
     sampler_logprobs: list[float] = []
     sequence_index: list[int] = []
     for sequence, (start, rollout) in enumerate(zip(laid_out.starts, rollouts, strict=False)):  # no rollout: idle
@@ -134,7 +133,6 @@ def _micro_batch(
         score_index += range(first, first + scored)
         labels += rollout.completion_ids
         weights += [1.0 / scored if reduction == "sequence_mean" else 1.0 for _ in range(scored)]
-        hard_label += [rollout.source == "dataset"] * scored
         sampler_logprobs += [math.nan] * scored if rollout.logprobs is None else rollout.logprobs
         sequence_index += [sequence] * scored
     return TokenBatch(
@@ -142,11 +140,12 @@ def _micro_batch(
         score_index=torch.tensor(score_index, dtype=torch.int64),  # [N]
         labels=torch.tensor(labels, dtype=torch.int64),  # [N]
         weights=torch.tensor(weights, dtype=torch.float32),  # [N]
-        hard_label=torch.tensor(hard_label, dtype=torch.bool),  # [N]
         sampler_logprobs=torch.tensor(sampler_logprobs, dtype=torch.float32),  # [N]
         sequence_index=torch.tensor(sequence_index, dtype=torch.int64),  # [N]
         teacher=teacher,
         sample_ids=tuple(rollout.sample_id for rollout in rollouts),
+        sources=tuple(rollout.source for rollout in rollouts),
+        completion_lengths=tuple(len(rollout.completion_ids) for rollout in rollouts),
         sequence_lengths=laid_out.sequence_lengths,
     )
 
@@ -164,6 +163,8 @@ def _check_scores(rollouts: Sequence[Rollout], scores: Sequence[TeacherScores]) 
 def _joined(parts: Sequence[TeacherScores]) -> TeacherScores:
     """What one teacher, or several that give only their top k, say of some rollouts, as one."""
     first = parts[0]
+    if isinstance(first, NoScores):
+        return NoScores(sum(map(len, parts)))
     if isinstance(first, HiddenScores):
         return HiddenScores(torch.cat([p.states for p in parts if isinstance(p, HiddenScores)]), first.head)
     known = [part for part in parts if isinstance(part, TopkScores)]

@@ -11,31 +11,27 @@ from typing import Any, Protocol
 
 import torch
 
-from gkd.config import ObjectiveConfig
+from gkd.objectives.objective import Objective, divergence_objective
 from gkd.seeding import derive_seed
 from gkd.teacher.base import Teacher
 from gkd.types import Completion, Prompt, PromptDraw, Rollout, SampleRequest, TeacherScores, TokenBatch
 
 # JSD(1/2) is the loss of the pass, both KLs are its by-products: one pass measures all three.
-COMPARED = ObjectiveConfig(kind="jsd", beta=0.5)  # pyright: ignore[reportCallIssue]
-DIVERGENCES = {"forward_kl": "forward_kl", "reverse_kl": "reverse_kl", "jsd": "divergence"}  # of COMPARED, by name
-TOPK_DIVERGENCES = {
-    "topk_forward_kl": "topk_forward_kl",
-    "topk_reverse_kl": "topk_reverse_kl",
-    "topk_jsd": "topk_divergence",
-}  # the same, where a teacher gives its top k only
+COMPARED = divergence_objective("jsd", beta=0.5)
+DIVERGENCES: tuple[str, ...] = ("forward_kl", "reverse_kl", "jsd")
+TOPK_DIVERGENCES = ("topk_forward_kl", "topk_reverse_kl", "topk_jsd")  # where a teacher gives its top k only
 _MOST_BUCKETS = 64  # of positions: as many as a picture can show
 
 Pack = Callable[[Sequence[Rollout], Sequence[TeacherScores]], list[TokenBatch]]
 
 
 class MeasuresDivergence(Protocol):
-    def token_divergences(
-        self, micro_batches: Sequence[TokenBatch], objective: ObjectiveConfig
+    def token_measures(
+        self, micro_batches: Sequence[TokenBatch], objective: Objective
     ) -> list[dict[str, torch.Tensor]]:
-        """For each micro-batch {name: [N]}: `divergence` is the objective's, beside it both KLs and more.
+        """For each micro-batch {name: [N]}: the objective's terms by name, beside them both KLs and more.
 
-        From a teacher's top k they are `topk_divergence`, `topk_forward_kl` and so on, and no others.
+        From a teacher's top k they are `topk_jsd`, `topk_forward_kl` and so on.
         """
         ...
 
@@ -100,7 +96,7 @@ class HeldoutEvaluation:
     def measure(self) -> HeldoutFigures:
         """Collective."""
         micro_batches = self._pack(self._rollouts, self._teacher.score(self._rollouts))
-        measured = self._student.token_divergences(micro_batches, COMPARED)
+        measured = self._student.token_measures(micro_batches, COMPARED)
         sums, topk_sums = (
             self._sum_over_ranks(self._bucket_sums(micro_batches, measured, columns)).cpu()
             for columns in (DIVERGENCES, TOPK_DIVERGENCES)
@@ -118,17 +114,17 @@ class HeldoutEvaluation:
         self,
         micro_batches: Sequence[TokenBatch],
         measured: Sequence[Mapping[str, torch.Tensor]],
-        columns: Mapping[str, str],
+        columns: Sequence[str],
     ) -> torch.Tensor:
         """[1 + len(columns), buckets] float64: tokens, then sums of each divergence, where they were measured; this
         rank's."""
         device = next(iter(measured[0].values())).device
         sums = torch.zeros(1 + len(columns), self._buckets, dtype=torch.float64, device=device)
         for batch, values in zip(micro_batches, measured, strict=True):
-            if not values.keys() >= set(columns.values()):
+            if not values.keys() >= set(columns):
                 continue
             bucket = (completion_positions(batch) // self._bucket_tokens).to(device)  # [N]
-            rows = [values[name] for name in columns.values()]
+            rows = [values[name] for name in columns]
             sums.index_add_(1, bucket, torch.stack([torch.ones_like(rows[0]), *rows]).double())
         return sums
 

@@ -67,7 +67,7 @@ class AnswerScoring:
         """Of the rollouts of this rank; collective."""
         scores = self._teacher.score(rollouts)
         micro_batches = self._pack(rollouts, scores)
-        by_answer = _by_sequence(micro_batches, self._student.token_divergences(micro_batches, COMPARED))
+        by_answer = _by_sequence(micro_batches, self._student.token_measures(micro_batches, COMPARED))
         answers = [
             Answer(
                 prompt=rollout.draw.prompt.text,
@@ -84,9 +84,10 @@ class AnswerScoring:
         if isinstance(scores, HiddenScores):
             teacher = _whole_view(scores, self._valid_vocab, labels.to(scores.states.device))
         else:
+            assert isinstance(scores, TopkScores)
             teacher = _topk_view(scores, labels.to(scores.ids.device))
         unknown = torch.full((len(ids),), math.nan)  # a divergence over the vocabulary, from a teacher's top k
-        columns = {name: measured.get(key, unknown).tolist() for name, key in DIVERGENCES.items()}
+        columns = {name: measured.get(name, unknown).tolist() for name in DIVERGENCES}
         columns["student_probability"] = measured["label_logprob"].exp().tolist()
         columns["teacher_probability"] = teacher.probability.tolist()
         best = zip(teacher.best_ids.tolist(), teacher.best_probabilities.tolist(), strict=True)

@@ -20,7 +20,7 @@ class ModelCard:
     teacher: str
     student: str  # what it was made from
     objective: Mapping[str, Any]  # the config's section
-    mixture: Mapping[str, float]  # source of a completion -> its configured share
+    mixture: Mapping[str, Any]  # source of a completion -> its configured share, a number or a schedule
     data: str
     steps: int
     versions: Mapping[str, str]  # library -> version
@@ -29,6 +29,7 @@ class ModelCard:
     name: str | None = None
     base_models: tuple[str, ...] = ()  # names on the hub, for its index
     license: str | None = None  # the hub's identifier: "apache-2.0"
+    objective_text: str = ""  # the objective in words
 
     def render(self) -> str:
         """The card in Markdown, after a YAML head that the hub reads."""
@@ -56,12 +57,11 @@ class ModelCard:
         return f"---\n{front}---\n\n{self._body()}"
 
     def _body(self) -> str:
-        settings = ", ".join(f"{name} {value}" for name, value in self.objective.items() if name != "kind")
         rows = [
             ("Teacher", self.teacher),
             ("Student made from", self.student),
-            ("Objective", f"{self.objective.get('kind', '')} ({settings})"),
-            ("Completions by", ", ".join(f"{name} {share:.0%}" for name, share in self.mixture.items())),
+            ("Objective", self.objective_text),
+            ("Completions by", ", ".join(f"{name} {_share(share)}" for name, share in self.mixture.items())),
             ("Data", self.data),
             ("Steps", str(self.steps)),
         ]
@@ -80,6 +80,10 @@ class ModelCard:
         if self.lora is not None:
             parts.append(_USE_ADAPTER)
         return "\n\n".join(parts) + "\n"
+
+
+def _share(share: Any) -> str:
+    return f"{share:.0%}" if isinstance(share, (int, float)) else f"{share['from']:.0%} to {share['to']:.0%}"
 
 
 _USE = """\

@@ -10,16 +10,17 @@ from typing import NamedTuple
 from rich.text import Text
 
 from gkd.monitor.text import NEWLINE_MARK, clean
-from gkd.types import CompletionSource, Rollout, TokenBatch
+from gkd.types import Rollout, TokenBatch
 
 Decode = Callable[[list[int]], str]  # one that keeps special tokens, or the view would hide them
 
 # Two styles a source, taken in turn, so that the border between two tokens is seen.
-SOURCE_STYLES: dict[CompletionSource, tuple[str, str]] = {
+SOURCE_STYLES: dict[str, tuple[str, str]] = {
     "student": ("#ffffff on #14692f", "#ffffff on #259b4c"),
     "teacher": ("#ffffff on #0b5c8a", "#ffffff on #2288c4"),
     "dataset": ("#000000 on #c99a12", "#000000 on #ecd06f"),
 }
+_OTHER_STYLE = ("#ffffff on #5b3f8c", "#ffffff on #8463bd")  # sources of plugins
 _NOT_SCORED = "dim"
 
 
@@ -46,12 +47,12 @@ def render_first_batch(
     """
     rows = _choose(rollouts, max_rows)
     text = Text("first batch: ")
-    sources: list[CompletionSource] = [rollouts[row].source for row in rows]
+    sources = [rollouts[row].source for row in rows]
     for source in dict.fromkeys(sources):
-        text.append(f" scored, {source} ", SOURCE_STYLES[source][0]).append("  ")
+        text.append(f" scored, {source} ", SOURCE_STYLES.get(source, _OTHER_STYLE)[0]).append("  ")
     text.append("not scored", _NOT_SCORED)
     for row in rows:
-        rollout, styles = rollouts[row], SOURCE_STYLES[rollouts[row].source]
+        rollout, styles = rollouts[row], SOURCE_STYLES.get(rollouts[row].source, _OTHER_STYLE)
         text.append(f"\n\n{_title(rollout)}\n", "bold")
         for count, piece in enumerate(_pieces(rollout, decode, max_tokens, scored[row] if scored else None)):
             text.append(piece.text, styles[count % 2] if piece.scored else _NOT_SCORED)

@@ -6,30 +6,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import get_args
-
-from gkd.config import DivergenceKind
+from collections.abc import Iterable, Mapping
 
 MetricValue = float | int | str
-
-_DIVERGENCE_MEANING = {
-    "forward_kl": "KL(teacher || student), mean over the step's scored tokens",
-    "reverse_kl": "KL(student || teacher), mean over the step's scored tokens",
-    "jsd": "Jensen-Shannon divergence with `objective.beta`, mean over the step's scored tokens",
-    "skew_forward_kl": "KL(teacher || mixture) with `objective.alpha`, mean over the step's scored tokens",
-    "skew_reverse_kl": "KL(student || mixture) with `objective.alpha`, mean over the step's scored tokens",
-    "tvd": "total variation distance, between 0 and 1, mean over the step's scored tokens",
-    "alpha": "alpha divergence of order `objective.alpha`, mean over the step's scored tokens",
-}
 
 METRICS: dict[str, str] = {  # name -> "unit: meaning"
     "step": "count: index of the step, from 0; the terminal shows the number of steps done, one more",
     "loss": "nats: what the optimizer minimises, over the global batch",
-    **{
-        f"divergence/{kind}": f"{'probability' if kind == 'tvd' else 'nats'}: {_DIVERGENCE_MEANING[kind]}"
-        for kind in get_args(DivergenceKind)
-    },
+    "objective/*/loss": "the term's own: value of the term of that name, unweighed; mean over the tokens it is for",
+    "objective/*/weight": "factor: weight of the term of that name, as its schedule has it at the step",
+    "objective/temperature": "factor: divides both sides' logits in the step's divergences",
+    "divergence/forward_kl": "nats: KL(teacher || student), mean over the step's tokens that a term compares with it",
+    "divergence/reverse_kl": "nats: KL(student || teacher), mean over the same tokens",
     "divergence/topk_forward_kl": "nats: KL(teacher || student) of K + 1 outcomes, the tokens of a teacher's top k and "
     "all others as one: at most the KL over the vocabulary; mean over the step's tokens that such a teacher scored",
     "divergence/topk_reverse_kl": "nats: KL(student || teacher) of the same outcomes, mean over the same tokens",
@@ -48,9 +36,7 @@ METRICS: dict[str, str] = {  # name -> "unit: meaning"
     "time/sync_s": "s: the student's weights into the sampler, and their proof",
     "time/other_s": "s: the rest of `time/step_s`: data, logging, and a checkpoint or an evaluation in between",
     "time/step_s": "s: wall time since the end of the last step",
-    "mixture/student": "fraction: the step's samples whose completion is the student's",
-    "mixture/teacher": "fraction: the step's samples whose completion is the teacher's",
-    "mixture/dataset": "fraction: the step's samples whose completion is the data set's",
+    "mixture/*": "fraction: the step's samples whose completion is from the source of that name",
     "sync/max_logprob_error": "nats: largest difference of a log-probability, trainer against sampler, on the probe",
     "sync/mean_logprob_error": "nats: mean absolute difference of the log-probabilities on the probe",
     "mismatch/k3": "nats: KL(sampler || trainer), the mean of r - 1 - log r with r = p_trainer / p_sampler of a token",
@@ -70,6 +56,31 @@ METRICS: dict[str, str] = {  # name -> "unit: meaning"
 }
 
 
+def description_of(name: str) -> str | None:
+    """ "unit: meaning" of a metric, or None for one that is not listed. A "*" of the list stands for one name."""
+    if name in METRICS:
+        return METRICS[name]
+    return next((METRICS[pattern] for pattern in METRICS if "*" in pattern and _matches(name, pattern)), None)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of metrics in the order of the list, unknown ones last."""
+    order = {pattern: place for place, pattern in enumerate(METRICS)}
+
+    def place(name: str) -> int:
+        if name in order:
+            return order[name]
+        return next((order[pattern] for pattern in order if "*" in pattern and _matches(name, pattern)), len(order))
+
+    return sorted(names, key=lambda name: (place(name), name))
+
+
+def _matches(name: str, pattern: str) -> bool:
+    before, after = pattern.split("*")
+    middle = name[len(before) : len(name) - len(after)]
+    return name.startswith(before) and name.endswith(after) and bool(middle) and "/" not in middle
+
+
 def merge_metrics(*groups: Mapping[str, MetricValue]) -> dict[str, MetricValue]:
     """One mapping of all groups, in order.
 
@@ -79,7 +90,7 @@ def merge_metrics(*groups: Mapping[str, MetricValue]) -> dict[str, MetricValue]:
     merged: dict[str, MetricValue] = {}
     for group in groups:
         for name, value in group.items():
-            if name not in METRICS:
+            if description_of(name) is None:
                 raise ValueError(f"metric {name!r} is not described in gkd/monitor/metrics.py: add it there")
             if isinstance(value, bool) or not isinstance(value, (float, int, str)):
                 raise ValueError(f"metric {name!r} is a {type(value).__name__}: give a plain float, int or str")

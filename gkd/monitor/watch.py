@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gkd.errors import RunFolderError
-from gkd.monitor.metrics import METRICS, MetricValue
+from gkd.monitor.metrics import METRICS, MetricValue, description_of, in_order
 from gkd.monitor.report.data import is_finished, read_object
 from gkd.monitor.summary_view import bar, sparkline
 from gkd.monitor.terminal import status
@@ -27,6 +27,7 @@ from gkd.run_files import RunFiles, parse_record
 _RECENT_STEPS = 20  # for the time left and the phases
 _CURVES = (
     "loss",
+    "objective/",
     "divergence/",
     "entropy/",
     "agreement/",
@@ -205,11 +206,11 @@ class RunWatch:
     def _curves(self, width: int, ascii_only: bool) -> Table:
         table = _table(3)
         table.columns[1].justify = "right"
-        names = [name for name in METRICS if name.startswith(_CURVES) and name in self.follower.columns]
+        names = [name for name in in_order(self.follower.columns) if name.startswith(_CURVES)]
         room = max(8, min(48, width - 40))
         for name in names:
             column = self.follower.columns[name]
-            unit = METRICS[name].split(":")[0]
+            unit = (description_of(name) or "").split(":")[0]
             value = format_rate(column[-1]) if unit == "tokens/s" else format_value(column[-1])
             curve = sparkline(column, room, ascii_only=ascii_only)
             table.add_row(Text(_curve_label(name)), Text(value, style="bold"), Text(curve, style="cyan"))

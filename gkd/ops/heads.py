@@ -17,6 +17,7 @@ from gkd.objectives.divergence import working_dtype
 from gkd.objectives.reduction import mask_rows
 from gkd.ops.common import valid_columns, working_memory
 from gkd.ops.matmul import HeadProduct
+from gkd.types import OutputHead
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class Head:
     bias: Tensor | None  # [V]
     softcap: float | None
     logit_scale: float
+
+    @classmethod
+    def of(cls, name: str, hidden: Tensor, head: OutputHead) -> Head:
+        return cls(name, hidden, head.weight, head.bias, head.softcap, head.logit_scale)
 
     def check(self) -> None:
         """Raises InputError for shapes, dtypes and devices that do not fit, ConfigError for an option's value."""
@@ -98,16 +103,6 @@ class HeadGradients:
             self._weight[columns if head.hidden.shape[0] else 0 :].zero_()
         if self._bias is not None:
             self._bias.zero_()
-
-    def row_factors(self, factors: Tensor | None) -> Tensor | None:
-        """`factors` [N] times the logit scale, which every gradient below the logits carries."""
-        scale = self._head.logit_scale
-        if scale == 1.0:
-            return factors
-        if factors is None:
-            hidden = self._head.hidden
-            factors = torch.ones(hidden.shape[0], dtype=self._product.dtype, device=hidden.device)
-        return factors * scale
 
     def add(self, rows: slice, logits_gradient: Tensor) -> None:
         """Adds what the rows' d/dlogits [n, V] means for hidden states, head and bias."""

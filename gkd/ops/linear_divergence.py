@@ -5,8 +5,7 @@ Legend: N rows (scored tokens), n rows of a chunk, Hs and Ht hidden sizes, V voc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
@@ -14,16 +13,13 @@ from torch import Tensor
 
 from gkd.chunks import loss_chunk_bytes
 from gkd.errors import ConfigError, InputError
-from gkd.objectives.byproducts import BYPRODUCTS, concatenate
-from gkd.objectives.divergence import Divergence, working_dtype
-from gkd.objectives.hard_label import HardLabels
+from gkd.objectives.divergence import Divergence
 from gkd.objectives.reduction import check_reduction, check_weights, reduce_rows, row_factors, weigh
-from gkd.ops import scratch
+from gkd.objectives.row_losses import LabelLoss
 from gkd.ops.common import times
-from gkd.ops.heads import Head, HeadGradients, common_columns
-from gkd.ops.rows import RowMemory, score_rows
-
-LABEL_LOGPROB = "label_logprob"  # a by-product
+from gkd.ops.heads import Head, common_columns
+from gkd.ops.vocabulary_pass import Group, PassJob, WeightedLoss, run_pass
+from gkd.types import OutputHead
 
 
 class LinearOptions(TypedDict, total=False):
@@ -135,15 +131,17 @@ def linear_divergence(
         chunk_bytes = loss_chunk_bytes(student_hidden.device.type)
     if chunk_bytes < 1:
         raise ConfigError(f"chunk_bytes: {chunk_bytes} must be at least 1")
-    student = Head("student", student_hidden, student_head, student_bias, student_softcap, student_logit_scale)
-    teacher = Head("teacher", teacher_hidden, teacher_head, teacher_bias, teacher_softcap, teacher_logit_scale)
+    student_side = OutputHead(student_head, student_bias, student_logit_scale, student_softcap)
+    teacher_side = OutputHead(teacher_head, teacher_bias, teacher_logit_scale, teacher_softcap)
+    student = Head.of("student", student_hidden, student_side)
+    teacher = Head.of("teacher", teacher_hidden, teacher_side)
     columns = common_columns(student, teacher, valid_vocab)
     rows = student_hidden.shape[:1]
     check_weights(weights, rows)
     if weights is not None:
         weights = weights.detach().to(student_hidden.device)
     labels = _checked_labels(labels, weights, student_hidden, columns)
-    hard_labels = _hard_labels(labels, hard_label_weight)
+    hard = _hard_label_weights(labels, hard_label_weight)
     teacher = teacher.detached()
     if not torch.is_grad_enabled():
         student_hidden, student_head = student_hidden.detach(), student_head.detach()
@@ -151,24 +149,32 @@ def linear_divergence(
     live = _live_rows(weights)
     if live is not None and weights is not None:
         student_hidden, weights = student_hidden.index_select(0, live), weights[live]
-        student = replace(student, hidden=student_hidden)
         teacher = replace(teacher, hidden=teacher.hidden[live])
         labels = None if labels is None else labels[live]
-        hard_labels = None if hard_labels is None else HardLabels(hard_labels.labels[live], hard_labels.weight[live])
-    measured_names = _measured_names(byproducts, labels)
-    job = _Job(
-        spec, student, teacher, columns, weights, reduction, labels, hard_labels, compute_dtype, chunk_bytes,
-        measured_names,
-    )  # fmt: skip
-    outputs: Any = _LinearDivergence.apply(student_hidden, student_head, student_bias, job)
+        hard = None if hard is None else hard[live]
+    student = replace(student, hidden=student_hidden, weight=student_head, bias=student_bias)
+    job = PassJob(
+        student,
+        teacher,
+        columns,
+        temperature,
+        (WeightedLoss(spec),) if hard is None else (WeightedLoss(spec), WeightedLoss(LabelLoss())),
+        (Group(slice(0, student_hidden.shape[0]), (0,) if hard is None else (0, 1)),),
+        labels,
+        byproducts,
+        compute_dtype,
+        chunk_bytes,
+        ignored=None if student_hidden.device.type == "cpu" else weights,  # there they have been left out
+    )
+    outputs: Any = _LinearDivergence.apply(student_hidden, student_head, student_bias, job, weights, hard, reduction)
     if live is not None:
         outputs = [out if out.dim() == 0 else out.new_zeros(rows).index_copy(0, live, out) for out in outputs]
     loss, *measured = outputs
-    return (loss, dict(zip(measured_names, measured, strict=True))) if byproducts else loss
+    return (loss, dict(zip(_measured_names(job), measured, strict=True))) if byproducts else loss
 
 
-def _measured_names(byproducts: bool, labels: Tensor | None) -> tuple[str, ...]:
-    return () if not byproducts else BYPRODUCTS if labels is None else (*BYPRODUCTS, LABEL_LOGPROB)
+def _measured_names(job: PassJob) -> tuple[str, ...]:
+    return ("divergence", *job.measure_names) if job.measures else ()
 
 
 def _live_rows(weights: Tensor | None) -> Tensor | None:
@@ -180,168 +186,76 @@ def _live_rows(weights: Tensor | None) -> Tensor | None:
     return None if len(live) == len(weights) else live
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Everything that a pass over the rows needs."""
-
-    spec: Divergence
-    student: Head
-    teacher: Head
-    columns: int
-    weights: Tensor | None  # [N]
-    reduction: str
-    labels: Tensor | None  # [N]
-    hard_labels: HardLabels | None
-    compute_dtype: torch.dtype | None
-    chunk_bytes: int
-    measured_names: tuple[str, ...]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        if self.compute_dtype == torch.float64:
-            return torch.float64
-        heads = (self.student, self.teacher)
-        return working_dtype(*(tensor for head in heads for tensor in (head.hidden, head.weight)))
-
-    def chunks(self) -> Iterator[slice]:
-        """As few chunks as chunk_bytes allows, of about equal size."""
-        n_rows = self.student.hidden.shape[0]
-        at_most = max(1, self.chunk_bytes // (self.columns * self.dtype.itemsize))
-        n_chunks = -(-n_rows // at_most)
-        for index in range(n_chunks):
-            yield slice(index * n_rows // n_chunks, (index + 1) * n_rows // n_chunks)
-
-
 class _LinearDivergence(torch.autograd.Function):
     """One pass over the rows: in the forward for a scalar loss, whose upstream gradient is a factor that can wait;
     in the backward for reduction "none", whose upstream gradient belongs inside."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        job: PassJob,
+        weights: Tensor | None,
+        hard: Tensor | None,
+        reduction: str,
+    ) -> tuple[Tensor, ...]:
         needs: tuple[bool, bool, bool] = ctx.needs_input_grad[:3]
-        late = job.reduction == "none"
+        late = reduction == "none"
         like = torch.empty(hidden.shape[0], dtype=job.dtype, device=hidden.device)  # [N]
-        factors = row_factors(like, job.weights, job.reduction)
-        value, measured, gradients = _pass(job, factors, (False, False, False) if late else needs)
-        if late and any(needs):
+        factors = row_factors(like, weights, reduction)
+        result = run_pass(_with_factors(job, factors, hard), (False, False, False) if late else needs)
+        ctx.late = late and any(needs)
+        if ctx.late:
             ctx.save_for_backward(hidden, weight, bias)
-            ctx.job = replace(job, student=replace(job.student, hidden=like, weight=like, bias=None), measured_names=())
+            no_head = replace(job.student, hidden=like, weight=like, bias=None)
+            ctx.job, ctx.weights, ctx.hard = replace(job, student=no_head, measures=False), weights, hard
         else:
             # Not the head: its storage may be a shard's, gathered for this call only.
-            ctx.save_for_backward(*gradients)
-            ctx.job = None
+            ctx.save_for_backward(*result.gradients)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+        value = result.values[0]
+        alive = None if weights is None else weights != 0
+        # detached: autograd must not take the loss of reduction "none" for its by-product
+        measured = [weigh(rows.detach(), alive) for rows in (value, *result.measures.values())] if job.measures else []
         ctx.mark_non_differentiable(*measured)
-        return (reduce_rows(value, job.weights, job.reduction), *measured)
+        if hard is not None:
+            hard = hard.to(value.dtype)
+            value = weigh(value, 1.0 - hard) + weigh(result.values[1], hard)
+        return (reduce_rows(value, weights, reduction), *measured)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.job is None:
+        if not ctx.late:
             scaled = [
                 None if gradient is None else times(gradient, upstream, dtype)
                 for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
             ]
-            return (*scaled, None)
+            return (*scaled, *[None] * 4)
         hidden, weight, bias = ctx.saved_tensors
         job = replace(ctx.job, student=replace(ctx.job.student, hidden=hidden, weight=weight, bias=bias))
-        gradients = _pass(job, weigh(upstream, job.weights), ctx.needs_input_grad[:3])[2]
+        job = _with_factors(job, weigh(upstream, ctx.weights), ctx.hard)
+        gradients = run_pass(job, ctx.needs_input_grad[:3]).gradients
         cast = (
             None if gradient is None else gradient.to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
-        return (*cast, None)
+        return (*cast, *[None] * 4)
 
 
-@torch.no_grad()
-def _pass(
-    job: _Job, factors: Tensor | None, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-    """Values [N], by-products (a list of [N], empty unless asked for) and gradients of sum factor * value.
-
-    factors [N], None for ones; needs: whether gradients for hidden, head and bias are wanted.
-    """
-    student, teacher, dtype = job.student, job.teacher, job.dtype
-    n_rows, device = student.hidden.shape[0], student.hidden.device
-    value = torch.empty(n_rows, dtype=dtype, device=device)
-    measured: list[dict[str, Tensor]] = []
-    asks_labels = LABEL_LOGPROB in job.measured_names
-    with torch.autocast(device.type, enabled=False):
-        masked = None if device.type == "cpu" else job.weights  # there the ignored rows have been left out
-        student_product = student.product(job.columns, masked, job.compute_dtype, dtype)
-        teacher_product = teacher.product(job.columns, masked, job.compute_dtype, dtype)
-        gradients = HeadGradients(student, student_product, job.columns, needs)
-        factors = gradients.row_factors(factors)
-        buffers = _Buffers(job, student_product.gradient_dtype if any(needs) else None)
-        for rows in job.chunks():
-            student_logits, teacher_logits, gradient = buffers.of(rows)  # [n, V] each
-            student.logits(student_product, rows, student_logits)
-            teacher.logits(teacher_product, rows, teacher_logits)
-            labelled = _LabelLogprobs(job, rows, student_logits, teacher_logits) if asks_labels else None
-            scores = score_rows(
-                student_logits,
-                teacher_logits,
-                job.spec,
-                gradient=gradient,
-                gradient_scale=None if factors is None else factors[rows],
-                hard_labels=None if job.hard_labels is None else job.hard_labels.rows(rows),
-                byproducts=bool(job.measured_names),
-                memory=labelled.memory if labelled else None,
-            )
-            value[rows] = scores.value
-            measured.append(scores.byproducts | ({LABEL_LOGPROB: labelled.result()} if labelled else {}))
-            if gradient is not None:
-                student.pull_back_(gradient, student_logits)
-                gradients.add(rows, gradient)
-        buffers.give_back()
-    alive = None if job.weights is None else job.weights != 0
-    byproducts = concatenate(measured, value, job.measured_names)
-    return value, [weigh(rows, alive) for rows in byproducts.values()], gradients.results()
-
-
-class _LabelLogprobs:
-    """Log-probabilities of the labels of a chunk's rows, by one look at the logits where their sum is found anyway."""
-
-    def __init__(self, job: _Job, rows: slice, student_logits: Tensor, teacher_logits: Tensor) -> None:
-        assert job.labels is not None
-        labels = job.labels[rows]
-        # taken now: the gradient may overwrite the logits
-        self._picked = student_logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]  # [n]
-        self._has_label = labels >= 0
-        # the loss's own sum is this one at temperature 1
-        self.memory = RowMemory.of(student_logits, teacher_logits, job.spec) if job.spec.temperature == 1.0 else None
-        self._log_sum = student_logits.logsumexp(-1) if self.memory is None else None
-
-    def result(self) -> Tensor:
-        """[n], 0 without a label; after the scores, which fill the memory."""
-        log_sum = self._log_sum
-        if log_sum is None:
-            assert self.memory is not None
-            log_sum = self.memory.stats[:, 0] + self.memory.stats[:, 1].log()
-        return torch.where(self._has_label, self._picked - log_sum, 0.0)
-
-
-class _Buffers:
-    """The [n, V] matrices of a pass, made once. The gradient overwrites the student's logits where it can."""
-
-    def __init__(self, job: _Job, gradient_dtype: torch.dtype | None) -> None:
-        largest = max((rows.stop - rows.start for rows in job.chunks()), default=0)
-        device = job.student.hidden.device
-        self._logits = [scratch.take((largest, job.columns), job.dtype, device) for _ in range(2)]
-        self._gradient: Tensor | None = None
-        if gradient_dtype is None:
-            return
-        if job.student.softcap is None:  # a row's gradient lies where its logits were, be it in half of the memory
-            self._gradient = self._logits[0].view(gradient_dtype)[:, : job.columns]
-        else:  # the cap's derivative needs the logits afterwards
-            self._gradient = torch.empty_like(self._logits[0])
-
-    def of(self, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-        n = rows.stop - rows.start
-        return self._logits[0][:n], self._logits[1][:n], None if self._gradient is None else self._gradient[:n]
-
-    def give_back(self) -> None:
-        scratch.give_back(*self._logits)
+def _with_factors(job: PassJob, factors: Tensor | None, hard: Tensor | None) -> PassJob:
+    """The job with what the rows' gradients are multiplied by: `factors` [N], shared out by the labels' share [N]."""
+    if hard is None:
+        return replace(job, losses=(replace(job.losses[0], weights=factors),))
+    hard = hard.to(job.dtype)
+    factors = torch.ones_like(hard) if factors is None else factors
+    shares = (1.0 - hard, hard)
+    return replace(
+        job,
+        losses=tuple(replace(loss, weights=factors * share) for loss, share in zip(job.losses, shares, strict=True)),
+    )
 
 
 def _checked_labels(labels: Tensor | None, weights: Tensor | None, hidden: Tensor, columns: int) -> Tensor | None:
@@ -358,8 +272,9 @@ def _checked_labels(labels: Tensor | None, weights: Tensor | None, hidden: Tenso
     return labels
 
 
-def _hard_labels(labels: Tensor | None, weight: Tensor | float | None) -> HardLabels | None:
-    """Labels [N] with their weight in the loss, or None. Raises InputError or ConfigError where it does not fit."""
+def _hard_label_weights(labels: Tensor | None, weight: Tensor | float | None) -> Tensor | None:
+    """What the labels weigh in the loss, [N], 0 where there is none; None without any. Raises InputError or ConfigError
+    where it does not fit."""
     if weight is None:
         return None
     if labels is None:
@@ -371,4 +286,4 @@ def _hard_labels(labels: Tensor | None, weight: Tensor | float | None) -> HardLa
         weight = torch.full(labels.shape, weight, device=labels.device)
     if weight.shape != labels.shape:
         raise InputError(f"hard_label_weight must be a number or [{labels.shape[0]}], not {list(weight.shape)}")
-    return HardLabels(labels, weight.detach().to(labels.device))
+    return torch.where(labels >= 0, weight.detach().to(labels.device), 0.0)

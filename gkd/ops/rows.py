@@ -5,7 +5,7 @@ Legend: N rows (scored tokens), V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,14 @@ class RowMemory:
         return cls(
             student_logits.new_empty(n_rows, len(native.STATS), dtype=dtype) if stats is None else stats, sums, known
         )
+
+    def of_rows(self, rows: slice) -> RowMemory:
+        """The same memory of some of the rows."""
+        return replace(self, stats=self.stats[rows], sums=self.sums[rows])
+
+    def filled(self, sums: bool) -> RowMemory:
+        """As a call that was given this has left it; without the sums where a later call's are others."""
+        return replace(self, has_stats=True, has_sums=sums)
 
 
 @torch.no_grad()

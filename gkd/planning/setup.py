@@ -10,6 +10,7 @@ from gkd.config import Config
 from gkd.errors import ConfigError
 from gkd.planning.devices import Device
 from gkd.planning.models import DTYPE_BYTES, Architecture
+from gkd.schedules import largest
 from gkd.train.deepspeed_config import deepspeed_config
 
 Placement = Literal["local", "sharded", "served"]
@@ -173,10 +174,10 @@ def make_setup(
         student_dtype=config.student.dtype,
         teacher_dtype=config.teacher.dtype,
         max_prompt_tokens=config.data.max_prompt_tokens,
-        max_new_tokens=config.rollout.max_new_tokens,
+        max_new_tokens=config.rollout.most_new_tokens,
         prompt_tokens=_mean("--prompt-tokens", prompt_tokens, config.data.max_prompt_tokens, 0.5),
-        completion_tokens=_mean("--completion-tokens", completion_tokens, config.rollout.max_new_tokens, 1.0),
-        student_share=config.mixture.student,
+        completion_tokens=_mean("--completion-tokens", completion_tokens, config.rollout.most_new_tokens, 1.0),
+        student_share=largest(config.mixture.student),
         vllm=config.rollout.engine == "vllm",
         sampler_sequences=_sampler_sequences(config, devices, sampler_replicas),
         sampler_memory_share=config.rollout.gpu_memory_utilization,

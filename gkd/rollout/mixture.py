@@ -8,26 +8,27 @@ depends on (seed, step, prompt, sample) alone: the same on all ranks and after a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 
 from gkd.config import MixtureConfig
-from gkd.errors import DataError, SamplerError
+from gkd.errors import SamplerError
+from gkd.registry import SOURCES
+from gkd.rollout.sources import Source, SourceContext
+from gkd.rollout.sources.teacher import teacher_request
 from gkd.rollout.sync import SyncedSampler
-from gkd.seeding import derive_seed, derive_uniform
-from gkd.types import Completion, CompletionSource, PromptDraw, Rollout, SampleRequest, SamplingSettings, WeightStream
+from gkd.seeding import derive_uniform
+from gkd.types import Completion, PromptDraw, Rollout, SampleRequest, SamplingSettings, WeightStream
 
 
-def draw_source(mixture: MixtureConfig, seed: int, step: int, draw: PromptDraw) -> CompletionSource:
-    """Which of the three sources this sample's completion comes from."""
+def draw_source(shares: Mapping[str, float], seed: int, step: int, draw: PromptDraw) -> str:
+    """Which source this sample's completion comes from, by the sources' shares at the step."""
     u = derive_uniform(seed, "mixture", step, draw.prompt.index, draw.sample_index)
-    if u < mixture.student:
-        return "student"
-    return "teacher" if u < mixture.student + mixture.teacher or mixture.dataset == 0 else "dataset"
-
-
-def teacher_request(seed: int, draw: PromptDraw) -> SampleRequest:
-    """The teacher's completion of a draw does not depend on the step: it is sampled once and kept."""
-    return SampleRequest(draw.prompt.token_ids, derive_seed(seed, "teacher", draw.prompt.index, draw.sample_index))
+    chances = {source: share for source, share in shares.items() if share > 0}
+    for source, limit in zip(chances, accumulate(chances.values()), strict=True):
+        if u < limit:
+            return source
+    return source  # the shares add up to a little less than 1
 
 
 def teacher_requests(
@@ -38,7 +39,7 @@ def teacher_requests(
         teacher_request(seed, draw): None
         for step, draws in steps
         for draw in draws
-        if draw_source(mixture, seed, step, draw) == "teacher"
+        if draw_source(mixture.at(step), seed, step, draw) == "teacher"
     }
     return list(requests)
 
@@ -51,18 +52,20 @@ class MixtureRollouts:
         sampler: SyncedSampler,
         *,
         mixture: MixtureConfig,
-        settings: SamplingSettings,
+        settings: Callable[[int], SamplingSettings],
         seed: int,
         teacher_completion: Callable[[SampleRequest], Completion],
         staleness: int = 0,
     ) -> None:
-        """`staleness`: steps that the sampler's weights may be behind."""
+        """`settings`: how the student samples at a step. `staleness`: steps that its weights may be behind."""
         self._sampler = sampler
         self._mixture = mixture
-        self._settings = settings
         self._seed = seed
-        self._teacher_completion = teacher_completion
         self._staleness = staleness
+        context = SourceContext(sampler, settings, teacher_completion, seed)
+        self._sources: dict[str, Source] = {
+            name: SOURCES[name](name, context) for name in mixture.shares if mixture.uses(name)
+        }
 
     def sample(self, draws: Sequence[PromptDraw], step: int) -> list[Rollout]:
         """One rollout a draw, in order. Student completions carry log-probabilities and the weights' version.
@@ -73,27 +76,15 @@ class MixtureRollouts:
         version = self._sampler.weights_version
         if version is None or not step - self._staleness <= version <= step:
             raise SamplerError(f"step {step} would sample from weights of version {version}")
-        sources: list[CompletionSource] = [draw_source(self._mixture, self._seed, step, draw) for draw in draws]
-        mine = [draw for draw, source in zip(draws, sources, strict=True) if source == "student"]
-        requests = [
-            SampleRequest(d.prompt.token_ids, derive_seed(self._seed, "sample", step, d.prompt.index, d.sample_index))
-            for d in mine
-        ]
-        completions = iter(self._sampler.generate(requests, self._settings))
+        shares = self._mixture.at(step)
+        drawn = [draw_source(shares, self._seed, step, draw) for draw in draws]
+        completed = {
+            name: iter(source.complete([draw for draw, own in zip(draws, drawn, strict=True) if own == name], step))
+            for name, source in self._sources.items()
+        }
         if not self._staleness:  # or the next step may be sampled from the same weights
             self._sampler.sleep()
-        return [self._rollout(draw, source, completions) for draw, source in zip(draws, sources, strict=True)]
-
-    def _rollout(self, draw: PromptDraw, source: CompletionSource, sampled: Iterator[Completion]) -> Rollout:
-        if source == "student":
-            completion = next(sampled)
-            version = self._sampler.weights_version
-            return Rollout(draw, source, completion.token_ids, completion.logprobs, version)
-        if source == "teacher":
-            return Rollout(draw, source, self._teacher_completion(teacher_request(self._seed, draw)).token_ids)
-        if draw.prompt.completion_ids is None:
-            raise DataError(f"{draw.prompt.origin}: mixture.dataset > 0 needs a completion in every row")
-        return Rollout(draw, source, draw.prompt.completion_ids)
+        return [next(completed[name]) for name in drawn]
 
     def load_weights(self, weights: WeightStream, version: int) -> dict[str, float]:
         return self._sampler.load_weights(weights, version)
@@ -102,7 +93,7 @@ class MixtureRollouts:
         self._sampler.close()
 
 
-def mixture_counts(rollouts: Sequence[Rollout]) -> dict[str, int]:
-    """Realised number of samples from each source."""
+def mixture_counts(rollouts: Sequence[Rollout], mixture: MixtureConfig) -> dict[str, int]:
+    """Realised number of samples from each source of the mixture."""
     counts = Counter(rollout.source for rollout in rollouts)
-    return {source: counts[source] for source in ("student", "teacher", "dataset")}
+    return {source: counts[source] for source in mixture.shares}

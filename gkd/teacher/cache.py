@@ -158,6 +158,7 @@ def _tensors(scores: TeacherScores) -> dict[str, torch.Tensor]:
     """What differs from text to text."""
     if isinstance(scores, HiddenScores):
         return {_STATES: scores.states.cpu().contiguous()}
+    assert isinstance(scores, TopkScores)
     ids = scores.ids.to(torch.int32)  # half of the bytes, and no vocabulary is larger
     return {_IDS: ids.cpu().contiguous(), _LOG_PROBS: scores.log_probs.cpu().contiguous()}
 

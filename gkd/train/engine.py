@@ -5,24 +5,30 @@ Legend: B rows, T positions, N scored tokens of a micro-batch.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from gkd.config import Config, DivergenceKind, Launch, ObjectiveConfig
+from gkd.config import Config, Launch
 from gkd.models.lora import LeavingWeight, adapter_weights, whole_weights
-from gkd.objectives.mismatch import MismatchSums, mismatch_means
+from gkd.objectives.objective import Objective
+from gkd.schedules import MetricMemory
 from gkd.train.deepspeed_config import deepspeed_config, scales_loss
-from gkd.train.distributed import compute_device, max_over_ranks, sum_over_ranks
+from gkd.train.distributed import compute_device, sum_over_ranks
 from gkd.train.guards import FiniteGuard
-from gkd.train.module import BYPRODUCTS, TOPK_BYPRODUCTS, DivergenceSums, StudentModule, token_divergences
+from gkd.train.module import ObjectiveSums, StudentModule, token_measures
 from gkd.train.optimizer import make_optimizer, make_schedule
-from gkd.types import HiddenScores, TokenBatch, WeightStream
+from gkd.train.run_folder import write_json
+from gkd.train.step_sums import StepSums
+from gkd.types import TokenBatch, WeightStream
 
+_METRIC_MEANS = "metric_means.json"  # of a checkpoint: what the schedules that follow a metric remember
 Phase = Callable[[str], AbstractContextManager[None]]
 
 
@@ -36,7 +42,7 @@ class StudentEngine:
 
         self._config = config
         self._device = compute_device(launch)
-        self._world_size = launch.world_size
+        self._world_size, self._is_main = launch.world_size, launch.is_main
         self._phase = phase
         settings = deepspeed_config(config, launch.world_size)
         if config.student.gradient_checkpointing:
@@ -45,7 +51,8 @@ class StudentEngine:
         self._adapter = adapter_weights(model)
         # what is frozen is in the student's own folder, and in no checkpoint
         self._is_partly_frozen = not all(parameter.requires_grad for parameter in model.parameters())
-        module = StudentModule(model, config.objective, valid_vocab, getattr(torch, config.student.dtype))
+        self._memory = MetricMemory(config.objective.metric_rules)
+        module = StudentModule(model, valid_vocab, getattr(torch, config.student.dtype))
         optimizer = None if "optimizer" in settings else make_optimizer(module, config.optim)
         schedule: Any = None  # a function, as it may be DeepSpeed that makes the optimizer
         if "scheduler" not in settings:
@@ -65,40 +72,56 @@ class StudentEngine:
     def step(self, micro_batches: Sequence[TokenBatch], step: int) -> dict[str, float]:
         """One optimizer step on this rank's share of the global batch; returns metrics of the global batch.
 
-        The loss is sum of weight x divergence over the scored tokens of ALL ranks and micro-batches, divided by
-        their total weight, which is counted before the first backward: how the batch is split cannot matter.
-        Raises NonFiniteError on all ranks, before the optimizer steps, if any loss or gradient is not finite.
+        The loss is the sum over terms and scored tokens of weight x value, over ALL ranks and micro-batches, divided by
+        the number of these tokens (of sequences, for "sequence_mean"), which is counted before the first backward: how
+        the batch is split cannot matter. Raises NonFiniteError on all ranks, before the optimizer steps, if any loss or
+        gradient is not finite.
         """
         torch.manual_seed(step)  # dropout, if the student has any: the same after a resume
-        totals = torch.stack(
-            [sum((b.weights.double().sum() for b in micro_batches), torch.zeros((), dtype=torch.float64)),
-             torch.tensor(float(sum(b.scored_tokens for b in micro_batches)), dtype=torch.float64)]
-        ).to(self._device)  # fmt: skip
-        total_weight, scored_tokens = sum_over_ranks(totals).tolist()
+        objective = self._config.objective.at(step, self._memory)
+        counts = torch.tensor([self._denominator(micro_batches), sum(b.scored_tokens for b in micro_batches)])
+        denominator, scored_tokens = sum_over_ranks(counts.double().to(self._device)).tolist()
         self._engine.train()
         lr = self._engine.get_lr()[0]  # the engine's step moves on to that of the next one
-        sums = _StepSums(self._device)
+        sums = StepSums(objective, self._device)
         for index, micro_batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             self._engine.set_gradient_accumulation_boundary(is_last)  # packed: another number of them every step
             with self._phase("forward_backward"):
-                sums.add(self._forward_backward(micro_batch, total_weight), micro_batch)
+                sums.add(self._forward_backward(micro_batch, objective, denominator), micro_batch)
                 if is_last:
                     self._guard.check(sums.loss, [i for b in micro_batches for i in b.sample_ids], step)
             with self._phase("optimizer"):
                 grad_norm = self._gradient_norm() if is_last else None
                 self._engine.step()  # only counts, until the last micro-batch
-        return {
-            **sums.metrics(total_weight, self._config.objective.kind),
+        metrics = {
+            **sums.metrics(denominator),
+            **{f"objective/{name}/weight": weight for name, weight in self._term_weights(step).items()},
+            "objective/temperature": objective.temperature,
             "tokens/scored": scored_tokens,
             "grad_norm": float(self._engine.get_global_grad_norm() if grad_norm is None else grad_norm),
             "lr": lr,
         }
+        self.observe(metrics)
+        return metrics
 
-    def _forward_backward(self, micro_batch: TokenBatch, total_weight: float) -> DivergenceSums:
-        sums: DivergenceSums = self._engine(micro_batch.to(self._device))
+    def observe(self, metrics: Mapping[str, object]) -> None:
+        """What is logged of a step, the same on all ranks: for the schedules that follow a metric."""
+        self._memory.observe(metrics)
+
+    def _denominator(self, micro_batches: Sequence[TokenBatch]) -> int:
+        """This rank's part of what the loss is divided by."""
+        if self._config.objective.reduction == "token_mean":
+            return sum(batch.scored_tokens for batch in micro_batches)
+        return sum(length > 0 for batch in micro_batches for length in batch.completion_lengths)
+
+    def _term_weights(self, step: int) -> dict[str, float]:
+        return {term.label: self._memory.value(term.weight, step) for term in self._config.objective.terms}
+
+    def _forward_backward(self, micro_batch: TokenBatch, objective: Objective, denominator: float) -> ObjectiveSums:
+        sums: ObjectiveSums = self._engine(micro_batch.to(self._device), objective)
         # DeepSpeed averages gradients over ranks; the loss is already a share of the global mean
-        scale = self._world_size / max(total_weight, 1e-30)
+        scale = self._world_size / max(denominator, 1e-30)
         self._engine.backward(sums.loss * scale, scale_wrt_gas=False)
         return sums
 
@@ -113,12 +136,12 @@ class StudentEngine:
     # ---- evaluation
 
     @torch.no_grad()
-    def token_divergences(
-        self, micro_batches: Sequence[TokenBatch], objective: ObjectiveConfig
+    def token_measures(
+        self, micro_batches: Sequence[TokenBatch], objective: Objective
     ) -> list[dict[str, torch.Tensor]]:
-        """See `gkd.train.module.token_divergences`."""
+        """See `gkd.train.module.token_measures`."""
         self._engine.eval()
-        return token_divergences(self._engine, micro_batches, objective, self._device)
+        return token_measures(self._engine, micro_batches, objective, self._device)
 
     @torch.no_grad()
     def token_logprobs(self, token_ids: Sequence[int], start: int) -> list[float]:
@@ -129,13 +152,14 @@ class StudentEngine:
             score_index=torch.arange(start - 1, len(token_ids) - 1),
             labels=torch.tensor(token_ids[start:]),
             weights=torch.ones(len(token_ids) - start),
-            hard_label=torch.zeros(len(token_ids) - start, dtype=torch.bool),
             sampler_logprobs=torch.full((len(token_ids) - start,), math.nan),
             sequence_index=torch.zeros(len(token_ids) - start, dtype=torch.int64),
             teacher=None,
             sample_ids=("probe",),
+            sources=("probe",),
+            completion_lengths=(len(token_ids) - start,),
         )
-        return self._engine(batch.to(self._device)).tolist()
+        return self._engine(batch.to(self._device), None).tolist()
 
     # ---- weights and state
 
@@ -166,9 +190,12 @@ class StudentEngine:
         self._engine.save_checkpoint(
             folder, tag="engine", save_latest=False, exclude_frozen_parameters=self._is_partly_frozen
         )
+        if self._is_main:
+            write_json(Path(folder) / _METRIC_MEANS, self._memory.means)
 
     def load_state(self, folder: str) -> None:
         self._engine.load_checkpoint(folder, tag="engine", load_module_strict=not self._is_partly_frozen)
+        self._memory.means = json.loads((Path(folder) / _METRIC_MEANS).read_text(encoding="utf-8"))
 
 
 class _EngineWeights:
@@ -182,65 +209,3 @@ class _EngineWeights:
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return self._engine.stream(self._weights)
-
-
-class _StepSums:
-    """What the micro-batches of a step add up to. No synchronisation until `metrics`."""
-
-    def __init__(self, device: torch.device) -> None:
-        def zeros(count: int) -> torch.Tensor:
-            return torch.zeros(count, dtype=torch.float64, device=device)
-
-        self.loss = zeros(1)
-        # tokens, then sums of their by-products: by teachers of whom the whole distribution is known, and by others
-        self._whole, self._topk = zeros(1 + len(BYPRODUCTS)), zeros(1 + len(TOPK_BYPRODUCTS))
-        self._mismatch = zeros(len(MismatchSums._fields))
-        self._largest_log_ratio = zeros(1)
-
-    def add(self, sums: DivergenceSums, batch: TokenBatch) -> None:
-        self.loss += sums.loss.detach().double()
-        own = self._whole if isinstance(batch.teacher, HiddenScores) else self._topk
-        own[0] += batch.scored_tokens
-        own[1:] += sums.byproducts.double().sum(1)
-        self._mismatch += sums.mismatch
-        self._largest_log_ratio = torch.maximum(self._largest_log_ratio, sums.largest_log_ratio)
-
-    def metrics(self, total_weight: float, kind: DivergenceKind) -> dict[str, float]:
-        """Of the global batch: collective."""
-        parts = [self.loss, self._whole, self._topk, self._mismatch]
-        joined = sum_over_ranks(torch.cat(parts)).cpu()
-        loss, whole, topk, mismatch_sums = (part.tolist() for part in joined.split([len(part) for part in parts]))
-        mismatch = mismatch_means(*mismatch_sums)
-        if mismatch:
-            mismatch["max_abs_log_ratio"] = max_over_ranks(self._largest_log_ratio.item())
-        return {
-            "loss": loss[0] / max(total_weight, 1e-30),
-            **_measures(whole, topk, kind),
-            **{f"mismatch/{name}": value for name, value in mismatch.items()},
-        }
-
-
-def _measures(whole: Sequence[float], topk: Sequence[float], kind: DivergenceKind) -> dict[str, float]:
-    """Means a token from tokens and sums, see `_StepSums`: each over the tokens on which it was measured.
-
-    The KLs are always plain ones, whatever the conventions of an objective of `kind`.
-    """
-    sums: dict[str, float] = dict(zip(BYPRODUCTS, whole[1:], strict=True))
-    topk_sums: dict[str, float] = dict(zip(TOPK_BYPRODUCTS, topk[1:], strict=True))
-    tokens, topk_tokens = whole[0], topk[0]
-    measures = {
-        metric: (sums[name] + topk_sums[name]) / max(tokens + topk_tokens, 1.0)
-        for metric, name in (("entropy/student", "student_entropy"), ("agreement/top1", "top1_agreement"))
-    }
-    if tokens or not topk_tokens:
-        measures |= {
-            f"divergence/{kind}": sums["divergence"] / max(tokens, 1.0),
-            "divergence/forward_kl": sums["forward_kl"] / max(tokens, 1.0),
-            "divergence/reverse_kl": sums["reverse_kl"] / max(tokens, 1.0),
-            "entropy/teacher": sums["teacher_entropy"] / max(tokens, 1.0),
-        }
-    if topk_tokens:
-        measures |= {
-            f"divergence/{name}": topk_sums[name] / topk_tokens for name in ("topk_forward_kl", "topk_reverse_kl")
-        }
-    return measures

@@ -334,7 +334,7 @@ def _efficiency_axis(contest: _Contest) -> Axis:
     config = contest.config
     workload = Workload(
         prompt_tokens=max(1, config.data.max_prompt_tokens // 2),
-        completion_tokens=config.rollout.max_new_tokens,
+        completion_tokens=config.rollout.most_new_tokens,
         batch_size=config.eval.timing_batch_size,
         repeats=config.eval.timing_repeats,
         vocabulary=min(pair.valid_vocab for pair in contest.pairs.values()),

@@ -1,6 +1,6 @@
-"""The student and its loss as one module, so that sharded parameters are gathered where they are used.
+"""The student and its objective as one module, so that sharded parameters are gathered where they are used.
 
-Legend: B rows, T positions, N scored tokens, H hidden size, V vocabulary.
+Legend: B rows, T positions, N scored tokens, H hidden size, V vocabulary, K terms.
 """
 
 from __future__ import annotations
@@ -12,142 +12,94 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from gkd.config import ObjectiveConfig
 from gkd.models import backbone_of, output_head, packed_inputs
-from gkd.objectives.divergence import Divergence
-from gkd.objectives.mismatch import importance_weights, log_ratios, mismatch_sums
-from gkd.ops import linear_divergence
-from gkd.ops.linear_topk import TOPK_BYPRODUCTS, linear_topk_divergence
+from gkd.objectives.measures import SequenceMeasures
+from gkd.objectives.mismatch import log_ratios, mismatch_sums
+from gkd.objectives.objective import ActiveTerm, Objective
+from gkd.ops.linear_terms import TermScores, linear_terms
 from gkd.ops.token_logprobs import token_logprobs
-from gkd.types import HiddenScores, OutputHead, TeacherScores, TokenBatch, TopkScores
-
-# By-products of the loss against a whole distribution: the objective's own divergence and what
-# `gkd.objectives.byproducts` measures beside it, and the student's log-probability of the label.
-BYPRODUCTS = (
-    "divergence",
-    "forward_kl",
-    "reverse_kl",
-    "student_entropy",
-    "teacher_entropy",
-    "top1_agreement",
-    "label_logprob",
-)
+from gkd.ops.vocabulary_pass import KL_MEASURES, LABEL_LOGPROB, TOPK_MEASURES, WeightedLoss
+from gkd.types import HiddenScores, NoScores, OutputHead, TeacherScores, TokenBatch, TopkScores
 
 
-class DivergenceSums(NamedTuple):
+class ObjectiveSums(NamedTuple):
     """Of the scored tokens of one micro-batch. A tuple, as ZeRO-3 looks for tensors in nothing else."""
 
-    loss: torch.Tensor  # scalar: sum of weight x loss, differentiable
-    byproducts: torch.Tensor  # [len(byproduct_names(teacher)), N]: of each token, detached
+    loss: torch.Tensor  # scalar: sum over terms and tokens of weight x value, differentiable
+    values: torch.Tensor  # [K, N] each term's value of each token, before any weight; 0 where it does not act
+    acts: torch.Tensor  # [K, N] bool: where it acts
+    measures: torch.Tensor  # [len(measure_names(teacher)), N]: by-products of each token
+    measured: torch.Tensor  # [len(measure_names(teacher)), N] bool: where they were measured
     mismatch: torch.Tensor  # [len(MismatchSums._fields)] float64: sums over the tokens sampled from the student
     largest_log_ratio: torch.Tensor  # scalar float64: their largest |log(p_trainer / p_sampler)|
 
 
-def byproduct_names(teacher: TeacherScores) -> tuple[str, ...]:
-    """Of the rows of `DivergenceSums.byproducts`. A teacher's top k allow other measures than all of it."""
-    return BYPRODUCTS if isinstance(teacher, HiddenScores) else TOPK_BYPRODUCTS
+def measure_names(teacher: TeacherScores) -> tuple[str, ...]:
+    """Of the rows of `ObjectiveSums.measures`. A teacher's top k allow other measures than all of it."""
+    if isinstance(teacher, NoScores):
+        return (LABEL_LOGPROB,)
+    return (*(KL_MEASURES if isinstance(teacher, HiddenScores) else TOPK_MEASURES), LABEL_LOGPROB)
 
 
-class DivergenceHead(nn.Module):
-    """The output head together with the divergence.
+class ObjectiveHead(nn.Module):
+    """The output head together with the objective.
 
     It holds the head's parameters itself, though they are the model's: ZeRO-3 gathers a module's own parameters
     around its forward and backward, and the logits never exist outside.
     """
 
-    def __init__(self, head: OutputHead, objective: ObjectiveConfig, valid_vocab: int, dtype: torch.dtype) -> None:
+    def __init__(self, head: OutputHead, valid_vocab: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = head.weight
         self.bias = head.bias
         self._head = head
-        self._objective = objective
-        self._valid_vocab = valid_vocab
+        self.valid_vocab = valid_vocab
         self._dtype = dtype
 
     def forward(
-        self, hidden: torch.Tensor, batch: TokenBatch, objective: ObjectiveConfig | None
-    ) -> DivergenceSums | torch.Tensor:
+        self, hidden: torch.Tensor, batch: TokenBatch, objective: Objective | None
+    ) -> ObjectiveSums | torch.Tensor:
         """`hidden` is [N, H]; see `StudentModule.forward`."""
-        teacher, objective = batch.teacher, objective or self._objective
-        if teacher is None:
+        if objective is None:
             return self._logprobs(hidden, batch.labels)
-        weights = self._weights(hidden, batch, objective)
-        if isinstance(teacher, HiddenScores):
-            loss, byproducts = self._divergence(hidden, batch, teacher, weights, objective)
-        else:
-            loss, byproducts = self._topk_divergence(hidden, batch, teacher, weights, objective)
-        measured = torch.stack([byproducts[name] for name in byproduct_names(teacher)])
-        return DivergenceSums(loss, measured, *_mismatch(byproducts["label_logprob"], batch))
-
-    def _weights(self, hidden: torch.Tensor, batch: TokenBatch, objective: ObjectiveConfig) -> torch.Tensor:
-        """The batch's [N], by importance where the objective asks for it."""
-        if objective.importance_weights == "none":
-            return batch.weights
-        log_ratio = log_ratios(self._logprobs(hidden, batch.labels), batch.sampler_logprobs)
-        level, cap, sequences = objective.importance_weights, objective.importance_cap, len(batch.sample_ids)
-        return batch.weights * importance_weights(log_ratio, batch.sequence_index, sequences, level, cap)
-
-    def _shared_labels(self, batch: TokenBatch) -> torch.Tensor:
-        """[N], -1 where a sampler drew a token from the padding of the vocabulary."""
-        return torch.where(batch.labels < self._valid_vocab, batch.labels, -1)
-
-    def _divergence(
-        self,
-        hidden: torch.Tensor,
-        batch: TokenBatch,
-        teacher: HiddenScores,
-        weights: torch.Tensor,
-        objective: ObjectiveConfig,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        hard, head = objective.hard_label_weight, teacher.head
-        return linear_divergence(
-            hidden,
-            self.weight,
-            teacher.states,
-            head.weight,
-            objective.kind,
-            beta=objective.beta,
-            alpha=objective.alpha,
-            temperature=objective.temperature,
-            weights=weights,
-            reduction="sum",
-            student_bias=self.bias,
-            teacher_bias=head.bias,
-            student_softcap=self._head.softcap,
-            teacher_softcap=head.softcap,
-            student_logit_scale=self._head.logit_scale,
-            teacher_logit_scale=head.logit_scale,
-            valid_vocab=self._valid_vocab,
-            labels=self._shared_labels(batch),
-            hard_label_weight=batch.hard_label * hard if hard else None,
-            scale_by_temperature_squared=objective.scale_by_temperature_squared,
-            normalize_jsd=objective.normalize_jsd,
-            compute_dtype=self._dtype,
-            chunk_bytes=_chunk_bytes(objective),
-            byproducts=True,
-        )
-
-    def _topk_divergence(
-        self,
-        hidden: torch.Tensor,
-        batch: TokenBatch,
-        teacher: TopkScores,
-        weights: torch.Tensor,
-        objective: ObjectiveConfig,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        divergence = Divergence(
-            objective.kind, objective.beta, objective.alpha, normalize_jsd=objective.normalize_jsd
-        )  # the teacher was asked at temperature 1
-        return linear_topk_divergence(
+        assert batch.teacher is not None
+        acts = objective.acts(batch.sources, batch.completion_lengths)
+        scores = linear_terms(
             hidden,
             self._own_head(),
-            teacher,
-            divergence,
-            weights=weights,
-            labels=self._shared_labels(batch),
-            valid_vocab=self._valid_vocab,
+            batch.teacher,
+            self._weighted_losses(hidden, batch, objective),
+            acts=acts,
+            labels=torch.where(batch.labels < self.valid_vocab, batch.labels, -1),  # -1: from the padding
+            valid_vocab=self.valid_vocab,
+            temperature=objective.temperature,
             compute_dtype=self._dtype,
-            chunk_bytes=_chunk_bytes(objective),
+            chunk_bytes=objective.chunk_bytes,
+        )
+        return ObjectiveSums(
+            scores.loss,
+            scores.values,
+            acts.to(hidden.device),
+            *_stacked(scores, measure_names(batch.teacher)),
+            *_mismatch(scores, batch),
+        )
+
+    def _weighted_losses(self, hidden: torch.Tensor, batch: TokenBatch, objective: Objective) -> list[WeightedLoss]:
+        sequences = self._sequence_measures(hidden, batch, objective) if objective.sequence_weights else None
+        return [_weighted_loss(term, batch, sequences) for term in objective.terms]
+
+    def _sequence_measures(self, hidden: torch.Tensor, batch: TokenBatch, objective: Objective) -> SequenceMeasures:
+        """What weights need of whole sequences before the loss: one more product with a head, or one a side."""
+        teacher = None
+        if any(weight.needs_teacher_logprobs for weight in objective.sequence_weights):
+            assert isinstance(batch.teacher, HiddenScores)
+            teacher = token_logprobs(batch.teacher.states, batch.teacher.head, batch.labels)
+        return SequenceMeasures(
+            student_logprobs=self._logprobs(hidden, batch.labels),
+            teacher_logprobs=teacher,
+            sampler_logprobs=batch.sampler_logprobs,
+            sequence_index=batch.sequence_index,
+            sequences=len(batch.sample_ids),
         )
 
     def _own_head(self) -> OutputHead:
@@ -158,14 +110,28 @@ class DivergenceHead(nn.Module):
         return token_logprobs(hidden, self._own_head(), labels, compute_dtype=self._dtype)
 
 
-def _chunk_bytes(objective: ObjectiveConfig) -> int | None:
-    return None if objective.chunk_mib is None else objective.chunk_mib << 20
+def _weighted_loss(term: ActiveTerm, batch: TokenBatch, sequences: SequenceMeasures | None) -> WeightedLoss:
+    weights = batch.weights if term.weight == 1.0 else batch.weights * term.weight
+    for sequence_weight in term.sequence_weights:
+        assert sequences is not None
+        weights = weights * sequence_weight.of_sequences(sequences)
+    return WeightedLoss(term.loss, weights, tuple(weight.of_rows for weight in term.row_weights), term.kind)
 
 
-def _mismatch(logprobs: torch.Tensor, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last two of DivergenceSums, from the trainer's log-probabilities [N] of the labels."""
-    sampled = ~batch.sampler_logprobs.isnan()
-    log_ratio = log_ratios(logprobs, batch.sampler_logprobs)
+def _stacked(scores: TermScores, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The by-products [len(names), N], and where they were measured."""
+    device = scores.loss.device
+    acts, compared = scores.acts.to(device), scores.compared.to(device)
+    return (
+        torch.stack([scores.measures[name] for name in names]),
+        torch.stack([acts if name == LABEL_LOGPROB else compared for name in names]),
+    )
+
+
+def _mismatch(scores: TermScores, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last two of ObjectiveSums, from the trainer's log-probabilities [N] of the labels."""
+    sampled = ~batch.sampler_logprobs.isnan() & scores.acts.to(batch.sampler_logprobs.device)
+    log_ratio = torch.where(sampled, log_ratios(scores.measures[LABEL_LOGPROB], batch.sampler_logprobs), 0.0)
     largest = log_ratio.abs().max() if len(log_ratio) else log_ratio.sum()
     return torch.stack(mismatch_sums(log_ratio, sampled)), largest
 
@@ -180,35 +146,34 @@ def _without_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: An
 class StudentModule(nn.Module):
     """`forward` is the only entrance: what shards parameters hooks it."""
 
-    def __init__(self, model: Any, objective: ObjectiveConfig, valid_vocab: int, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, valid_vocab: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
-        self.divergence_head = DivergenceHead(output_head(model), objective, valid_vocab, dtype)
+        self.objective_head = ObjectiveHead(output_head(model), valid_vocab, dtype)
         self.register_state_dict_post_hook(_without_frozen)
 
-    def forward(self, batch: TokenBatch, objective: ObjectiveConfig | None = None) -> DivergenceSums | torch.Tensor:
-        """Divergence sums against the batch's teacher, or without one the scored tokens' log-probabilities [N].
-
-        `objective` None means the run's own.
-        """
+    def forward(self, batch: TokenBatch, objective: Objective | None) -> ObjectiveSums | torch.Tensor:
+        """The sums of an objective, or with None the scored tokens' log-probabilities [N]."""
         packed = {} if batch.sequence_lengths is None else packed_inputs(batch.sequence_lengths, batch.input_ids.device)
         backbone = backbone_of(self.model)
         states = backbone(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state  # [B, T, H]
         hidden = states.flatten(0, 1)[batch.score_index]  # [N, H]
-        return self.divergence_head(hidden, batch, objective)
+        return self.objective_head(hidden, batch, objective)
 
 
-def token_divergences(
-    forward: Callable[..., Any], micro_batches: Sequence[TokenBatch], objective: ObjectiveConfig, device: torch.device
+def token_measures(
+    forward: Callable[..., Any], micro_batches: Sequence[TokenBatch], objective: Objective, device: torch.device
 ) -> list[dict[str, torch.Tensor]]:
-    """For each micro-batch {name: [N]} of its `byproduct_names`, on `device`; `divergence` and `topk_divergence` are
-    those of `objective`.
+    """For each micro-batch {name: [N]} of its `measure_names` and of the objective's terms, on `device`.
 
-    `forward` is a StudentModule, or what wraps it.
+    `forward` is a StudentModule, or what wraps it. From a teacher's top k a term is that of K + 1 outcomes, and its
+    name begins with "topk_".
     """
     measured = []
     for micro_batch in micro_batches:
         assert micro_batch.teacher is not None
-        result: DivergenceSums = forward(micro_batch.to(device), objective)
-        measured.append(dict(zip(byproduct_names(micro_batch.teacher), result.byproducts, strict=True)))
+        result: ObjectiveSums = forward(micro_batch.to(device), objective)
+        names = [f"topk_{t.name}" if isinstance(micro_batch.teacher, TopkScores) else t.name for t in objective.terms]
+        terms = dict(zip(names, result.values, strict=True))
+        measured.append(terms | dict(zip(measure_names(micro_batch.teacher), result.measures, strict=True)))
     return measured

@@ -73,6 +73,7 @@ def export(
         teacher=", ".join(teacher.model for teacher in config.teachers.values()),
         student=config.student.model or f"{config.student.init} of the teacher",
         objective=config.objective.model_dump(mode="json"),
+        objective_text=config.objective.describe(),
         mixture=config.mixture.model_dump(mode="json"),
         data=config.data.train,
         steps=config.run.steps,

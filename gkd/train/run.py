@@ -13,6 +13,7 @@ from gkd.files import write_json
 from gkd.monitor import Monitor, RunSummary, read_metrics
 from gkd.run_files import RunFiles
 from gkd.teacher.base import Teacher
+from gkd.teacher.unasked import Unasked
 from gkd.train import distributed, parts
 from gkd.train.engine import StudentEngine
 from gkd.train.interruption import Interruption
@@ -110,7 +111,7 @@ class Run:
             train_loop(
                 data=self.data,
                 rollout=rollouts,
-                teacher=self.teacher,
+                teacher=self.teacher if self.config.objective.needs_teacher else Unasked(),
                 student=self.student,
                 pack=self.pack,
                 measure=self.measure,
@@ -155,13 +156,18 @@ class Run:
 
     def measure(self, rollouts: Sequence[Rollout]) -> Metrics:
         """Of a step's samples, over all ranks."""
-        return parts.describe_samples(rollouts)
+        return self._observed(parts.describe_samples(rollouts, self.config.mixture))
 
     def evaluate(self, steps_done: int) -> Metrics:
         """The held-out divergences where they are due; those of the start and the end are in the summary."""
         every = self.config.eval.every
         due = every and steps_done % every == 0 and steps_done < self.config.run.steps
-        return self.snapshots.heldout(steps_done) if due else {}
+        return self._observed(self.snapshots.heldout(steps_done)) if due else {}
+
+    def _observed(self, metrics: Metrics) -> Metrics:
+        """What is logged of a step besides the student's own metrics: schedules may follow it."""
+        self.student.observe(metrics)
+        return metrics
 
     def save(self, steps_done: int) -> None:
         """A checkpoint where one is due. Raises RunInterruptedError after one if the run was asked to stop."""

@@ -15,7 +15,6 @@ from launching import check, run_gkd, run_python
 
 from gkd.bench import methods
 from gkd.bench.cell import CellRun, TokenBudget, run_cell
-from gkd.bench.controls import FixedNegativeAdvantage, NoTeacher
 from gkd.bench.folder import Folder
 from gkd.bench.methods import FIXED_NEGATIVE, JSD, SFT, START, SUPERVISED_KD, Cell, cells, gkd
 from gkd.bench.models import VOCABULARY, decode, encode, make_model, save_model
@@ -25,6 +24,7 @@ from gkd.bench.sizes import SIZES
 from gkd.bench.summary import estimate, gain_ratio, ratio_of_means
 from gkd.bench.tasks import TASKS, Problem, is_right, problems
 from gkd.bench.work import Job, Workers
+from gkd.teacher.unasked import Unasked
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +143,12 @@ def test_the_fixed_negative_advantage_lowers_what_was_sampled(folder: Any) -> No
     """Its gradient is that of the mean log-probability of the sampled tokens, nothing else."""
     cell = Cell(FIXED_NEGATIVE, 0)
     run = CellRun(folder, cell, TokenBudget(1, 1))
-    assert type(run.student) is FixedNegativeAdvantage
-    assert type(run.teacher) is NoTeacher
+    assert not run.config.objective.needs_teacher
     prompt = [*encode("sba=")]
     answer = [*encode("ab"), VOCABULARY["<end>"]]
     before = run.student.token_logprobs(prompt + answer, len(prompt))
     rollout = Rollout(PromptDraw(Prompt(0, tuple(prompt), ""), 0), "student", tuple(answer))
-    scores = run.teacher.score([rollout])
+    scores = Unasked().score([rollout])
     losses = [run.student.step(run.pack([rollout], scores), step)["loss"] for step in range(3)]
     assert losses[0] == pytest.approx(sum(before) / len(before), rel=1e-4)
     assert sum(run.student.token_logprobs(prompt + answer, len(prompt))) < sum(before)

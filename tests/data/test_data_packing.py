@@ -11,23 +11,13 @@ from hypothesis import strategies as st
 
 from gkd.data.packing import pack
 from gkd.errors import SamplerError
-from gkd.types import (
-    CompletionSource,
-    HiddenScores,
-    OutputHead,
-    Prompt,
-    PromptDraw,
-    Rollout,
-    TeacherScores,
-    TokenBatch,
-    TopkScores,
-)
+from gkd.types import HiddenScores, OutputHead, Prompt, PromptDraw, Rollout, TeacherScores, TokenBatch, TopkScores
 
 HIDDEN = 3
 PAD = 9
 
 
-def make_rollout(index: int, prompt: list[int], completion: list[int], source: CompletionSource = "student") -> Rollout:
+def make_rollout(index: int, prompt: list[int], completion: list[int], source: str = "student") -> Rollout:
     draw = PromptDraw(Prompt(index, tuple(prompt), f"prompt {index}"), 0)
     return Rollout(draw, source, tuple(completion))
 
@@ -45,7 +35,7 @@ def states(batch: TokenBatch) -> torch.Tensor:
 
 
 tokens = st.integers(0, 9)  # the pad token too: lengths decide what is padding, not ids
-SOURCES: tuple[CompletionSource, ...] = ("student", "dataset", "teacher")
+SOURCES: tuple[...] = ("student", "dataset", "teacher")
 rollout_lists = st.lists(
     st.tuples(st.lists(tokens, min_size=1, max_size=8), st.lists(tokens, max_size=8), st.sampled_from(SOURCES)),
     max_size=9,
@@ -82,7 +72,9 @@ def test_round_trip(rollouts: list[Rollout], micro_batch_size: int, reduction: s
                 assert states(batch)[n].tolist() == [i, j, token]
                 weight = 1.0 if reduction == "token_mean" else 1.0 / len(rollout.completion_ids)
                 assert float(batch.weights[n]) == pytest.approx(weight)
-                assert bool(batch.hard_label[n]) == (rollout.source == "dataset")
+                assert int(batch.sequence_index[n]) == b
+            assert batch.sources[b] == rollout.source
+            assert batch.completion_lengths[b] == len(rollout.completion_ids)
             scored += len(rollout.completion_ids)
         assert batch.scored_tokens == scored == len(batch.score_index) == len(batch.weights)
         assert states(batch).shape == (scored, HIDDEN)
@@ -145,10 +137,9 @@ def test_dtypes_and_an_example() -> None:
     assert batch.score_index.tolist() == [0, 1, 2, 5]
     assert batch.labels.tolist() == [5, 6, 7, 3]
     assert batch.weights.tolist() == pytest.approx([1 / 3] * 3 + [1.0])
-    assert batch.hard_label.tolist() == [True, True, True, False]
+    assert batch.sources == ("dataset", "student") and batch.completion_lengths == (3, 1)
     assert [batch.input_ids.dtype, batch.score_index.dtype, batch.labels.dtype] == [torch.int64] * 3
     assert [batch.labels.dtype, batch.weights.dtype] == [torch.int64, torch.float32]
-    assert batch.hard_label.dtype == torch.bool
 
 
 def test_micro_batch_without_a_scored_token() -> None:

@@ -19,7 +19,20 @@ def without_times(run: Path) -> list[dict[str, object]]:
 
 @pytest.mark.slow
 def test_resume_is_bitwise(make_run_config: MakeConfig, tmp_path: Path) -> None:
-    sections = {"run": {"steps": 6, "save_every": 3}, "optim": {"lr": 3e-3}}
+    sections = {
+        "run": {"steps": 6, "save_every": 3},
+        "optim": {"lr": 3e-3},
+        "mixture": {"student": {"from": 1.0, "to": 0.4, "steps": 5}, "teacher": 0.0,
+                    "dataset": {"from": 0.0, "to": 0.6, "steps": 5}},
+        "rollout": {"max_new_tokens": {"from": 4.0, "to": 12.0, "steps": 4}},
+        "objective": {
+            "temperature": {"metric": "loss", "from": 2.0, "to": 1.0, "low": 0.0, "high": 10.0, "smoothing": 0.5},
+            "terms": [
+                {"kind": "reverse_kl", "token_weight": {"drift": {}}},
+                {"kind": "cross_entropy", "on": ["dataset"], "weight": {"from": 0.0, "to": 0.5, "steps": 4}},
+            ],
+        },
+    }  # fmt: skip
     check(run_gkd(["train", make_run_config("whole", **sections)]))
     halves = make_run_config("halves", **sections)
     check(run_gkd(["train", halves, "run.steps=3"]))
@@ -31,6 +44,8 @@ def test_resume_is_bitwise(make_run_config: MakeConfig, tmp_path: Path) -> None:
     for name, tensor in whole.items():
         assert torch.equal(tensor, again[name]), name
     assert without_times(tmp_path / "whole") == without_times(tmp_path / "halves")
+    heats = [record["objective/temperature"] for record in without_times(tmp_path / "whole")]
+    assert heats[0] == 2.0 and len(set(heats)) == 6, "it follows the loss, through the checkpoint"
 
     positions = [read_metrics(tmp_path / name, "heldout_positions.jsonl") for name in ("whole", "halves")]
     assert [[record["step"] for record in records] for records in positions] == [[0, 6], [0, 3, 6]]

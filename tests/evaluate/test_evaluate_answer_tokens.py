@@ -11,15 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gkd.config import ObjectiveConfig, make_config
 from gkd.data import pack
 from gkd.evaluate.answer_tokens import AnswerToken, AnswerTokens
 from gkd.evaluate.heldout import HeldoutEvaluation, HeldoutFigures, completion_positions, heldout_rollouts
 from gkd.evaluate.samples import ALTERNATIVES, AnswerScoring, answer_rollouts
 from gkd.models import load_causal_lm
 from gkd.monitor import JsonlSink, read_metrics
+from gkd.objectives.objective import Objective
 from gkd.teacher.local import LocalTeacher
-from gkd.train.module import StudentModule, token_divergences
+from gkd.train.module import StudentModule, token_measures
 from gkd.types import Completion, Prompt, Rollout, TokenBatch
 
 VALID_VOCAB = 250  # of 259 rows: the others stand for padding
@@ -27,20 +27,19 @@ PROMPTS = [Prompt(i, tuple(range(10, 14 + i)), f"prompt {i}") for i in range(3)]
 ANSWERS = [tuple(b"\n  a "), tuple(range(60, 90)), (200, 255, 201)]  # 255 is beyond the shared vocabulary
 PACK = partial(pack, micro_batch_size=2, pad_token_id=0, reduction="token_mean")
 PACKED = partial(PACK, micro_batch_tokens=40)
-OBJECTIVE = make_config({"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "d"}}).objective
 
 
 class PlainStudent:
     """Measures with the training run's module, outside of DeepSpeed."""
 
     def __init__(self, folder: Path) -> None:
-        self._module = StudentModule(load_causal_lm(str(folder), "float32"), OBJECTIVE, VALID_VOCAB, torch.float32)
+        self._module = StudentModule(load_causal_lm(str(folder), "float32"), VALID_VOCAB, torch.float32)
 
     @torch.no_grad()
-    def token_divergences(
-        self, micro_batches: Sequence[TokenBatch], objective: ObjectiveConfig
+    def token_measures(
+        self, micro_batches: Sequence[TokenBatch], objective: Objective
     ) -> list[dict[str, torch.Tensor]]:
-        return token_divergences(self._module, micro_batches, objective, torch.device("cpu"))
+        return token_measures(self._module, micro_batches, objective, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

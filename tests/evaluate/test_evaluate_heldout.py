@@ -10,19 +10,18 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from gkd.config import ObjectiveConfig, make_config
 from gkd.data import pack
 from gkd.evaluate.heldout import HeldoutEvaluation, heldout_requests, heldout_rollouts
 from gkd.evaluate.samples import greedy_settings, sample_requests
 from gkd.models import load_causal_lm
+from gkd.objectives.objective import Objective
 from gkd.teacher.local import LocalTeacher
-from gkd.train.module import StudentModule, token_divergences
+from gkd.train.module import StudentModule, token_measures
 from gkd.types import Completion, Prompt, SamplingSettings, TokenBatch
 
 PROMPTS = [Prompt(i, (5 + i, 6, 7), f"p{i}") for i in range(5)]
 COMPLETIONS = [Completion(tuple(range(20, 21 + 2 * i)), (), "length") for i in range(5)]
 PACK = partial(pack, micro_batch_size=2, pad_token_id=0, reduction="token_mean")
-OBJECTIVE = make_config({"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "d"}}).objective
 
 
 @pytest.fixture
@@ -38,12 +37,12 @@ class Counter:
         self.micro_batches = 0
         self.tokens = 0
 
-    def token_divergences(
-        self, micro_batches: Sequence[TokenBatch], objective: ObjectiveConfig
+    def token_measures(
+        self, micro_batches: Sequence[TokenBatch], objective: Objective
     ) -> list[dict[str, torch.Tensor]]:
         self.micro_batches += len(micro_batches)
         self.tokens += sum(batch.scored_tokens for batch in micro_batches)
-        names = ("divergence", "forward_kl", "reverse_kl")
+        names = ("jsd", "forward_kl", "reverse_kl")
         return [dict.fromkeys(names, torch.ones(batch.scored_tokens)) for batch in micro_batches]
 
 
@@ -51,13 +50,13 @@ class PlainStudent:
     """Measures with the training run's module, outside of DeepSpeed."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._module = StudentModule(model, OBJECTIVE, 259, torch.float32)
+        self._module = StudentModule(model, 259, torch.float32)
 
     @torch.no_grad()
-    def token_divergences(
-        self, micro_batches: Sequence[TokenBatch], objective: ObjectiveConfig
+    def token_measures(
+        self, micro_batches: Sequence[TokenBatch], objective: Objective
     ) -> list[dict[str, torch.Tensor]]:
-        return token_divergences(self._module, micro_batches, objective, torch.device("cpu"))
+        return token_measures(self._module, micro_batches, objective, torch.device("cpu"))
 
 
 def test_ranks_share_the_rows_and_forward_as_often(teacher: LocalTeacher) -> None:

@@ -1,10 +1,10 @@
 """One optimizer step of plain SGD on a fixed ragged batch, under every split asked for; run by torchrun or alone.
 
-python gradient_job.py OUT.safetensors MODEL_FOLDER TEACHER_FOLDER '[[split, zero_stage], ...]' REDUCTION [IMPORTANCE]
+python gradient_job.py OUT.safetensors MODEL_FOLDER TEACHER_FOLDER '[[split, zero_stage], ...]' '{"name": objective}'
 
 A split is a micro-batch size, or "60 tokens": packed.
 
-Writes, for each split, every parameter's gradient, recovered as (old - new) / lr.
+Writes, for each objective and split, every parameter's gradient, recovered as (old - new) / lr.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def with_sampler_logprobs(rollouts: list[Rollout], model: Any) -> list[Rollout]:
 
 
 def run_split(
-    model: str, teacher: LocalTeacher, split: int | str, stage: int, objective: dict[str, str], launch: Launch
+    model: str, teacher: LocalTeacher, split: int | str, stage: int, objective: dict[str, Any], launch: Launch
 ) -> Any:
     folder = Path(sys.argv[1]).parent
     sgd = folder / f"sgd{launch.rank}.json"
@@ -73,7 +73,7 @@ def run_split(
             "data": {"train": "d", "max_prompt_tokens": 20},
             "rollout": {"max_new_tokens": 30},
             "mixture": {"student": 0.5, "dataset": 0.5},
-            "objective": {"kind": "jsd", "hard_label_weight": 0.3, **objective},
+            "objective": objective,
             "optim": {"batch_size": BATCH, "max_grad_norm": 0.0, **size},
             "deepspeed": {"config": str(sgd), "zero_stage": stage},
         }
@@ -101,21 +101,25 @@ def run_split(
 
 
 def main() -> None:
-    out, model, teacher_folder, splits, reduction, *importance = sys.argv[1:]
-    objective = {"reduction": reduction} | ({"importance_weights": importance[0]} if importance else {})
+    out, model, teacher_folder, splits, objectives = sys.argv[1:]
     launch = Launch.from_environment()
     distributed.initialize(launch)
     teacher_model = load_causal_lm(teacher_folder, "float32")
     teacher = LocalTeacher(teacher_model, device=torch.device("cpu"), micro_batch_size=4, pad_token_id=0)
     results: dict[str, torch.Tensor] = {}
-    for split, stage in json.loads(splits):
-        gradients, stats = run_split(model, teacher, split, stage, objective, launch)
-        key = f"{split}/{stage}"
-        results |= {f"{key}/{name}": gradient.contiguous() for name, gradient in gradients.items()}
-        results[f"{key}/loss"] = torch.tensor(stats["loss"], dtype=torch.float64)
-        results[f"{key}/grad_norm"] = torch.tensor(stats["grad_norm"], dtype=torch.float64)
-        results[f"{key}/k3"] = torch.tensor(stats["mismatch/k3"], dtype=torch.float64)
-        results[f"{key}/scored"] = torch.tensor(stats["tokens/scored"])
+    for name, objective in json.loads(objectives).items():
+        for split, stage in json.loads(splits):
+            gradients, stats = run_split(model, teacher, split, stage, objective, launch)
+            key = f"{name}/{split}/{stage}"
+            results |= {f"{key}/{parameter}": gradient.contiguous() for parameter, gradient in gradients.items()}
+            for metric in (
+                "loss",
+                "grad_norm",
+                "tokens/scored",
+                "mismatch/k3",
+                *(n for n in stats if "objective" in n),
+            ):
+                results[f"{key}: {metric}"] = torch.tensor(stats[metric], dtype=torch.float64)
     if launch.is_main:
         save_file(results, out)
     distributed.end_process()

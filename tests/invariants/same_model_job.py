@@ -16,6 +16,7 @@ from gkd.config import Launch, make_config
 from gkd.data import pack
 from gkd.engines.sampling import SamplerSpec
 from gkd.models import load_causal_lm
+from gkd.objectives.objective import divergence_objective
 from gkd.rollout.mixture import MixtureRollouts
 from gkd.rollout.offline import start_sampler
 from gkd.rollout.sync import SyncedSampler, probe_prompt
@@ -54,7 +55,7 @@ def main() -> None:
     rollouts = MixtureRollouts(
         sampler,
         mixture=make_config({"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "d"}}).mixture,
-        settings=SamplingSettings(20, stop_token_ids=(2,)),
+        settings=lambda step: SamplingSettings(20, stop_token_ids=(2,)),
         seed=0,
         teacher_completion=lambda request: sys.exit("no teacher completion was asked for"),
     ).sample([PromptDraw(p, 0) for p in prompts], step=0)
@@ -84,8 +85,7 @@ def main() -> None:
     result["perturbed"] = student.step(moved, step=0)["loss"] * result["tokens"]
     single = replace(rollouts[2], completion_ids=rollouts[2].completion_ids[:2], logprobs=None)
     alone = pack([single], [first_rows(perturbed[2], 2)], micro_batch_size=1, pad_token_id=0, reduction="token_mean")
-    (measured,) = student.token_divergences(alone, make_config(
-        {"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "d"}}).objective)  # fmt: skip
+    (measured,) = student.token_measures(alone, divergence_objective("forward_kl"))
     result["expected"] = float(measured["forward_kl"].sum())
     print(json.dumps(result))
 

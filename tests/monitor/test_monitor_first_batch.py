@@ -10,7 +10,7 @@ from rich.text import Text
 
 from gkd.monitor import clean, first_batch_text, render_first_batch
 from gkd.monitor.first_batch import SOURCE_STYLES
-from gkd.types import CompletionSource, Prompt, PromptDraw, Rollout
+from gkd.types import Prompt, PromptDraw, Rollout
 
 VOCABULARY = ["<|start|>", "user", "\n", " hi", "<|end|>", "[bold]", "\x1b[31m", "", " there", "\\", ":smile:"]
 
@@ -21,16 +21,13 @@ def decode(ids: list[int]) -> str:
 
 
 def rollout(
-    completion: tuple[int, ...],
-    source: CompletionSource = "student",
-    index: int = 0,
-    prompt: tuple[int, ...] = (0, 1, 2, 3, 4),
+    completion: tuple[int, ...], source: str = "student", index: int = 0, prompt: tuple[int, ...] = (0, 1, 2, 3, 4)
 ) -> Rollout:
     version = 7 if source == "student" else None
     return Rollout(PromptDraw(Prompt(index, prompt, "hi"), 0), source, completion, weights_version=version)
 
 
-def styled(text: Text, source: CompletionSource) -> list[str]:
+def styled(text: Text, source: str) -> list[str]:
     """The pieces of the text that are coloured for a source, the legend's first."""
     return [text.plain[span.start : span.end] for span in text.spans if span.style in SOURCE_STYLES[source]]
 

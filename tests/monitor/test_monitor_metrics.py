@@ -9,7 +9,7 @@ import numpy
 import pytest
 
 from gkd.monitor import METRICS, merge_metrics
-from gkd.monitor.metrics import metrics_table
+from gkd.monitor.metrics import description_of, in_order, metrics_table
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 REQUIRED = [
@@ -41,7 +41,15 @@ def test_every_metric_has_a_unit_and_a_meaning(name: str) -> None:
 
 
 def test_what_a_run_has_to_log_is_documented() -> None:
-    assert set(REQUIRED) <= set(METRICS)
+    assert None not in [description_of(name) for name in REQUIRED]
+
+
+def test_a_star_stands_for_one_name() -> None:
+    assert description_of("objective/soft/loss") == METRICS["objective/*/loss"]
+    assert description_of("mixture/replay") == METRICS["mixture/*"]
+    for name in ("objective//loss", "objective/a/b/loss", "objective/soft", "mixture/", "mixture/a/b"):
+        assert description_of(name) is None, name
+    assert in_order(["unknown", "mixture/b", "mixture/a", "loss"]) == ["loss", "mixture/a", "mixture/b", "unknown"]
 
 
 def test_groups_are_merged_in_order() -> None:

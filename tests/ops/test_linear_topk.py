@@ -1,4 +1,4 @@
-"""`linear_topk_divergence` against the definition from explicit logits, in float64.
+"""`linear_terms` with a teacher's top k against the definition from explicit logits, in float64.
 
 Legend: N rows, H hidden size, V vocabulary, K slots.
 """
@@ -6,7 +6,7 @@ Legend: N rows, H hidden size, V vocabulary, K slots.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 from gkd.errors import InputError
 from gkd.objectives import KINDS, Divergence, divergence_value
 from gkd.ops import linear_divergence
-from gkd.ops.linear_topk import TOPK_BYPRODUCTS, linear_topk_divergence
+from gkd.ops.linear_terms import linear_terms
+from gkd.ops.vocabulary_pass import TOPK_MEASURES, WeightedLoss
 from gkd.types import OutputHead, TopkScores
 
 N, H, V, K = 23, 12, 61, 5
@@ -73,10 +74,11 @@ def outcomes(logits: Tensor, ids: Tensor) -> Tensor:
 def apply(
     case: Case, teacher: TopkScores, spec: Divergence, chunk_bytes: int | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    return linear_topk_divergence(
-        case.hidden, case.head, teacher, spec, weights=case.weights, labels=case.labels, valid_vocab=VALID,
-        chunk_bytes=chunk_bytes,
+    scores = linear_terms(
+        case.hidden, case.head, teacher, [WeightedLoss(spec, case.weights)], acts=(case.weights != 0)[None],
+        labels=case.labels, valid_vocab=VALID, chunk_bytes=chunk_bytes,
     )  # fmt: skip
+    return scores.loss, {**scores.measures, "topk_divergence": scores.values[0]}
 
 
 @pytest.mark.parametrize("softcap, scale", [(None, 1.0), (3.0, 0.5)])
@@ -104,7 +106,7 @@ def test_what_is_measured_is_the_truth() -> None:
     case = make_case()
     teacher = case.teacher()
     _, measured = apply(case, teacher, Divergence("jsd"))
-    assert tuple(measured) == TOPK_BYPRODUCTS
+    assert set(measured) == {*TOPK_MEASURES, "label_logprob", "topk_divergence"}
     student, whole = outcomes(case.logits(), teacher.ids), case.logits().log_softmax(-1)
     truth = outcomes(case.teacher_logits, teacher.ids)
     expected = {
@@ -158,9 +160,9 @@ def test_a_frozen_head_an_empty_batch_and_ignored_rows() -> None:
 
 def test_without_gradients_none_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The head's would be a product and a float32 matrix of its size, for every micro-batch that is only measured."""
-    module = sys.modules["gkd.ops.linear_topk"]
-    wanted, inner = [], module._pass
-    monkeypatch.setattr(module, "_pass", lambda job, needs: wanted.append(tuple(needs)) or inner(job, needs))
+    module = sys.modules["gkd.ops.linear_terms"]
+    wanted, inner = [], module.run_pass
+    monkeypatch.setattr(module, "run_pass", lambda job, needs: wanted.append(tuple(needs)) or inner(job, needs))
     case = make_case()
     with torch.no_grad():
         loss, _ = apply(case, case.teacher(), Divergence())
@@ -173,6 +175,4 @@ def test_shapes_that_do_not_fit() -> None:
     case = make_case()
     head = OutputHead(case.head.weight[:, 1:])
     with pytest.raises(InputError, match="student_hidden must be"):
-        linear_topk_divergence(
-            case.hidden, head, case.teacher(), Divergence(), weights=case.weights, labels=case.labels, valid_vocab=V
-        )
+        apply(replace(case, head=head), case.teacher(), Divergence())

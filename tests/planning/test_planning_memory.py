@@ -16,7 +16,8 @@ from gkd.config import load_config
 from gkd.errors import ConfigError
 from gkd.objectives.divergence import Divergence
 from gkd.ops import linear_divergence, scratch
-from gkd.ops.linear_topk import linear_topk_divergence
+from gkd.ops.linear_terms import linear_terms
+from gkd.ops.vocabulary_pass import WeightedLoss
 from gkd.planning.devices import device_named
 from gkd.planning.memory import memory_plan, student_state
 from gkd.planning.models import architectures
@@ -245,12 +246,12 @@ def _whole_loss(rows: int, vocabulary: int) -> None:
 
 def _topk_loss(rows: int, vocabulary: int) -> None:
     teacher = TopkScores(torch.zeros(rows, 1, dtype=torch.int64), torch.full((rows, 1), -1.0))
-    linear_topk_divergence(
+    linear_terms(
         torch.randn(rows, 2),
         OutputHead(torch.randn(vocabulary, 2)),
         teacher,
-        Divergence("forward_kl"),
-        weights=torch.ones(rows),
+        [WeightedLoss(Divergence("forward_kl"))],
+        acts=torch.ones(1, rows, dtype=torch.bool),
         labels=torch.zeros(rows, dtype=torch.int64),
         valid_vocab=vocabulary,
     )

@@ -70,7 +70,7 @@ class Run:
         self.synced = SyncedSampler(self.watched, probe_ids=probe_prompt([[1, 40, 41]]), tolerance=1e-3)
         self.synced.load_weights(self.weights, 0)
         rollouts = MixtureRollouts(
-            self.synced, mixture=MIXTURE, settings=SamplingSettings(4), seed=3, staleness=staleness,
+            self.synced, mixture=MIXTURE, settings=lambda step: SamplingSettings(4), seed=3, staleness=staleness,
             teacher_completion=lambda _: pytest.fail("no teacher here"),
         )  # fmt: skip
         self.ahead = SampleAhead(

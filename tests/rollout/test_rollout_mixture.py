@@ -8,7 +8,8 @@ import pytest
 
 from gkd.config import MixtureConfig
 from gkd.errors import DataError, SamplerError, WeightSyncError
-from gkd.rollout.mixture import MixtureRollouts, draw_source, mixture_counts, teacher_request, teacher_requests
+from gkd.rollout.mixture import MixtureRollouts, draw_source, mixture_counts, teacher_requests
+from gkd.rollout.sources.teacher import teacher_request
 from gkd.seeding import derive_seed
 from gkd.types import Completion, Prompt, PromptDraw, SampleRequest, SamplingSettings
 
@@ -44,7 +45,7 @@ def rollouts_of(sampler: EchoSampler, config: MixtureConfig, seed: int = 3) -> M
     return MixtureRollouts(
         sampler,  # pyright: ignore[reportArgumentType]
         mixture=config,
-        settings=SETTINGS,
+        settings=lambda step: SETTINGS,
         seed=seed,
         teacher_completion=lambda request: Completion((100, request.seed % 97), (-1.0, -1.0), "stop"),
     )
@@ -52,7 +53,7 @@ def rollouts_of(sampler: EchoSampler, config: MixtureConfig, seed: int = 3) -> M
 
 def test_fractions_hold_for_each_sample() -> None:
     config = mixture(0.5, 0.3, 0.2)
-    sources = [draw_source(config, 0, step, draw) for step in range(40) for draw in draws(50, samples=2)]
+    sources = [draw_source(config.at(step), 0, step, draw) for step in range(40) for draw in draws(50, samples=2)]
     for source, fraction in (("student", 0.5), ("teacher", 0.3), ("dataset", 0.2)):
         assert abs(sources.count(source) / len(sources) - fraction) < 0.03, source  # 4000 draws: 0.03 is 3.8 sigma
 
@@ -61,11 +62,11 @@ def test_fractions_hold_for_each_sample() -> None:
     ("config", "only"), [(mixture(1.0), "student"), (mixture(0.0, 1.0), "teacher"), (mixture(0.0, 0.0, 1.0), "dataset")]
 )
 def test_pure_mixtures_are_pure(config: MixtureConfig, only: str) -> None:
-    assert {draw_source(config, 0, step, d) for step in range(20) for d in draws(50)} == {only}
+    assert {draw_source(config.at(step), 0, step, d) for step in range(20) for d in draws(50)} == {only}
 
 
 def test_samples_of_one_prompt_are_drawn_separately() -> None:
-    sources = {draw_source(mixture(0.5, 0.5), 0, 0, PromptDraw(draws(1)[0].prompt, i)) for i in range(20)}
+    sources = {draw_source(mixture(0.5, 0.5).at(0), 0, 0, PromptDraw(draws(1)[0].prompt, i)) for i in range(20)}
     assert sources == {"student", "teacher"}
 
 
@@ -83,7 +84,7 @@ def test_rollouts_stand_in_the_order_of_the_draws() -> None:
             assert rollout.logprobs is None and rollout.weights_version is None
         else:
             assert rollout.completion_ids == (7, 2)
-    counts = mixture_counts(rollouts)
+    counts = mixture_counts(rollouts, config)
     assert sum(counts.values()) == 60 and min(counts.values()) > 5
     assert len(sampler.requests) == counts["student"], "only the student's samples are generated"
 

@@ -15,12 +15,12 @@ from gkd.errors import ConfigError
 from gkd.models import load_causal_lm
 from gkd.teacher.cache import CachedTeacher
 from gkd.teacher.local import LocalTeacher
-from gkd.types import CompletionSource, Prompt, PromptDraw, Rollout, TeacherScores
+from gkd.types import Prompt, PromptDraw, Rollout, TeacherScores
 
 CPU = torch.device("cpu")
 
 
-def rollout(index: int, completion: int, source: CompletionSource = "dataset", prompt: int = 4) -> Rollout:
+def rollout(index: int, completion: int, source: str = "dataset", prompt: int = 4) -> Rollout:
     ids = tuple(3 + (17 * i + 5 * index) % 250 for i in range(prompt + completion))
     return Rollout(PromptDraw(Prompt(index, ids[:prompt], ""), 0), source, ids[prompt:])
 

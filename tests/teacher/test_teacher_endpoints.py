@@ -154,9 +154,13 @@ def test_nobody_answers() -> None:
 
 @pytest.mark.parametrize(
     ("objective", "message"),
-    [({"temperature": 2.0}, r"objective\.temperature: 2, but"), ({"hard_label_weight": 0.5}, "hard_label_weight")],
+    [
+        ({"temperature": 2.0}, r"objective\.temperature: must be 1, as a top k"),
+        ({"token_weight": {"teacher_entropy": {"threshold": 1.0}}}, r"objective\.token_weight\.teacher_entropy: needs"),
+        ({"terms": [{"kind": "jsd", "token_weight": {"drift": {}}}]}, r"objective\.terms\.0\.token_weight\.drift"),
+    ],
 )
-def test_an_objective_that_needs_the_whole_distribution(objective: dict[str, float], message: str) -> None:
+def test_an_objective_that_needs_the_whole_distribution(objective: dict[str, Any], message: str) -> None:
     topk = {"model": "t", "placement": "topk", "addresses": ["http://127.0.0.1:8000"]}
     values = {
         "student": {"model": "s"},

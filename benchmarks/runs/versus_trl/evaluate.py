@@ -10,12 +10,13 @@ import torch
 
 from benchmarks.runs.versus_trl.engine import gkd_config
 from benchmarks.runs.versus_trl.job import Job
-from gkd.config import Config, Launch, ObjectiveConfig
+from gkd.config import Config, Launch
 from gkd.models import load_causal_lm
+from gkd.objectives.objective import Objective
 from gkd.run_files import RunFiles
 from gkd.train import parts
 from gkd.train.distributed import compute_device
-from gkd.train.module import StudentModule, token_divergences
+from gkd.train.module import StudentModule, token_measures
 from gkd.train.placements import ask_placements
 from gkd.types import TokenBatch
 
@@ -30,10 +31,10 @@ class FrozenStudent:
         self._module = module.to(self._device).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def token_divergences(
-        self, micro_batches: Sequence[TokenBatch], objective: ObjectiveConfig
+    def token_measures(
+        self, micro_batches: Sequence[TokenBatch], objective: Objective
     ) -> list[dict[str, torch.Tensor]]:
-        return token_divergences(self._module, micro_batches, objective, self._device)
+        return token_measures(self._module, micro_batches, objective, self._device)
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def heldout_divergences(config: Config, student: str) -> dict[str, float]:
         prompts,
         texts,
         teacher=parts.build_teacher(config, models, LAUNCH, placements),
-        student=FrozenStudent(StudentModule(model, config.objective, models.valid_vocab, dtype)),
+        student=FrozenStudent(StudentModule(model, models.valid_vocab, dtype)),
         launch=LAUNCH,
     )
     assert heldout is not None

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gkd.monitor.metrics import METRICS
+from gkd.monitor.metrics import description_of, in_order
 from gkd.monitor.report.data import Column, RunData
 from gkd.monitor.titles import DIVERGENCE_TITLES, PHASE_TITLES
 
@@ -14,7 +14,7 @@ COLOURS = 8  # c0 to c7 in report.css; more lines than that take them in turn
 MAX_POINTS = 20_000  # of a line in the file: beyond, the least and the greatest of every few steps stand for them
 
 _SECTIONS: dict[str, tuple[str, ...]] = {  # heading -> what its metrics' names begin with
-    "Loss and divergence": ("loss", "divergence"),
+    "Loss and divergence": ("loss", "objective", "divergence"),
     "Entropy and agreement": ("entropy", "agreement"),
     "Optimizer": ("lr", "grad_norm"),
     "Throughput": ("tokens",),
@@ -23,6 +23,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {  # heading -> what its metrics' names 
 }
 _CHART_TITLES = {
     "loss": "Loss",
+    "objective": "Terms of the objective",
     "divergence": "Divergence from the teacher",
     "heldout": "Held-out divergence from the teacher",
     "entropy": "Entropy of the next token",
@@ -79,8 +80,7 @@ def heldout_charts(runs: Sequence[RunData]) -> list[Chart]:
 
 def chart_sections(runs: Sequence[RunData]) -> dict[str, list[Chart]]:
     """Heading -> charts, for every metric that some run recorded; metrics unknown to this version come last."""
-    names = [name for name in METRICS if any(name in run.metrics for run in runs)]
-    names += sorted({name for run in runs for name in run.metrics} - METRICS.keys())
+    names = in_order({name for run in runs for name in run.metrics})
     names = [name for name in names if name not in _ONLY_IF_USED or any(any(run.metrics.get(name, ())) for run in runs)]
     if _STALENESS not in names and any("weights_version" in run.metrics for run in runs):
         names.append(_STALENESS)
@@ -97,7 +97,7 @@ def chart_sections(runs: Sequence[RunData]) -> dict[str, list[Chart]]:
 
 def describe(name: str) -> tuple[str, str]:
     """(unit, meaning) of a metric; empty for one that this version does not know."""
-    unit, meaning = METRICS.get(name, ": ").split(": ", 1)
+    unit, meaning = (description_of(name) or ": ").split(": ", 1)
     return unit, meaning
 
 

@@ -149,7 +149,8 @@ def outline(run: RunData) -> str:
     layers = config.get("student.init.layers")
     student = config.get("student.model") or (f"{layers} of its layers" if layers else "")
     parts = [" → ".join(str(model) for model in (config.get("teacher.model"), student) if model)]
-    parts.append(str(config.get("objective.kind") or ""))
+    terms = [term for term in config.get("objective.terms") or () if isinstance(term, dict)]
+    parts.append(" + ".join(str(term.get("name") or term.get("kind")) for term in terms))
     parts += [f"{name} {config[key]}" for name, key in _OUTLINE.items() if config.get(key) is not None]
     return " · ".join(part for part in parts if part)
 

@@ -43,10 +43,10 @@ def load_data(config: Config, models: Models) -> Prompts:
         config.data.train_split,
         models.tokenizer,
         config.data,
-        max_completion_tokens=config.rollout.max_new_tokens if config.mixture.dataset > 0 else None,
+        max_completion_tokens=config.rollout.most_new_tokens if config.mixture.uses("dataset") else None,
     )
     train = _with_teachers(config, train, "train")
-    if config.mixture.dataset > 0:
+    if config.mixture.uses("dataset"):
         bare = next((prompt for prompt in train.prompts if prompt.completion_ids is None), None)
         if bare is not None:
             raise DataError(f"{bare.origin}: mixture.dataset > 0 needs a completion in every row")

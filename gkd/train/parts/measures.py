@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gkd.config import Config, Launch
+from gkd.config import Config, Launch, MixtureConfig
 from gkd.evaluate.heldout import HeldoutEvaluation, MeasuresDivergence, heldout_requests, heldout_rollouts
 from gkd.evaluate.samples import AnswerScoring, greedy_settings, sample_requests
 from gkd.monitor import JsonlSink
@@ -96,9 +96,9 @@ def _shown_prompts(config: Config, prompts: Prompts) -> Sequence[Prompt]:
     return () if prompts.heldout is None else prompts.heldout.prompts[: config.eval.samples]
 
 
-def describe_samples(rollouts: Sequence[Rollout]) -> dict[str, float]:
+def describe_samples(rollouts: Sequence[Rollout], mixture: MixtureConfig) -> dict[str, float]:
     """What a step's samples were, over all ranks."""
-    counts = mixture_counts(rollouts)
+    counts = mixture_counts(rollouts, mixture)
     generated = sum(len(r.completion_ids) for r in rollouts if r.source == "student")
     total_generated, *realised = sum_all([generated, *counts.values()])
     total = max(1.0, sum(realised))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from gkd.config import Config, Launch
 from gkd.data import PromptData
@@ -13,7 +14,7 @@ from gkd.rollout.sync import SyncedSampler, probe_prompt
 from gkd.train.distributed import Neighbours, compute_device, from_main, max_over_ranks, sum_all
 from gkd.train.parts.data import Prompts
 from gkd.train.parts.models import Models, student_revision
-from gkd.train.parts.settings import sampler_spec, sampling_settings
+from gkd.train.parts.settings import sampler_spec, student_settings
 from gkd.train.parts.texts import TeacherTexts
 
 
@@ -42,7 +43,7 @@ def build_rollouts(
     rollouts = MixtureRollouts(
         sampler,
         mixture=config.mixture,
-        settings=sampling_settings(config, models),
+        settings=partial(student_settings, config, models),
         seed=config.run.seed,
         teacher_completion=texts.sampled.get,
         staleness=config.rollout.staleness,

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gkd.config import Config
 from gkd.engines.sampling import SamplerSpec
 from gkd.train.parts.models import Models
 from gkd.types import SamplingSettings
 
 
+def student_settings(config: Config, models: Models, step: int) -> SamplingSettings:
+    """How the student samples at a step: `sampling_settings`, but for the length, which a schedule may limit."""
+    return replace(sampling_settings(config, models), max_new_tokens=config.rollout.new_tokens_at(step))
+
+
 def sampling_settings(config: Config, models: Models) -> SamplingSettings:
     return SamplingSettings(
-        max_new_tokens=config.rollout.max_new_tokens,
+        max_new_tokens=config.rollout.most_new_tokens,
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
         top_k=config.rollout.top_k,

@@ -71,7 +71,7 @@ def _text_requests(config: Config, prompts: Prompts, data: PromptData, name: str
 
     sampled: list[SampleRequest] = []
     greedy: list[SampleRequest] = []
-    if config.mixture.teacher:
+    if config.mixture.uses("teacher"):
         steps = (
             (step, [draw for draw in data.global_batch(step) if draw.prompt.teacher == name])
             for step in range(config.run.steps)

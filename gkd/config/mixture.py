@@ -1,0 +1,59 @@
+"""mixture: whose completions a step trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import ConfigDict, Field, model_validator
+
+from gkd.registry import SOURCES
+from gkd.schedules import FractionSchedule, Ramp, largest, value_at
+from gkd.schema import Section
+
+_TOLERANCE = 1e-6
+
+
+class MixtureConfig(Section):
+    """Each source's probability for a sample: numbers or schedules that add up to 1 at every step."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, allow_inf_nan=False)
+    __pydantic_extra__: dict[str, FractionSchedule] = Field(init=False)  # sources of plugins
+
+    student: FractionSchedule = Field(1.0, description="lambda: probability that a completion is the student's")
+    teacher: FractionSchedule = Field(0.0, description="probability that it is the teacher's, sampled once and cached")
+    dataset: FractionSchedule = Field(0.0, description="probability that it is the data set's")
+
+    @model_validator(mode="after")
+    def _sources_are_known(self) -> MixtureConfig:
+        for name in self.__pydantic_extra__:
+            if name not in SOURCES:
+                raise ValueError(f"{name}: {SOURCES.explain(name)}")
+        for step in self._steps_to_check():
+            total = sum(self.at(step).values())
+            if abs(total - 1.0) > _TOLERANCE:
+                when = "" if self.is_constant else f" at step {step}"
+                names = " + ".join(self.shares)
+                rest = max(0.0, self.at(step)["student"] + 1.0 - total)
+                raise ValueError(f"{names} is {total:g}{when}, must be 1; set student to {rest:g}")
+        return self
+
+    @property
+    def shares(self) -> dict[str, float | Ramp]:
+        return {"student": self.student, "teacher": self.teacher, "dataset": self.dataset, **self.__pydantic_extra__}
+
+    @property
+    def is_constant(self) -> bool:
+        return not any(isinstance(share, Ramp) for share in self.shares.values())
+
+    def at(self, step: int) -> Mapping[str, float]:
+        """Each source's probability at a step; exact 0 where it has none."""
+        return {name: value_at(share, step) for name, share in self.shares.items()}
+
+    def uses(self, source: str) -> bool:
+        """Whether it gets anything at some step."""
+        return largest(self.shares.get(source, 0.0)) > 0
+
+    def _steps_to_check(self) -> range:
+        """Every step until the last ramp has ended."""
+        ramps = [share for share in self.shares.values() if isinstance(share, Ramp)]
+        return range(max((ramp.last_step for ramp in ramps), default=0) + 1)

@@ -1,0 +1,128 @@
+"""objective: what is minimised. A list of terms, or the keys of one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+
+from gkd.chunks import LOSS_CHUNK_BYTES
+from gkd.objectives.terms import TERMS, Term
+from gkd.schedules import MetricMemory, MetricRule, Ramp, Schedule, TemperatureSchedule, describe_schedule, largest
+from gkd.schema import Section
+
+if TYPE_CHECKING:
+    from gkd.objectives.objective import Objective
+
+DEFAULT_KIND = "forward_kl"
+
+
+def _as_term(value: Any) -> Any:
+    """A mapping by the class of its kind."""
+    if not isinstance(value, Mapping):
+        return value
+    kind = value.get("kind", DEFAULT_KIND)
+    if kind not in TERMS:
+        raise ValueError(f"kind: {TERMS.explain(kind)}")
+    return TERMS[kind].model_validate({**value, "kind": kind})
+
+
+def _as_list(value: Any) -> Any:
+    """The form of one term, whose keys stand beside those of the objective, as a list of one."""
+    if not isinstance(value, Mapping) or "terms" in value:
+        return value
+    shared = {key: item for key, item in value.items() if key in ObjectiveConfig.model_fields}
+    return {**shared, "terms": [{key: item for key, item in value.items() if key not in shared}]}
+
+
+class ObjectiveConfig(Section):
+    """Sum over terms and scored tokens of weight x row weight x token weights x value, by the number of tokens."""
+
+    terms: list[Annotated[SerializeAsAny[Term], BeforeValidator(_as_term)]] = Field(
+        min_length=1, description="what is added up; the keys of one term may stand here instead of a list"
+    )
+    temperature: TemperatureSchedule = Field(
+        1.0, description="divides the logits of both sides in every divergence; a number or a schedule"
+    )
+    reduction: Literal["token_mean", "sequence_mean"] = Field(
+        "token_mean", description="mean over the global batch's scored tokens, or of each sequence's mean"
+    )
+    chunk_mib: int | None = Field(
+        None,
+        ge=1,
+        description="float32 logits of one side in memory at once; "
+        f"null: {LOSS_CHUNK_BYTES['cpu'] >> 20} on a CPU, {LOSS_CHUNK_BYTES['cuda'] >> 20} on a GPU",
+    )
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> ObjectiveConfig:
+        name, count = Counter(term.label for term in self.terms).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"terms: {count} are called {name!r}; give each a name of its own")
+        if all(isinstance(term.weight, (int, float)) and term.weight == 0 for term in self.terms):
+            raise ValueError("terms: every weight is 0; nothing would be trained")
+        return self
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(
+            term.needs_teacher or any(w.needs_teacher for w in term.token_weight.values()) for term in self.terms
+        )
+
+    @property
+    def metric_rules(self) -> list[MetricRule]:
+        schedules: list[Schedule] = [self.temperature, *(s for term in self.terms for s in term.schedules.values())]
+        return [schedule for schedule in schedules if isinstance(schedule, MetricRule)]
+
+    def describe(self) -> str:
+        """One line for people."""
+        text = " + ".join(term.describe() for term in self.terms)
+        return text if self.temperature == 1.0 else f"{text}, temperature {describe_schedule(self.temperature)}"
+
+    def at(self, step: int, memory: MetricMemory) -> Objective:
+        """With the numbers of a step in the place of schedules."""
+        from gkd.objectives.objective import objective_at  # torch loads here, not with a config
+
+        chunk_bytes = None if self.chunk_mib is None else self.chunk_mib << 20
+        return objective_at(self.terms, self.temperature, step, memory, chunk_bytes)
+
+    def check_topk(self) -> None:
+        """Raises ValueError where a teacher's top k cannot serve a term; the message begins with the key."""
+        if self.temperature != 1.0:
+            raise ValueError(
+                "objective.temperature: must be 1, as a top k is told at temperature 1; or use hidden states "
+                "(placement: served)"
+            )
+        for index, term in enumerate(self.terms):
+            wants_whole = {"": term.whole_teacher_only}
+            wants_whole |= {f".token_weight.{name}": w.needs_whole_teacher for name, w in term.token_weight.items()}
+            for key, needs_whole in wants_whole.items():
+                if needs_whole:
+                    raise ValueError(
+                        f"objective.terms.{index}{key}: needs the teacher's whole distribution, not a top k; leave it "
+                        "out, or use hidden states (placement: served)"
+                    )
+
+    def check_sources(self, shares: Mapping[str, float | Ramp]) -> None:
+        """Raises ValueError for a term that no text of the mixture could be for; `shares` are the mixture's."""
+        trained = [source for source, share in shares.items() if largest(share) > 0]
+        for index, term in enumerate(self.terms):
+            for source in trained if term.on is None else term.on:
+                fault = None
+                if source not in shares:
+                    fault = f"unknown source {source!r}; known: {', '.join(shares)}"
+                elif source not in trained:
+                    fault = f"{source}, but mixture.{source} is 0; leave it out, or raise that"
+                elif term.on_policy_only and source != "student":
+                    fault = f"{term.kind} is for the student's own samples, not for {source}; set it to [student]"
+                if fault is not None:
+                    raise ValueError(f"objective.terms.{index}.on: {fault}")
+
+
+def default_objective() -> ObjectiveConfig:
+    return ObjectiveConfig.model_validate({"terms": [{}]})
+
+
+ObjectiveSection = Annotated[ObjectiveConfig, BeforeValidator(_as_list)]

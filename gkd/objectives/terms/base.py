@@ -1,0 +1,114 @@
+"""What every term of an objective has.
+
+Legend: N scored tokens of a micro-batch.
+
+The loss of a step is the sum over terms and scored tokens of
+
+    weight x row weight x token weights x (the term's own value),
+
+divided by the number of scored tokens of the global batch, whatever `on` says. Weights stand in the numerator only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+
+from gkd.objectives.token_weights import TOKEN_WEIGHTS, TokenWeight
+from gkd.schedules import Ramp, Schedule, WeightSchedule, describe_schedule
+from gkd.schema import Section
+
+if TYPE_CHECKING:
+    from gkd.objectives.row_losses import RowLoss
+
+
+def _token_weights(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """{name: options} by the classes of the names."""
+    if not isinstance(value, Mapping):
+        return handler(value)
+    found: dict[str, TokenWeight] = {}
+    for name, options in value.items():
+        if name not in TOKEN_WEIGHTS:
+            raise ValueError(f": {TOKEN_WEIGHTS.explain(name)}")
+        found[name] = options if isinstance(options, TokenWeight) else _token_weight(name, options)
+    return handler(found)
+
+
+def _token_weight(name: str, options: Any) -> TokenWeight:
+    """An error names the weight in its path."""
+    try:
+        return TOKEN_WEIGHTS[name].model_validate(options or {})
+    except ValidationError as error:
+        details: list[Any] = [
+            {"type": e["type"], "loc": (name, *e["loc"]), "input": e["input"], "ctx": e.get("ctx", {})}
+            for e in error.errors()
+        ]
+        raise ValidationError.from_exception_data(name, details) from None
+
+
+_SHARED = {"kind", "name", "weight", "on", "token_weight"}
+
+
+class Term(Section):
+    """One term. Subclasses add their options as fields, and say by `loss` what it is and by the flags what it needs."""
+
+    is_divergence: ClassVar[bool] = False  # between the two distributions of a row
+    needs_teacher: ClassVar[bool] = True  # its distribution, at the scored tokens
+    whole_teacher_only: ClassVar[bool] = False  # over the whole vocabulary: not from a teacher's top k
+    on_policy_only: ClassVar[bool] = False  # means nothing for tokens that the student did not sample
+
+    kind: str = Field(description="which term; a divergence, cross_entropy, policy_gradient, or a plugin's")
+    name: str = Field("", description="its name in metrics; required where a kind repeats", pattern=r"^(\w[\w.-]*)?$")
+    weight: WeightSchedule = Field(1.0, description="of the whole term; a number or a schedule")
+    on: list[str] | None = Field(None, description="whose completions it is for: sources of the mixture; null = all")
+    token_weight: Annotated[dict[str, SerializeAsAny[TokenWeight]], WrapValidator(_token_weights)] = Field(
+        {}, description="weights of single tokens by name, multiplied"
+    )
+
+    @model_validator(mode="after")
+    def _names_itself(self) -> Term:
+        for key, weight in self.token_weight.items():
+            fault = weight.misfit(self)
+            if fault is not None:
+                raise ValueError(f"token_weight.{key}: {fault}")
+        return self
+
+    @property
+    def label(self) -> str:
+        """Its name in metrics."""
+        return self.name or self.kind
+
+    def describe(self) -> str:
+        """A few words for people."""
+        options = [f"{key} {value}" for key, value in self.options().items()]
+        text = self.kind + (f" ({', '.join(options)})" if options else "")
+        if self.weight != 1.0:
+            text = f"{describe_schedule(self.weight)} x {text}"
+        return text if self.on is None else f"{text} on {' and '.join(self.on)}"
+
+    def options(self) -> dict[str, Any]:
+        """What was set besides name, weight and rows."""
+        return {
+            name: describe_schedule(value) if isinstance(value, (float, Ramp)) else value
+            for name in type(self).model_fields
+            if name not in _SHARED and name in self.model_fields_set
+            for value in (getattr(self, name),)
+        } | {f"weighed by {name}": "" for name in self.token_weight}
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """Every option that may change during a run, by name."""
+        return {"weight": self.weight}
+
+    def loss(self, values: Mapping[str, float], temperature: float) -> RowLoss:
+        """What it says of one row, given what `schedules` are at the step and the objective's temperature."""
+        raise NotImplementedError

@@ -1,0 +1,150 @@
+"""All terms of an objective over the vocabulary, from hidden states and heads: one pass, one gradient.
+
+Legend: N rows (scored tokens), M of them that some loss acts on, K losses, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gkd.chunks import loss_chunk_bytes
+from gkd.objectives.reduction import weigh
+from gkd.ops.common import times, valid_columns
+from gkd.ops.heads import Head, common_columns
+from gkd.ops.vocabulary_pass import Group, PassJob, WeightedLoss, run_pass
+from gkd.types import HiddenScores, OutputHead, TeacherScores, TopkScores
+
+
+@dataclass(frozen=True)
+class TermScores:
+    """The loss, differentiable, and what it is made of, detached; 0 where a loss does not act."""
+
+    loss: Tensor  # scalar: sum over losses and rows of weight x value
+    values: Tensor  # [K, N] before weights
+    weights: Tensor  # [K, N]
+    measures: dict[str, Tensor]  # by-products [N]; of the teacher's only where `compared`
+    acts: Tensor  # [N] bool, on the CPU: some loss acts here, and `label_logprob` is known
+    compared: Tensor  # [N] bool, on the CPU: the teacher's distribution was looked at
+
+
+def linear_terms(
+    student_hidden: Tensor,
+    student_head: OutputHead,
+    teacher: TeacherScores,
+    losses: Sequence[WeightedLoss],
+    *,
+    acts: Tensor,
+    labels: Tensor,
+    valid_vocab: int,
+    temperature: float = 1.0,
+    compute_dtype: torch.dtype | None = None,
+    chunk_bytes: int | None = None,
+) -> TermScores:
+    """Sum over losses and rows of weight x value, from hidden states [N, H] and what the teacher says of the rows.
+
+    acts [K, N] bool, on the CPU: which losses act on which rows; the others are not computed there, and a row without
+    any costs nothing. labels [N] int64, -1 for none. Columns from `valid_vocab` on are padding, on both sides; of a
+    top k, ids from there on are empty slots. `temperature` is that of the divergences among the losses.
+    compute_dtype, chunk_bytes: as in `gkd.linear_divergence`.
+
+    Differentiable once, in student_hidden and the head's weight and bias; gradients are computed in the forward pass.
+    Raises InputError for shapes that do not fit.
+    """
+    hidden, weight, bias = student_hidden, student_head.weight, student_head.bias
+    if not torch.is_grad_enabled():  # autograd asks the tensors alone, and the head's gradient would be computed
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    n_rows, device = hidden.shape[0], hidden.device
+    order, groups = _group_rows(acts, losses)
+    is_sorted = order is None
+    chosen = None if order is None else order.to(device)
+    side: Head | TopkScores | None = None
+    if isinstance(teacher, HiddenScores):
+        states = teacher.states if chosen is None else teacher.states[chosen]
+        side = Head.of("teacher", states, teacher.head).detached()
+    elif isinstance(teacher, TopkScores):
+        side = teacher if chosen is None else TopkScores(teacher.ids[chosen], teacher.log_probs[chosen])
+    if chosen is not None:
+        hidden, labels = hidden.index_select(0, chosen), labels[chosen]
+        losses = [loss if loss.weights is None else replace(loss, weights=loss.weights[chosen]) for loss in losses]
+    student = Head.of("student", hidden, replace(student_head, weight=weight, bias=bias))
+    if isinstance(side, Head):
+        columns = common_columns(student, side, valid_vocab)
+    else:
+        student.check()
+        columns = valid_columns("valid_vocab", valid_vocab, weight.shape[0])
+    job = PassJob(
+        student,
+        side,
+        columns,
+        temperature,
+        tuple(losses),
+        groups,
+        labels,
+        True,
+        compute_dtype,
+        loss_chunk_bytes(device.type) if chunk_bytes is None else chunk_bytes,
+    )
+    outputs: Any = _LinearTerms.apply(hidden, weight, bias, job)
+    loss, values, weights, *measured = outputs
+    if not is_sorted:
+        values, weights, *measured = (_back_in_place(out, chosen, n_rows) for out in (values, weights, *measured))
+    acting = acts.any(0)
+    needs = torch.tensor([loss.needs_teacher for loss in job.losses], dtype=torch.bool)
+    compared = (acts & needs[:, None]).any(0) if side is not None else torch.zeros_like(acting)
+    return TermScores(loss, values, weights, dict(zip(job.measure_names, measured, strict=True)), acting, compared)
+
+
+def _group_rows(acts: Tensor, losses: Sequence[WeightedLoss]) -> tuple[Tensor | None, tuple[Group, ...]]:
+    """The rows that a loss acts on, sorted by which losses do, those that look at the teacher first; and the groups.
+
+    None for rows that are in order as they are. On the CPU, so that no device is waited for.
+    """
+    n_losses, n_rows = acts.shape
+    signature = (acts.long() << torch.arange(n_losses)[:, None]).sum(0)  # [N]
+    found = [int(bits) for bits in signature.unique()]
+    named = {bits: tuple(i for i in range(n_losses) if bits >> i & 1) for bits in found if bits}
+    if len(named) == 1 and found == list(named):
+        return None, (Group(slice(0, n_rows), next(iter(named.values()))),)
+    order: list[Tensor] = []
+    groups: list[Group] = []
+    start = 0
+    for bits, numbers in sorted(named.items(), key=lambda item: not any(losses[i].needs_teacher for i in item[1])):
+        rows = (signature == bits).nonzero()[:, 0]
+        order.append(rows)
+        groups.append(Group(slice(start, start + len(rows)), numbers))
+        start += len(rows)
+    return torch.cat(order) if order else torch.zeros(0, dtype=torch.int64), tuple(groups)
+
+
+def _back_in_place(chosen_rows: Tensor, chosen: Tensor | None, n_rows: int) -> Tensor:
+    """[..., N] of [..., M]; 0 in the rows that were left out."""
+    assert chosen is not None
+    whole = chosen_rows.new_zeros(*chosen_rows.shape[:-1], n_rows)
+    return whole.index_copy_(-1, chosen, chosen_rows)
+
+
+class _LinearTerms(torch.autograd.Function):
+    """One pass over the rows, in the forward: the upstream gradient of a scalar loss is a factor that can wait."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: PassJob) -> tuple[Tensor, ...]:
+        result = run_pass(job, ctx.needs_input_grad[:3])
+        ctx.save_for_backward(*result.gradients)  # not the head: its storage may be a shard's, for this call only
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+        measured = list(result.measures.values())
+        ctx.mark_non_differentiable(result.values, result.weights, *measured)
+        return (weigh(result.values, result.weights).sum(), result.values, result.weights, *measured)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [
+            None if gradient is None else times(gradient, upstream, dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None)

@@ -1,0 +1,5 @@
+"""Where a completion comes from: one source a file, named in `gkd.registry.SOURCES`."""
+
+from gkd.rollout.sources.base import Source, SourceContext
+
+__all__ = ["Source", "SourceContext"]

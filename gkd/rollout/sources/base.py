@@ -1,0 +1,31 @@
+"""What a source of completions is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from gkd.rollout.sync import SyncedSampler
+from gkd.types import Completion, PromptDraw, Rollout, SampleRequest, SamplingSettings
+
+
+@dataclass(frozen=True)
+class SourceContext:
+    """What a run has for its sources."""
+
+    sampler: SyncedSampler  # the student's
+    settings: Callable[[int], SamplingSettings]  # how the student samples at a step
+    teacher_completion: Callable[[SampleRequest], Completion]  # written before the run, for every draw that needs one
+    seed: int  # of the run; a draw derives from it, the step and the sample alone
+
+
+class Source(ABC):
+    """Completes the draws of a step that fall to it. Rollouts carry the source's name."""
+
+    def __init__(self, name: str, context: SourceContext) -> None:
+        self.name, self.context = name, context
+
+    @abstractmethod
+    def complete(self, draws: Sequence[PromptDraw], step: int) -> list[Rollout]:
+        """One rollout a draw, in order. A function of (seed, step, draw) and the student's weights alone."""

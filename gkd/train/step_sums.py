@@ -1,0 +1,80 @@
+"""What the micro-batches of a step add up to, and the metrics of the global batch that come of it.
+
+Legend: N scored tokens of a micro-batch, K terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from gkd.objectives.mismatch import MismatchSums, mismatch_means
+from gkd.objectives.objective import Objective
+from gkd.ops.vocabulary_pass import KL_MEASURES, TOPK_MEASURES
+from gkd.train.distributed import max_over_ranks, sum_over_ranks
+from gkd.train.module import ObjectiveSums, measure_names
+from gkd.types import TokenBatch
+
+# By-product -> metric. Each is a mean over the tokens on which it was measured; the KLs are plain ones, whatever the
+# conventions of a term.
+_METRICS = {
+    "forward_kl": "divergence/forward_kl",
+    "reverse_kl": "divergence/reverse_kl",
+    "topk_forward_kl": "divergence/topk_forward_kl",
+    "topk_reverse_kl": "divergence/topk_reverse_kl",
+    "student_entropy": "entropy/student",
+    "teacher_entropy": "entropy/teacher",
+    "top1_agreement": "agreement/top1",
+}
+_NAMES = tuple(dict.fromkeys([*KL_MEASURES, *TOPK_MEASURES]))
+
+
+class StepSums:
+    """No synchronisation until `metrics`."""
+
+    def __init__(self, objective: Objective, device: torch.device) -> None:
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self._terms = [term.name for term in objective.terms]
+        self.loss = zeros(1)
+        self._measures = zeros(2, len(_NAMES))  # sums, and of how many tokens
+        self._values = zeros(2, len(self._terms))  # likewise
+        self._mismatch = zeros(len(MismatchSums._fields))
+        self._largest_log_ratio = zeros(1)
+
+    def add(self, sums: ObjectiveSums, batch: TokenBatch) -> None:
+        assert batch.teacher is not None
+        self.loss += sums.loss.detach().double()
+        for row, name in enumerate(measure_names(batch.teacher)):
+            if name in _NAMES:
+                self._measures[0, _NAMES.index(name)] += sums.measures[row].double().sum()
+                self._measures[1, _NAMES.index(name)] += sums.measured[row].sum()
+        self._values[0] += sums.values.double().sum(1)
+        self._values[1] += sums.acts.sum(1)
+        self._mismatch += sums.mismatch
+        self._largest_log_ratio = torch.maximum(self._largest_log_ratio, sums.largest_log_ratio)
+
+    def metrics(self, denominator: float) -> dict[str, float]:
+        """Of the global batch: collective."""
+        parts = [self.loss, self._measures, self._values, self._mismatch]
+        joined = sum_over_ranks(torch.cat([part.flatten() for part in parts])).cpu()
+        loss, measures, values, mismatch_sums = (
+            part.reshape(like.shape).tolist()
+            for part, like in zip(joined.split([part.numel() for part in parts]), parts, strict=True)
+        )
+        mismatch = mismatch_means(*mismatch_sums)
+        if mismatch:
+            mismatch["max_abs_log_ratio"] = max_over_ranks(self._largest_log_ratio.item())
+        return {
+            "loss": loss[0] / max(denominator, 1e-30),
+            **_means([_METRICS[name] for name in _NAMES], *measures),
+            **_means([f"objective/{name}/loss" for name in self._terms], *values),
+            **{f"mismatch/{name}": value for name, value in mismatch.items()},
+        }
+
+
+def _means(names: Sequence[str], sums: Sequence[float], counts: Sequence[float]) -> dict[str, float]:
+    """By metric; none where nothing was measured."""
+    return {name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count}

@@ -1,0 +1,207 @@
+"""Objectives, and their losses and gradients in float64 from the definitions, without any of the engine.
+
+Legend: n tokens of one sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gradient_job import ragged_rollouts, with_sampler_logprobs
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from gkd.types import Rollout
+
+# Every kind of term and token weight at least once; those of one objective share rows, or divide them by source.
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "hinton": {
+        "terms": [
+            {"kind": "jsd", "on": ["student"]},
+            {"kind": "jsd", "name": "soft", "weight": 0.7, "on": ["dataset"]},
+            {"kind": "cross_entropy", "weight": 0.3, "on": ["dataset"]},
+        ]
+    },
+    "by source": {
+        "temperature": 1.5,
+        "terms": [
+            {"kind": "skew_forward_kl", "alpha": 0.1, "on": ["dataset"]},
+            {"kind": "skew_reverse_kl", "alpha": 0.1, "on": ["student"]},
+        ],
+    },
+    "four terms": {
+        "temperature": 2.0,
+        "terms": [
+            {"kind": "skew_forward_kl", "alpha": 0.1, "on": ["dataset"]},
+            {"kind": "skew_reverse_kl", "alpha": 0.1, "on": ["student"]},
+            {"kind": "cross_entropy", "on": ["dataset"], "weight": 0.3},
+            {"kind": "forward_kl", "weight": 0.5, "token_weight": {"teacher_entropy": {"threshold": 5.45}}},
+        ],
+    },
+    "entropy aware": {
+        "terms": [
+            {"kind": "reverse_kl"},
+            {"kind": "forward_kl", "token_weight": {"teacher_entropy": {"threshold": 5.3}}},
+        ]
+    },
+    "adaptive": {
+        "terms": [
+            {"kind": "forward_kl", "token_weight": {"adaptive": {}}},
+            {"kind": "reverse_kl", "token_weight": {"adaptive": {}}},
+        ]
+    },
+    "weighed by rows": {
+        "terms": [
+            {"kind": "forward_kl", "token_weight": {"student_entropy": {"proportional": True}}},
+            {"kind": "jsd", "beta": 0.3, "token_weight": {"divergence": {"proportional": True, "d_max": 0.1}}},
+            {"kind": "alpha", "alpha": 0.4, "token_weight": {"divergence": {"threshold": 0.3}}},
+            {"kind": "tvd", "token_weight": {"uncertain_or_wrong": {"d_max": 0.8}}},
+        ]
+    },
+    "drift": {"reduction": "sequence_mean", "kind": "reverse_kl", "token_weight": {"drift": {"gamma": 0.5}}},
+    "importance": {
+        "terms": [
+            {"kind": "jsd", "token_weight": {"importance": {"level": "token"}}},
+            {"kind": "reverse_kl", "weight": 0.5, "token_weight": {"importance": {"level": "sequence", "cap": 1.5}}},
+        ]
+    },
+    "labels": {
+        "terms": [
+            {"kind": "cross_entropy", "on": ["dataset"]},
+            {"kind": "policy_gradient", "on": ["student"], "constant": -1.0},
+        ]
+    },
+    "policy beside a divergence": {
+        "reduction": "sequence_mean",
+        "terms": [
+            {"kind": "forward_kl"},
+            {"kind": "policy_gradient", "on": ["student"], "constant": 0.4, "weight": 0.5},
+        ],
+    },
+}
+
+Model = Callable[[Tensor], Tensor]
+
+
+def reference(
+    student: Path, teacher: Path, objective: dict[str, Any]
+) -> tuple[float, dict[str, Tensor], dict[str, float]]:
+    """Loss, gradients by parameter, and each term's mean value, one sequence at a time."""
+    s = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float64).train()
+    t = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64).eval()
+    rollouts = [r for r in with_sampler_logprobs(ragged_rollouts(), s) if r.completion_ids]
+    terms = objective.get("terms") or [{k: v for k, v in objective.items() if k not in ("reduction", "temperature")}]
+    by_sequence = objective.get("reduction") == "sequence_mean"
+    denominator = len(rollouts) if by_sequence else sum(len(r.completion_ids) for r in rollouts)
+    total = torch.zeros((), dtype=torch.float64)
+    values: dict[str, list[Tensor]] = {}
+    for rollout in rollouts:
+        ids, span = torch.tensor([rollout.token_ids]), slice(len(rollout.draw.prompt.token_ids) - 1, -1)
+        logits = s(ids).logits[0, span]
+        with torch.no_grad():
+            teacher_logits = t(ids).logits[0, span]
+        row_weight = 1 / len(rollout.completion_ids) if by_sequence else 1.0
+        for term in terms:
+            if rollout.source not in term.get("on", [rollout.source]):
+                continue
+            value = term_value(term, logits, teacher_logits, rollout, objective.get("temperature", 1.0))
+            weight = token_weight(term, logits.detach(), teacher_logits, rollout, objective.get("temperature", 1.0))
+            values.setdefault(term.get("name", term["kind"]), []).append(value.detach())
+            total = total + term.get("weight", 1.0) * row_weight * (weight * value).sum() / denominator
+    total.backward()
+    gradients = {name: p.grad for name, p in s.named_parameters() if p.grad is not None}
+    return total.item(), gradients, {name: torch.cat(found).mean().item() for name, found in values.items()}
+
+
+def term_value(term: dict[str, Any], student: Tensor, teacher: Tensor, rollout: Rollout, heat: float) -> Tensor:
+    """[n], from logits [n, V]."""
+    kind = term["kind"]
+    own = student.log_softmax(-1).gather(-1, torch.tensor(rollout.completion_ids)[:, None])[:, 0]
+    if kind == "cross_entropy":
+        return -own
+    if kind == "policy_gradient":
+        return -term["constant"] * own
+    q, p = (student / heat).softmax(-1), (teacher / heat).softmax(-1)
+    beta, alpha = term.get("beta", 0.5), term.get("alpha", 0.1)
+    if kind == "jsd":
+        m = beta * p + (1 - beta) * q
+        return beta * kl(p, m) + (1 - beta) * kl(q, m)
+    if kind == "alpha":
+        return ((p**alpha * q ** (1 - alpha)).sum(-1) - 1) / (alpha * (alpha - 1))
+    return {
+        "forward_kl": lambda: kl(p, q),
+        "reverse_kl": lambda: kl(q, p),
+        "skew_forward_kl": lambda: kl(p, alpha * p + (1 - alpha) * q),
+        "skew_reverse_kl": lambda: kl(q, (1 - alpha) * p + alpha * q),
+        "tvd": lambda: 0.5 * (p - q).abs().sum(-1),
+    }[kind]()
+
+
+def kl(first: Tensor, second: Tensor) -> Tensor:
+    return (first * (first.log() - second.log())).sum(-1)
+
+
+def entropy(probabilities: Tensor) -> Tensor:
+    return -(probabilities * probabilities.log()).sum(-1)
+
+
+def token_weight(term: dict[str, Any], student: Tensor, teacher: Tensor, rollout: Rollout, heat: float) -> Tensor:
+    """[n], the product of the term's token weights."""
+    q, p = (student / heat).softmax(-1), (teacher / heat).softmax(-1)
+    own = (logits.log_softmax(-1).gather(-1, torch.tensor(rollout.completion_ids)[:, None])[:, 0]
+           for logits in (student, teacher))  # fmt: skip
+    student_own, teacher_own = own
+    divergence = term_value(term, student, teacher, rollout, heat)
+    weight = torch.ones(len(student), dtype=torch.float64)
+    for name, options in term.get("token_weight", {}).items():
+        if name in ("teacher_entropy", "student_entropy"):
+            uncertainty = entropy(p if name == "teacher_entropy" else q)
+            weight = weight * (
+                above(uncertainty, options["threshold"])
+                if "threshold" in options
+                else uncertainty / math.log(student.shape[-1])
+            )
+        elif name == "divergence":
+            share = (divergence / options.get("d_max", 1.0)).clamp(max=1.0)
+            weight = weight * (above(divergence, options["threshold"]) if "threshold" in options else share)
+        elif name == "uncertain_or_wrong":
+            h, d = entropy(q) / math.log(student.shape[-1]), (divergence / options["d_max"]).clamp(max=1.0)
+            weight = weight * (h + d - h * d)
+        elif name == "drift":
+            gap = (teacher_own - student_own).abs()
+            before = torch.tensor([gap[:place].sum() for place in range(len(gap))], dtype=torch.float64)
+            weight = weight * (1 + options["gamma"] * (1 - before / gap.sum()))
+        elif name == "importance" and rollout.logprobs is not None:
+            ratio = student_own - torch.tensor(rollout.logprobs, dtype=torch.float64)
+            if options["level"] == "sequence":
+                ratio = ratio.sum().expand_as(ratio)
+            weight = weight * ratio.exp().clamp(max=options.get("cap", 2.0))
+        elif name == "adaptive":
+            weight = weight * adaptive(p, q, term["kind"])
+    return weight
+
+
+def above(measure: Tensor, threshold: float) -> Tensor:
+    """Which tokens count must not hang on rounding, and both must occur for the test to mean anything."""
+    assert (measure - threshold).abs().min() > 1e-5
+    return (measure >= threshold).double()
+
+
+def adaptive(p: Tensor, q: Tensor, kind: str) -> Tensor:
+    """Row by row: the head is the fewest of the teacher's most likely tokens with half of its mass."""
+    shares = []
+    for teacher, student in zip(p, q, strict=True):
+        head, mass = [], 0.0
+        for token in teacher.argsort(descending=True).tolist():
+            if mass >= 0.5:
+                break
+            head.append(token)
+            mass += teacher[token].item()
+        gap = (teacher - student).abs()
+        shares.append(gap[head].sum() / gap.sum())
+    forward = torch.stack(shares)
+    return forward if kind == "forward_kl" else 1 - forward
