@@ -1,6 +1,6 @@
 """The names of what lies in the folder of a run: the run writes it, `gkd report` and `gkd watch` read it.
 
-config.resolved.json  environment.json  metrics.jsonl  heldout_positions.jsonl  samples.md  summary.json
+config.resolved.json  environment.json  inputs.json  metrics.jsonl  heldout_positions.jsonl  samples.md  summary.json
 samples/first_batch.txt  samples/tokens_before.json  samples/tokens_after.json  logs/rank_N.log
 checkpoints/step_N  final/
 """
@@ -21,6 +21,7 @@ class RunFiles:
         self.path = path
         self.config = path / "config.resolved.json"
         self.environment = path / "environment.json"
+        self.inputs = path / "inputs.json"
         self.metrics = path / "metrics.jsonl"
         self.before = path / "before.json"
         self.positions = path / "heldout_positions.jsonl"
@@ -47,6 +48,7 @@ class RunFiles:
         return (
             self.config,
             self.environment,
+            self.inputs,
             self.metrics,
             self.before,
             self.positions,

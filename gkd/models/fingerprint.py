@@ -1,49 +1,45 @@
-"""What tells one model from another: a few hex digits of its config, tokenizer and weights."""
+"""What tells one model from another: a few hex digits of every byte of its config, tokenizer and weights."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import logging
+import time
 from pathlib import Path
 
+from gkd.digests import digest, file_digest
+from gkd.errors import ModelError
 from gkd.models.folders import TOKENIZER_FILES, files_matching
 from gkd.models.hub import is_hub_name
 from gkd.models.load import read_config
-from gkd.models.weight_files import read_header, weight_files
+from gkd.models.weight_files import weight_files
 
-_SAMPLE_BYTES = 1 << 20
-_SAMPLES_PER_FILE = 4
+logger = logging.getLogger(__name__)
+
+_DIGITS = 16
+_SAID_FROM_S = 1.0
 
 
 def model_fingerprint(folder_or_name: str | Path, revision: str | None = None, key: str = "teacher.model") -> str:
-    """16 hex digits that change with the config, the tokenizer or the weights of a resolved model.
+    """16 hex digits that change with any byte of the config, the tokenizer or the weights of a resolved model.
 
-    Of each weight file its length, header and 4 MiB spread over it are read: a model of any size takes milliseconds.
-    A hub name stands for the commit that it resolves to. Raises ModelError if a file is damaged or the hub is silent.
+    A weight file is read once, as long as it does not change. A hub name stands for the commit that it resolves to.
+    Raises ModelError if a file is damaged or the hub is silent.
     """
-    digest = hashlib.sha256()
     if is_hub_name(str(folder_or_name)):
-        digest.update(f"{folder_or_name}@{_hub_commit(str(folder_or_name), revision, key)}".encode())
-        return digest.hexdigest()[:16]
-    folder = Path(folder_or_name)
-    for file in files_matching(folder, ("config.json", "generation_config.json", *TOKENIZER_FILES)):
-        content = file.read_bytes()
-        digest.update(f"{file.name}:{len(content)}:".encode() + content)
-    for file in weight_files(folder, key):
-        digest.update(f"{file.name}:{file.stat().st_size}:".encode())
-        digest.update(json.dumps(read_header(file, key), sort_keys=True).encode())
-        _sample(file, digest)
-    return digest.hexdigest()[:16]
-
-
-def _sample(file: Path, digest: hashlib._Hash) -> None:
-    last = max(0, file.stat().st_size - _SAMPLE_BYTES)
-    with file.open("rb") as stream:
-        for index in range(_SAMPLES_PER_FILE):
-            stream.seek(last * index // (_SAMPLES_PER_FILE - 1))
-            digest.update(stream.read(_SAMPLE_BYTES))
+        return digest(f"{folder_or_name}@{_hub_commit(str(folder_or_name), revision, key)}".encode()).hex()[:_DIGITS]
+    folder, started = Path(folder_or_name), time.perf_counter()
+    names = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+    files = [*files_matching(folder, names), *weight_files(folder, key)]
+    parts = [f"{file.name}:{file.stat().st_size}:{file_digest(file)}" for file in files]
+    seconds = time.perf_counter() - started
+    if seconds > _SAID_FROM_S:
+        gigabytes = sum(file.stat().st_size for file in files) / 1e9
+        logger.info("read every byte of %s, %.1f GB, in %.1f s; remembered", folder, gigabytes, seconds)
+    return digest("\n".join(parts).encode()).hex()[:_DIGITS]
 
 
 def _hub_commit(name: str, revision: str | None, key: str) -> str:
-    config = read_config(name, revision=revision, key=key)
-    return getattr(config, "_commit_hash", None) or revision or "unknown"
+    commit = getattr(read_config(name, revision=revision, key=key), "_commit_hash", None)
+    if commit is None:
+        raise ModelError(f"{key}: the hub's cache does not say which commit of {name} it holds; download it again")
+    return commit

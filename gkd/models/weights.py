@@ -7,6 +7,7 @@ from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gkd.digests import digest
 from gkd.models.weight_files import INDEX_FILE, SINGLE_FILE, weight_files
 
 if TYPE_CHECKING:
@@ -76,10 +77,9 @@ def _cpu_copy(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 def tensor_digest(tensor: torch.Tensor) -> bytes:
     """16 bytes that change with any bit of a tensor's values; neither shape nor dtype is in them."""
     import torch
-    import xxhash
 
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return xxhash.xxh3_128_digest(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
+    return digest(flat.view(torch.uint8).numpy())
 
 
 def nonfinite_row(tensor: torch.Tensor) -> int | None:

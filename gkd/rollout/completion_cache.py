@@ -1,6 +1,7 @@
 """Completions of a model that does not change (the teacher), sampled once and kept on disk.
 
-A folder of safetensors shards, each complete when it has its name, so that an interrupted run keeps what it had.
+A folder of shards, each complete when it has its name, so that an interrupted run keeps what it had. A shard is a
+safetensors file behind its checksum: one flipped bit, and it is sampled again.
 The key of a completion is everything that decides it: model, engine, sampling settings, prompt and seed.
 """
 
@@ -8,16 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load, save
 
+from gkd.digests import sealed, unsealed
 from gkd.files import written_aside
 from gkd.types import Completion, SampleRequest
+
+_log = logging.getLogger(__name__)
+_SUFFIX = ".sealed"
 
 
 def request_key(request: SampleRequest) -> str:
@@ -34,7 +39,7 @@ class CompletionCache:
         self.reload()
 
     def reload(self) -> None:
-        for shard in sorted(self.folder.glob("*.safetensors")):
+        for shard in sorted(self.folder.glob(f"*{_SUFFIX}")):
             self._completions.update(_read_shard(shard))
 
     def get(self, request: SampleRequest) -> Completion:
@@ -56,21 +61,23 @@ class CompletionCache:
             "logprobs": np.array([lp for c in completions for lp in c.logprobs], dtype=np.float32),
             "lengths": np.array(lengths, dtype=np.int64),
         }
-        metadata = {"keys": json.dumps(keys), "finish_reasons": json.dumps([c.finish_reason for c in completions])}
-        with written_aside(self.folder / f"{uuid.uuid4().hex}.safetensors") as aside:
-            save_file(arrays, aside, metadata=metadata)
+        names = json.dumps({"keys": keys, "finish_reasons": [c.finish_reason for c in completions]})
+        arrays["names"] = np.frombuffer(names.encode(), dtype=np.uint8)
+        with written_aside(self.folder / f"{uuid.uuid4().hex}{_SUFFIX}") as aside:
+            aside.write_bytes(sealed(save(arrays)))
         self._completions.update(zip(keys, completions, strict=True))
 
 
 def _read_shard(path: Path) -> dict[str, Completion]:
     try:
-        with safe_open(path, framework="numpy") as shard:
-            metadata = shard.metadata()
-            token_ids, logprobs = shard.get_tensor("token_ids").tolist(), shard.get_tensor("logprobs").tolist()
-            ends = np.cumsum(shard.get_tensor("lengths")).tolist()
-    except Exception:  # noqa: BLE001  safetensors raises its own kinds for each kind of damage
+        arrays = load(unsealed(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        _log.warning("%s cannot be read, and what it held is sampled again: %s", path, error)
         return {}
-    keys, reasons = json.loads(metadata["keys"]), json.loads(metadata["finish_reasons"])
+    names = json.loads(arrays["names"].tobytes())
+    keys, reasons = names["keys"], names["finish_reasons"]
+    token_ids, logprobs = arrays["token_ids"].tolist(), arrays["logprobs"].tolist()
+    ends = np.cumsum(arrays["lengths"]).tolist()
     starts = [0, *ends[:-1]]
     return {
         key: Completion(tuple(token_ids[a:b]), tuple(logprobs[a:b]), reason)

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from gkd.serving.protocol import Description
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 DEFAULT_PORT = 8300
 DESCRIPTION_PATH = "/teacher"
 HEAD_PATH = "/head"

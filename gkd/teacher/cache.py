@@ -21,13 +21,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from gkd.digests import sealed, unsealed
 from gkd.files import written_aside
 from gkd.models.head_bytes import head_from_bytes, head_to_bytes
 from gkd.teacher.base import Teacher
 from gkd.types import HiddenScores, Rollout, TeacherScores, TopkScores, first_rows
 
 _log = logging.getLogger(__name__)
-_EMPTY, _SUFFIX = "empty", ".safetensors"
+_EMPTY, _SUFFIX = "empty", ".sealed"
 _STATES, _IDS, _LOG_PROBS = "states", "ids", "log_probs"  # names of tensors: [n, H_t], or [n, K] each
 _KEPT_SHARE = 0.9  # of the limit, once it is exceeded: not to tidy up after every rollout
 
@@ -37,8 +38,8 @@ class CachedTeacher:
 
     `folder` belongs to one teacher: weights, revision, dtype, and how many of its tokens it tells. Beyond `limit_bytes`
     what was not used for longest goes. Files are complete when they have their name, so ranks and runs may share the
-    folder; a damaged one is computed again. What is the same for all texts, the output head, is kept once, in what the
-    teacher says of an empty completion.
+    folder; one that is damaged, if only by a bit, is computed again. What is the same for all texts, the output head,
+    is kept once, in what the teacher says of an empty completion.
     """
 
     def __init__(self, make: Callable[[], Teacher], folder: Path, *, limit_bytes: int, device: torch.device) -> None:
@@ -83,24 +84,23 @@ class CachedTeacher:
     def _read(self, rollout: Rollout, empty: TeacherScores) -> TeacherScores | None:
         path = self._path(rollout)
         try:
-            scores = _scores(load(path.read_bytes()), empty)
+            scores = _scores(load(unsealed(path.read_bytes())), empty)
             os.utime(path)  # used now
         except FileNotFoundError:
             return None
-        except (SafetensorError, KeyError, OSError) as error:
+        except (SafetensorError, ValueError, KeyError, OSError) as error:
             _log.warning("%s cannot be read and is computed again: %s", path, error)
             return None
         return scores.to(self._device) if len(scores) == len(rollout.completion_ids) else None
 
     def _write(self, path: Path, data: bytes) -> None:
         with written_aside(path) as aside:
-            aside.write_bytes(data)
-        self._used_bytes += len(data)
+            self._used_bytes += aside.write_bytes(sealed(data))
 
     def _read_empty(self) -> TeacherScores | None:
         path = self._folder / _EMPTY
         try:
-            data = path.read_bytes()
+            data = unsealed(path.read_bytes())
             tensors = load(data)
             if _IDS in tensors:
                 return TopkScores(tensors[_IDS].long(), tensors[_LOG_PROBS]).to(self._device)

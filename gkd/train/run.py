@@ -20,6 +20,7 @@ from gkd.train.interruption import Interruption
 from gkd.train.loop import Metrics, train_loop
 from gkd.train.placements import Placements
 from gkd.train.result import export, summarise
+from gkd.train.run_folder import check_inputs
 from gkd.train.snapshots import read_snapshot
 from gkd.types import Rollout
 
@@ -43,6 +44,8 @@ class Run:
         self.start_step = parts.resume_step(config, folder, launch, _log.warning) if resume else 0
         self.models = parts.locate_models(config, folder, launch, placements)
         self.prompts = parts.load_data(config, self.models)
+        if launch.is_main:
+            check_inputs(folder, parts.run_inputs(config, self.models, self.prompts), resume=resume)
         self.monitor = self.build_monitor()
 
     def train(self, started: float) -> RunSummary:

@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,13 +93,7 @@ class RunFolder(RunFiles):
                 f"--resume: the run in {self.path} is finished and saved no checkpoint to go on from "
                 "(run.save_every); replace it with --overwrite, or set run.name"
             )
-        before = flatten(json.loads(self.config.read_text()))
-        now = flatten(config.model_dump(mode="json"))
-        changed = [
-            f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not _is_free_on_resume(key)
-        ]
+        changed = _changes(json.loads(self.config.read_text()), config.model_dump(mode="json"), _is_free_on_resume)
         if changed:
             raise RunFolderError(f"--resume: the config differs from that of {self.path}: " + "; ".join(changed))
 
@@ -120,6 +114,31 @@ def claimed_folder(
             yield folder
     finally:
         folder.close()
+
+
+def check_inputs(folder: RunFiles, inputs: Mapping[str, Any], *, resume: bool) -> None:
+    """Writes down what the run is made of: config key -> its contents' digest, or its contents.
+
+    Raises RunFolderError, naming the keys, if a resume finds anything else there than the run was started with.
+    """
+    if resume and folder.inputs.exists():
+        changed = _changes(json.loads(folder.inputs.read_text()), inputs)
+        if changed:
+            raise RunFolderError(
+                f"--resume: {folder.path} was started with other contents: {'; '.join(changed)}; bring the old ones "
+                "back, or start a new run"
+            )
+    write_json(folder.inputs, dict(inputs))
+
+
+def _changes(before: Any, now: Any, free: Callable[[str], bool] = lambda key: False) -> list[str]:
+    """The keys, flattened, that have another value now, but for those that are `free` to change."""
+    before, now = flatten(before), flatten(now)
+    return [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not free(key)
+    ]
 
 
 def _is_free_on_resume(key: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,31 @@ def test_a_result_keeps_the_head_that_its_student_has(
     )
     check(run_gkd(["train", config]))
     assert kl(student, tmp_path / "run" / "final") < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_a_resume_names_everything_that_was_replaced(make_run_config: MakeConfig, tmp_path: Path) -> None:
+    """Under the same names: a row of the data, teacher, LoRA base and DeepSpeed JSON."""
+    student, teacher = (save_tiny_model(tmp_path / name, seed=seed) for name, seed in (("s", 2), ("t", 1)))
+    data, deepspeed = tmp_path / "train.jsonl", tmp_path / "deepspeed.json"
+    data.write_text("".join(json.dumps({"prompt": f"row {i}", "completion": "yes"}) + "\n" for i in range(8)))
+    deepspeed.write_text(json.dumps({"gradient_clipping": 1.0}))
+    config = make_run_config(
+        "run",
+        student={"model": str(student), "lora": {"rank": 4}},
+        teacher={"model": str(teacher)},
+        data={"train": str(data), "heldout": None},
+        run={"steps": 2, "save_every": 1},
+        deepspeed={"config": str(deepspeed)},
+    )
+    check(run_gkd(["train", config, "run.steps=1"]))
+    save_tiny_model(student, seed=12)
+    save_tiny_model(teacher, seed=11)
+    data.write_text(data.read_text().replace("row 3", "row x"))
+    deepspeed.write_text(json.dumps({"gradient_clipping": 2.0}))
+    refused = run_gkd(["train", config, "--resume"])
+    assert refused.returncode == 2
+    (line,) = [line for line in refused.stderr.splitlines() if "RunFolderError" in line]
+    assert all(key in line for key in ("data.train was", "teacher.model was", "student.model was"))
+    assert "deepspeed.config.gradient_clipping was 1.0, is 2.0" in line and "data.heldout" not in line

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tiny import save_tiny_model
 
+from gkd import digests
 from gkd.errors import ModelError
 from gkd.models import local_folder, model_fingerprint, resolve_model
 from gkd.models.weight_files import SINGLE_FILE
@@ -67,10 +70,42 @@ def test_the_fingerprint_changes_with_what_the_model_is(tiny_student: Path, tmp_
         (model / name).write_text((model / name).read_text() + "\n")
         seen.add(model_fingerprint(model))
     content = bytearray((model / SINGLE_FILE).read_bytes())
-    content[-1] ^= 1
-    (model / SINGLE_FILE).write_bytes(content)
-    seen.add(model_fingerprint(model))
-    assert len(seen) == 4
+    for place in (len(content) // 3, len(content) // 2, -1):
+        content[place] ^= 1
+        (model / SINGLE_FILE).write_bytes(content)
+        seen.add(model_fingerprint(model))
+    assert len(seen) == 6
+
+
+def test_a_fingerprint_is_of_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor in the middle of a file of several MiB, the file's length, times and place kept."""
+    monkeypatch.setenv("GKD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(digests, "_SETTLED_AFTER_S", -1.0)  # as if both had lain here for long
+    model = save_tiny_model(tmp_path / "model", layers=12, hidden=256)
+    file = model / SINGLE_FILE
+    assert file.stat().st_size > 16 << 20
+    first = model_fingerprint(model)
+    middle = file.stat()
+    with file.open("r+b") as stream:
+        stream.seek(middle.st_size // 4 + 5)
+        stream.write(b"x")
+    os.utime(file, ns=(middle.st_atime_ns, middle.st_mtime_ns))
+    assert model_fingerprint(model) != first
+
+
+def test_a_weight_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GKD_CACHE", str(tmp_path / "cache"))
+    model = save_tiny_model(tmp_path / "model", layers=4, hidden=128)
+    reads: list[Path] = []
+    read = digests._read
+    monkeypatch.setattr(digests, "_read", lambda path: reads.append(path) or read(path))
+    first = model_fingerprint(model)
+    assert model_fingerprint(model) == first and len(reads) == 2, "just written, it may change unseen by the clock"
+    monkeypatch.setattr(digests, "_SETTLED_AFTER_S", -1.0)
+    assert [model_fingerprint(model) for _ in range(3)] == [first] * 3 and len(reads) == 3
+    for record in (tmp_path / "cache" / "digests").iterdir():
+        record.write_text("{")
+    assert model_fingerprint(model) == first and len(reads) == 4
 
 
 def test_the_room_imports_neither_torch_nor_transformers() -> None:

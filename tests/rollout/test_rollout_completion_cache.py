@@ -38,11 +38,25 @@ def test_a_damaged_shard_counts_as_never_written(tmp_path: Path) -> None:
     cache = CompletionCache(tmp_path / "c")
     cache.add(REQUESTS[:1], COMPLETIONS[:1])
     cache.add(REQUESTS[1:], COMPLETIONS[1:])
-    first = sorted((tmp_path / "c").glob("*.safetensors"))[0]
+    first = sorted((tmp_path / "c").glob("*.sealed"))[0]
     first.write_bytes(first.read_bytes()[:-5])
     assert len(CompletionCache(tmp_path / "c").missing(REQUESTS)) in (1, 2)
     (tmp_path / "c" / ".half.tmp").write_bytes(b"x")
     CompletionCache(tmp_path / "c")
+
+
+@pytest.mark.fault
+def test_a_flipped_bit_is_never_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Wherever it is: in a token, a log-probability, a length, or a key."""
+    CompletionCache(tmp_path).add(REQUESTS, COMPLETIONS)
+    (shard,) = tmp_path.glob("*.sealed")
+    whole = shard.read_bytes()
+    for place in range(0, len(whole), 7):
+        shard.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        assert CompletionCache(tmp_path).missing(REQUESTS) == REQUESTS, place
+    assert "its checksum does not fit" in caplog.text
+    shard.write_bytes(whole)
+    assert not CompletionCache(tmp_path).missing(REQUESTS)
 
 
 def test_everything_that_decides_a_completion_decides_the_folder(tmp_path: Path) -> None:

@@ -96,12 +96,14 @@ def test_the_same_tokens_split_elsewhere_are_something_else(tiny_teacher: Path, 
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("damage", [b"", b"nonsense", None])
-def test_damaged_files_are_computed_again(tiny_teacher: Path, tmp_path: Path, damage: bytes | None) -> None:
+@pytest.mark.parametrize("damage", [b"", b"nonsense", "cut", "bit"])
+def test_damaged_files_are_computed_again(tiny_teacher: Path, tmp_path: Path, damage: bytes | str) -> None:
     office = Office(tiny_teacher)
     expected = cached(office, tmp_path).score(ROLLOUTS)
     for path in tmp_path.iterdir():
-        path.write_bytes(path.read_bytes()[:-2] if damage is None else damage)
+        data = path.read_bytes()
+        damaged = {"cut": data[:-2], "bit": data[:-2] + bytes([data[-2] ^ 64]) + data[-1:]}
+        path.write_bytes(damaged[damage] if isinstance(damage, str) else damage)
     subject = cached(office, tmp_path)
     for _ in range(2):
         assert_same(subject.score(ROLLOUTS), expected)

@@ -10,7 +10,8 @@ import pytest
 
 from gkd.config import Config, make_config
 from gkd.errors import RunFolderError
-from gkd.train.run_folder import RunFolder
+from gkd.run_files import RunFiles
+from gkd.train.run_folder import RunFolder, check_inputs
 
 
 def config(**sections: dict[str, Any]) -> Config:
@@ -66,6 +67,30 @@ def test_a_resume_needs_a_run_that_fits(tmp_path: Path) -> None:
     open_and_close(tmp_path, config(run={"steps": 7, "save_every": 3}), resume=True)
     with pytest.raises(RunFolderError, match=r"optim\.lr was 1e-05, is 0\.1; run\.seed was 0, is 4"):
         open_and_close(tmp_path, config(optim={"lr": 0.1}, run={"seed": 4}), resume=True)
+
+
+INPUTS = {"data.train": "aa", "teacher.model": "bb", "deepspeed.config": {"zero_optimization": {"stage": 1}}}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"data.train": "cc"}, "data.train was 'aa', is 'cc'"),
+        ({"teacher.model": "cc"}, "teacher.model was 'bb', is 'cc'"),
+        (
+            {"deepspeed.config": {"zero_optimization": {"stage": 2}}},
+            "deepspeed.config.zero_optimization.stage was 1, is 2",
+        ),
+    ],
+)
+def test_a_resume_needs_the_contents_that_the_run_had(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
+    folder = RunFiles(tmp_path)
+    check_inputs(folder, INPUTS, resume=False)
+    check_inputs(folder, INPUTS, resume=True)
+    with pytest.raises(RunFolderError, match=f"was started with other contents: {message}.*; bring the old"):
+        check_inputs(folder, {**INPUTS, **changed}, resume=True)
+    check_inputs(folder, INPUTS, resume=True)
 
 
 def test_a_resume_may_find_its_servers_elsewhere(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from gkd.train.deepspeed_config import check_precision
 from gkd.train.parts.data import Pack, Prompts, Reduction, load_data, packer, prompt_data
+from gkd.train.parts.inputs import run_inputs
 from gkd.train.parts.measures import build_heldout, build_snapshots, describe_samples, shown_texts
 from gkd.train.parts.models import Models, locate_models
 from gkd.train.parts.sampling import build_rollouts, build_sampler, probe_ids
@@ -32,6 +33,7 @@ __all__ = [
     "probe_ids",
     "prompt_data",
     "resume_step",
+    "run_inputs",
     "sampler_spec",
     "sampling_settings",
     "shown_texts",
