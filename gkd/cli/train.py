@@ -32,7 +32,8 @@ def train_command(
     resolved = load_config(config, overrides or ())
     distiller = Distiller(resolved)
     if dry_run:
-        distiller.check()
+        for line in distiller.check():
+            typer.echo(line, err=True)
         typer.echo(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False), nl=False)
         return
     summary = distiller.train(resume=resume, overwrite=overwrite)

@@ -205,7 +205,9 @@ class RolloutConfig(Section):
         128, description="longest completion; a number, or a schedule for those that the student samples"
     )
     samples_per_prompt: int = Field(1, ge=1, description="completions a prompt in one step")
-    stop_token_ids: list[int] | None = Field(None, description="null = the model's own end tokens")
+    stop_token_ids: list[int] | None = Field(
+        None, description="null = the end tokens of student, teachers and their chat templates"
+    )
     sync_tolerance: float | None = Field(
         None,
         gt=0.0,

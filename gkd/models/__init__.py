@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gkd.models.attention import use_short_attention
     from gkd.models.card import ModelCard
+    from gkd.models.end_tokens import Closing, describe_sides, end_token_ids, union_of_ends
     from gkd.models.export import save_final
     from gkd.models.fingerprint import model_fingerprint
     from gkd.models.heads import backbone_of, head_logits, head_settings, output_head, verify_head
     from gkd.models.load import (
         empty_model,
-        end_token_ids,
         load_causal_lm,
         load_tokenizer,
         owns_head,
@@ -42,10 +42,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "card": ("ModelCard",),
+    "end_tokens": ("Closing", "describe_sides", "end_token_ids", "union_of_ends"),
     "export": ("save_final",),
     "heads": ("backbone_of", "head_logits", "head_settings", "output_head", "verify_head"),
     "load": (
-        "empty_model", "end_token_ids", "load_causal_lm", "load_tokenizer", "owns_head", "pad_token_id",
+        "empty_model", "load_causal_lm", "load_tokenizer", "owns_head", "pad_token_id",
         "read_config", "read_generation_config",
     ),
     "lora": (
@@ -64,6 +65,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Closing",
     "ModelCard",
     "Probe",
     "adapter_parameters",
@@ -71,6 +73,7 @@ __all__ = [
     "backbone_of",
     "check_tokenizer_pair",
     "choose_layers",
+    "describe_sides",
     "empty_model",
     "end_token_ids",
     "file_tensors",
@@ -92,6 +95,7 @@ __all__ = [
     "resolve_model",
     "save_adapter",
     "save_final",
+    "union_of_ends",
     "use_float32_adapters",
     "use_packed_attention",
     "use_short_attention",

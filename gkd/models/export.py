@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,7 @@ def save_final(
     probe: Probe,
     revision: str | None = None,
     adapter: Iterable[tuple[str, torch.Tensor]] = (),
+    end_token_ids: Sequence[int] = (),
 ) -> Path:
     """Writes the trained student to `folder` and returns it; an earlier result there is replaced.
 
@@ -45,6 +46,7 @@ def save_final(
     Config, tokenizer, chat template and generation config come from `source_folder`, the model that the student
     started from (a folder or hub name); the config's dtype becomes `dtype`. Of a LoRA student, whose card says so,
     `weights` are merged, and `adapter` is asked for after them and written beside them in peft's format.
+    Its generation stops at `end_token_ids`, where there are some: those at which it stopped in training.
     What was written is loaded again, one model at a time, and compared with what came and with `probe`.
 
     Raises CheckpointError, leaving `folder` as it was, if a parameter is missing, unknown, not finite or of another
@@ -58,6 +60,8 @@ def save_final(
         checked = _Checked(weights, model, source, target_dtype)
         write_weights(partial, file_tensors(model, checked), target_dtype)
         _write_config(source, model, target_dtype, partial, owns_head=checked.owns_head)
+        if end_token_ids:
+            _write_end_tokens(partial, end_token_ids)
         if card.lora is not None:
             save_adapter(partial / ADAPTER_FOLDER, adapter, card.lora, str(source_folder))
         (partial / "README.md").write_text(card.render(), encoding="utf-8")
@@ -91,6 +95,19 @@ def _write_config(source: Path, model: PreTrainedModel, dtype: torch.dtype, targ
             section[_TIED] = False
     config["architectures"] = [type(model).__name__]
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_end_tokens(target: Path, end_token_ids: Sequence[int]) -> None:
+    """Into the generation config, which transformers and vLLM go by; one is made where there is none."""
+    file = target / "generation_config.json"
+    if file.is_file():
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    else:  # what transformers would take from the config then
+        config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+        settings = {name: config[name] for name in ("bos_token_id", "pad_token_id") if config.get(name) is not None}
+    settings.pop("_from_model_config", None)  # or transformers would go by the config
+    settings["eos_token_id"] = list(end_token_ids) if len(end_token_ids) > 1 else end_token_ids[0]
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 class _Checked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gkd.errors import ModelError
@@ -12,6 +13,8 @@ from gkd.models.weights import nonfinite_row, read_tensors
 if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_GENERATION = "generation_config.json"
 
 
 def load_tokenizer(path: str, key: str = "student.model", *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -35,12 +38,11 @@ def read_generation_config(
 ) -> GenerationConfig | None:
     """The generation config of a resolved model, or None if it has no such file."""
     from transformers import GenerationConfig
+    from transformers.utils.hub import cached_file
 
-    folder = local_folder(path, revision=revision, key=key)
-    if not (folder / "generation_config.json").is_file():
-        return None
-    with explained(path, key, "generation config"):
-        return GenerationConfig.from_pretrained(str(folder))
+    with explained(path, key, "generation config"):  # of a hub model this file alone: not all have to load its weights
+        file = cached_file(path, _GENERATION, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return None if file is None else GenerationConfig.from_pretrained(str(Path(file).parent))
 
 
 def load_causal_lm(
@@ -123,21 +125,6 @@ def owns_head(path: str, *, revision: str | None = None, key: str = "student.mod
     shared = [name for name, number in tied.items() if list(tied.values()).count(number) > 1]
     found = list(dict(read_tensors(folder, key, shared)).values())
     return any(not torch.equal(tensor, found[0]) for tensor in found[1:])
-
-
-def end_token_ids(
-    tokenizer: PreTrainedTokenizerBase, *configs: GenerationConfig | PreTrainedConfig | None, key: str = "student.model"
-) -> tuple[int, ...]:
-    """The ids that end a completion: the tokenizer's end token first, then those of the configs, each once.
-
-    Raises ModelError, starting with `key`, if there is none: a completion could then never end.
-    """
-    found: list[Any] = []
-    for value in (tokenizer.eos_token_id, *(getattr(config, "eos_token_id", None) for config in configs)):
-        found += value if isinstance(value, list | tuple) else [] if value is None else [value]
-    if not found:
-        raise ModelError(f"{key}: neither the tokenizer nor the generation config names an end token (eos_token)")
-    return tuple(int(token_id) for token_id in dict.fromkeys(found))
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase, key: str = "student.model") -> int:

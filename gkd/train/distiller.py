@@ -61,15 +61,36 @@ class Distiller:
 
         distributed.end_process()
 
-    def check(self) -> None:
-        """Checks what can be checked without torch: that vLLM is there if it samples, the data files, and the servers
-        of a served teacher or sampler.
+    def check(self) -> list[str]:
+        """Checks what can be checked without loading weights: that vLLM is there if it samples, the data files, the
+        servers of a served teacher or sampler, and the folders of models that are here. Returns lines about the
+        latter: what ends a completion, and whether the sides' chat templates differ.
 
-        Raises MissingPackageError, DataError with file:line, or ConfigError.
+        Raises MissingPackageError, DataError with file:line, ConfigError, or ModelError.
         """
         self._check_packages()
         self._check_data()
         ask_placements(self.config).close()
+        return self._describe_models()
+
+    def _describe_models(self) -> list[str]:
+        """Nothing of models on the hub, which are not asked for here."""
+        from gkd.models import Closing, describe_sides, resolve_model
+        from gkd.models.hub import is_hub_name
+        from gkd.models.resolve import WHEEL_PREFIX
+
+        teachers = {f"{self.config.teacher_key(name)}.model": t.model for name, t in self.config.teachers.items()}
+        student = self.config.student.model or self.config.teacher.model
+        names = {"student.model": student, **teachers}
+        paths = {
+            key: resolve_model(name, key=key)
+            for key, name in names.items()
+            if name.startswith(WHEEL_PREFIX) or not is_hub_name(name)
+        }
+        if paths.keys() != names.keys():
+            return []
+        sides = {key: Closing.of(path, key=key) for key, path in paths.items()}
+        return describe_sides(sides, self.config.rollout.stop_token_ids)
 
     def _check_packages(self) -> None:
         rollout = self.config.rollout

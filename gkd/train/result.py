@@ -56,6 +56,7 @@ def export(
     *,
     origin: str,
     probe_ids: Sequence[int],
+    end_token_ids: Sequence[int],
     heldout: Mapping[str, tuple[float, float]],
     is_main: bool,
 ) -> None:
@@ -81,7 +82,9 @@ def export(
         lora=config.student.lora,
         heldout=heldout,
     )
-    save_final(folder, weights, origin, config.student.dtype, card, probe=probe, adapter=adapter)
+    save_final(
+        folder, weights, origin, config.student.dtype, card, probe=probe, adapter=adapter, end_token_ids=end_token_ids
+    )
 
 
 def _command() -> str:

@@ -145,6 +145,7 @@ class Run:
             self.student,
             origin=self.models.student_path,
             probe_ids=parts.probe_ids(self.prompts),
+            end_token_ids=self.models.stop_token_ids,
             heldout=summary.heldout,
             is_main=is_main,
         )

@@ -156,6 +156,23 @@ def test_buffers_come_from_the_source(tmp_path: Path) -> None:
     assert torch.equal(reloaded.state_dict()[buffers[0]], model.state_dict()[buffers[0]])
 
 
+@pytest.mark.parametrize("has_file", [True, False])
+def test_the_result_stops_where_training_did(tmp_path: Path, has_file: bool) -> None:
+    source = save_tiny_model(tmp_path / "source")
+    if not has_file:
+        (source / "generation_config.json").unlink()
+    model = load_causal_lm(str(source), "float32")
+    free = model.generate(IDS, max_new_tokens=8, do_sample=False, eos_token_id=[])[0, IDS.shape[1] :].tolist()  # pyright: ignore
+    ends = (2, free[2])
+    folder = save_final(
+        tmp_path / "final", _streamed(model), source, "float32", CARD, probe=_probe(model), end_token_ids=ends
+    )
+    found: Any = read_generation_config(str(folder))
+    assert (found.eos_token_id, found.pad_token_id) == (list(ends), 0)
+    stopped = AutoModelForCausalLM.from_pretrained(folder).generate(IDS, max_new_tokens=8, do_sample=False)
+    assert stopped[0, IDS.shape[1] :].tolist() == free[: free.index(free[2]) + 1]
+
+
 def test_the_card(tiny_student: Path, tmp_path: Path) -> None:
     model = _trained(tiny_student)
     folder = save_final(tmp_path / "final", _streamed(model), tiny_student, "float32", CARD, probe=_probe(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -9,16 +10,16 @@ from typing import TYPE_CHECKING
 from gkd.config import MAIN_TEACHER, Config, Launch
 from gkd.errors import ConfigError
 from gkd.models import (
+    Closing,
     check_tokenizer_pair,
+    describe_sides,
     empty_model,
-    end_token_ids,
-    load_tokenizer,
     lora_targets,
     make_student_from_layers,
     pad_token_id,
     read_config,
-    read_generation_config,
     resolve_model,
+    union_of_ends,
 )
 from gkd.run_files import RunFiles
 from gkd.train.distributed import from_main
@@ -26,6 +27,8 @@ from gkd.train.placements import Placements
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,36 +72,43 @@ def locate_models(config: Config, folder: RunFiles, launch: Launch, placements: 
         placements.sampler.check_student(student_config)
     if config.student.lora is not None:
         lora_targets(empty_model(student_config), config.student.lora)
-    tokenizer = load_tokenizer(student_path, revision=student_revision(config), key="student.model")
-    stop_ids = config.rollout.stop_token_ids
-    if stop_ids is None:
-        generation = read_generation_config(student_path, revision=student_revision(config))
-        stop_ids = end_token_ids(tokenizer, generation, student_config)
+    sides = {"student.model": Closing.of(student_path, revision=student_revision(config))}
+    tokenizer = sides["student.model"].tokenizer
     _check_context("student.model", student_config, config.longest_sequence)
     rows = _vocabulary_rows(student_config)
-    shared = [
-        _check_teacher(config, name, path, tokenizer, rows)
-        for name, path in ((MAIN_TEACHER, teacher_path), *teacher_paths.items())
-    ]
+    shared: list[int] = []
+    for name, path in ((MAIN_TEACHER, teacher_path), *teacher_paths.items()):
+        key = f"{config.teacher_key(name)}.model"
+        sides[key] = Closing.of(path, revision=config.teachers[name].revision, key=key)
+        shared.append(_check_teacher(config, name, path, tokenizer, sides[key].tokenizer, rows))
+    chosen = config.rollout.stop_token_ids
+    for line in describe_sides(sides, chosen):
+        _log.info(line)
     return Models(
         teacher_path=teacher_path,
         student_path=student_path,
         tokenizer=tokenizer,
         pad_token_id=pad_token_id(tokenizer),
-        stop_token_ids=tuple(stop_ids),
+        stop_token_ids=union_of_ends(sides) if chosen is None else tuple(chosen),
         valid_vocab=min(shared),
         max_model_tokens=config.longest_sampled,
         other_teacher_paths=teacher_paths,
     )
 
 
-def _check_teacher(config: Config, name: str, path: str, tokenizer: PreTrainedTokenizerBase, student_rows: int) -> int:
+def _check_teacher(
+    config: Config,
+    name: str,
+    path: str,
+    student_tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    student_rows: int,
+) -> int:
     """How many columns of the vocabulary the student shares with a teacher. Raises ModelError or ConfigError."""
     revision, key = config.teachers[name].revision, f"{config.teacher_key(name)}.model"
     teacher_config = read_config(path, revision=revision, key=key)
     _check_context(key, teacher_config, config.longest_sequence)
-    teacher_tokenizer = load_tokenizer(path, revision=revision, key=key)
-    return check_tokenizer_pair(tokenizer, teacher_tokenizer, student_rows, _vocabulary_rows(teacher_config))
+    return check_tokenizer_pair(student_tokenizer, teacher_tokenizer, student_rows, _vocabulary_rows(teacher_config))
 
 
 def _student_path(config: Config, folder: RunFiles, teacher_path: str) -> str:
