@@ -24,7 +24,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def run(
-    arguments: Sequence[str | Path], *, timeout_s: float = 240, cwd: Path = REPOSITORY, **extra: str
+    arguments: Sequence[str | Path], *, timeout_s: float = 480, cwd: Path = REPOSITORY, **extra: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end; output is captured. Raises TimeoutExpired after `timeout_s`."""
     return subprocess.run(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,9 @@ def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str], timeou
 
 @pytest.mark.slow
 def test_a_signal_saves_and_a_resume_ends_as_if_nothing_had_happened(
-    make_run_config: MakeConfig, tmp_path: Path
+    finished_run: Callable[..., Path], make_run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    whole = make_run_config("whole", run={"steps": 12})
-    check(run_gkd(["train", whole]))
+    whole = finished_run(run={"steps": 12})
     stopped = make_run_config("stopped", run={"steps": 12})
     process = subprocess.Popen(
         [sys.executable, "-m", "gkd", "train", str(stopped)],
@@ -47,7 +47,7 @@ def test_a_signal_saves_and_a_resume_ends_as_if_nothing_had_happened(
 
     resumed = check(run_gkd(["train", stopped, "--resume"]))
     assert f"resumed at step {steps}" in resumed.stdout
-    losses = [[r["loss"] for r in read_metrics(tmp_path / name)] for name in ("whole", "stopped")]
+    losses = [[r["loss"] for r in read_metrics(run)] for run in (whole, tmp_path / "stopped")]
     assert losses[0] == losses[1]
 
 

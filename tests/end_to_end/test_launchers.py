@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import MakeConfig, check, read_metrics, run, run_gkd, torchrun
+from launching import MakeConfig, check, read_metrics, run, run_python, torchrun
 
 
 def losses(run: Path) -> list[float]:
@@ -17,41 +18,44 @@ def losses(run: Path) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_torchrun_with_student_and_teacher_at_zero_3_equals_one_process(
-    make_run_config: MakeConfig, tmp_path: Path
+    finished_run: Callable[..., Path], make_run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    sections = {"rollout": {"engine": "vllm"}, "run": {"save_every": 2}}
-    check(run_gkd(["train", make_run_config("one", **sections)]))
-    two = make_run_config("two", deepspeed={"zero_stage": 3}, teacher={"placement": "sharded"}, **sections)
+    vllm = {"engine": "vllm"}
+    alone, together = finished_run(rollout=vllm), tmp_path / "two"
+    two = make_run_config("two", deepspeed={"zero_stage": 3}, teacher={"placement": "sharded"}, rollout=vllm)
     check(torchrun(2, ["-m", "gkd", "train", two, "optim.micro_batch_size=2"]))
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-3)
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-3)
     for key in ("tokens/scored", "tokens/generated", "mixture/student"):
-        assert [r[key] for r in read_metrics(tmp_path / "two")] == [r[key] for r in read_metrics(tmp_path / "one")], key
-    one, other = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two"))
+        assert [r[key] for r in read_metrics(together)] == [r[key] for r in read_metrics(alone)], key
+    one, other = (json.loads((run / "summary.json").read_text()) for run in (alone, together))
     assert other["heldout_forward_kl_before"] == pytest.approx(one["heldout_forward_kl_before"], rel=1e-5)
     assert other["heldout_forward_kl_after"] == pytest.approx(one["heldout_forward_kl_after"], rel=1e-2)
-    tokens = [json.loads((tmp_path / name / "samples" / "tokens_before.json").read_text()) for name in ("one", "two")]
+    tokens = [json.loads((run / "samples" / "tokens_before.json").read_text()) for run in (alone, together)]
     for answer, same in zip(tokens[0]["answers"], tokens[1]["answers"], strict=True):
         assert [token["id"] for token in same["tokens"]] == [token["id"] for token in answer["tokens"]]
         values = [token["forward_kl"] for token in answer["tokens"]]
         assert [token["forward_kl"] for token in same["tokens"]] == pytest.approx(values, rel=1e-4)
-    profiles = [read_metrics(tmp_path / name, "heldout_positions.jsonl")[0] for name in ("one", "two")]
+    profiles = [read_metrics(run, "heldout_positions.jsonl")[0] for run in (alone, together)]
     assert profiles[1]["tokens"] == profiles[0]["tokens"]
     assert profiles[1]["forward_kl"] == pytest.approx(profiles[0]["forward_kl"], rel=1e-4)
 
-    resumed = check(torchrun(2, ["-m", "gkd", "train", two, "run.steps=4", "optim.micro_batch_size=2", "--resume"]))
-    assert "resumed at step 3" in resumed.stdout
-    refused = run_gkd(["train", two, "optim.micro_batch_size=2", "run.steps=5", "--resume"])
-    assert refused.returncode == 2 and "world_size was 2, is 1" in refused.stderr
-
 
 @pytest.mark.slow
-def test_packed_on_two_ranks_equals_padded_on_one(make_run_config: MakeConfig, tmp_path: Path) -> None:
-    check(run_gkd(["train", make_run_config("padded")]))
-    packed = make_run_config("packed", deepspeed={"zero_stage": 3}, student={"gradient_checkpointing": True})
-    check(torchrun(2, ["-m", "gkd", "train", packed, "optim.micro_batch_tokens=80"]))
-    assert losses(tmp_path / "packed") == pytest.approx(losses(tmp_path / "padded"), rel=1e-3)
-    one, other = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("padded", "packed"))
+def test_packed_on_two_ranks_equals_padded_on_one_and_goes_on_with_two(
+    finished_run: Callable[..., Path], make_run_config: MakeConfig, tmp_path: Path
+) -> None:
+    padded = finished_run()
+    sections = {"deepspeed": {"zero_stage": 3}, "student": {"gradient_checkpointing": True}, "run": {"save_every": 2}}
+    train = ["-m", "gkd", "train", make_run_config("packed", **sections), "optim.micro_batch_tokens=80"]
+    check(torchrun(2, train))
+    assert losses(tmp_path / "packed") == pytest.approx(losses(padded), rel=1e-3)
+    one, other = (json.loads((run / "summary.json").read_text()) for run in (padded, tmp_path / "packed"))
     assert other["heldout_forward_kl_before"] == pytest.approx(one["heldout_forward_kl_before"], rel=1e-5)
+
+    resumed = check(torchrun(2, [*train, "run.steps=4", "--resume"]))
+    assert "resumed at step 3" in resumed.stdout
+    refused = run_python([*train, "run.steps=5", "--resume"])
+    assert refused.returncode == 2 and "world_size was 2, is 1" in refused.stderr
 
 
 @pytest.mark.slow

@@ -58,6 +58,7 @@ def test_resume_is_bitwise(make_run_config: MakeConfig, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_second_run_reads_the_scores_of_the_first(
     make_run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

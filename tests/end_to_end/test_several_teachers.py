@@ -26,6 +26,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_with_all_prompts_it_is_the_only_teacher(
     make_run_config: MakeConfig, tmp_path: Path, wide_teacher: Path
 ) -> None:

@@ -160,6 +160,7 @@ def test_with_sampler_and_teacher_served(cluster: Cluster, one_process: list[flo
     assert sorted(path.name for path in (cluster.folder / "served" / "logs").iterdir()) == ["rank_0.log", "rank_1.log"]
 
 
+@pytest.mark.long
 def test_with_a_sampler_on_each_machine_and_the_teacher_sharded(cluster: Cluster, one_process: list[float]) -> None:
     teacher = {name: cluster.values["teacher"][name] for name in ("model", "dtype")}
     config = cluster.config(

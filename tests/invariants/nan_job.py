@@ -1,6 +1,6 @@
 """Two ranks, a NaN in one rank's teacher states: every rank must stop before the optimizer.
 
-torchrun nan_job.py MODEL_FOLDER ZERO_STAGE     prints "RANK: message" and "RANK: unchanged True"
+torchrun nan_job.py MODEL_FOLDER ZERO_STAGE...     prints "ZeRO STAGE, rank RANK: message" and "...: unchanged True"
 """
 
 from __future__ import annotations
@@ -21,9 +21,16 @@ from gkd.types import HiddenScores
 
 
 def main() -> None:
-    folder, stage = sys.argv[1], int(sys.argv[2])
+    folder, *stages = sys.argv[1:]
     launch = Launch.from_environment()
     distributed.initialize(launch)
+    for stage in map(int, stages):
+        step_on_nan(folder, stage, launch)
+    distributed.end_process()
+
+
+def step_on_nan(folder: str, stage: int, launch: Launch) -> None:
+    name = f"ZeRO {stage}, rank {launch.rank}"
     config = make_config(
         {
             "teacher": {"model": "t"},
@@ -47,10 +54,9 @@ def main() -> None:
     try:
         engine.step(batches, step=4)
     except NonFiniteError as error:
-        print(f"{launch.rank}: {error}", flush=True)
+        print(f"{name}: {error}", flush=True)
     unchanged = all(torch.equal(old[name], tensor) for name, tensor in engine.whole_weights())
-    print(f"{launch.rank}: unchanged {unchanged}", flush=True)
-    distributed.end_process()
+    print(f"{name}: unchanged {unchanged}", flush=True)
 
 
 if __name__ == "__main__":
