@@ -196,7 +196,8 @@ def test_the_key_on_is_text(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(
         "teacher: {model: t}\nstudent: {model: s}\ndata: {train: d}\nmixture: {student: 0.5, dataset: 0.5}\n"
-        "objective:\n  terms:\n    - {kind: forward_kl, on: [student]}\n    - kind: cross_entropy\n      on: [dataset]\n"
+        "objective:\n  terms:\n    - {kind: forward_kl, on: [student]}\n"
+        "    - kind: cross_entropy\n      on: [dataset]\n"
         "log: {tensorboard: on}\n"
     )
     config = load_config(path, ["objective.chunk_mib=8"])
