@@ -44,6 +44,10 @@ class RowMemory:
         """The same memory of some of the rows."""
         return replace(self, stats=self.stats[rows], sums=self.sums[rows])
 
+    def of_another(self) -> RowMemory:
+        """For another divergence of the same rows, at the same temperature, once a call has filled this one."""
+        return replace(self, sums=torch.empty_like(self.sums), has_stats=True, has_sums=False)
+
     def filled(self, sums: bool) -> RowMemory:
         """As a call that was given this has left it; without the sums where a later call's are others."""
         return replace(self, has_stats=True, has_sums=sums)

@@ -231,17 +231,19 @@ class _Segment:
             memory = look.memory
             self._apply_row_weights(look)
         factors = {number: _times(rows, weight, job.student.logit_scale) for number, weight in self._weights.items()}
-        measures = job.measures and self._is_compared
-        wanted = "gradient" if look else "measures" if measures else "values"
-        scored = self._call(factors, gradient, wanted, memory) if gradient is not None or look is None else look.scored
-        if look is not None:
-            scored = look.scored
-        values = dict(scored.values)
+        if look is None:
+            wanted = "measures" if job.measures and self._is_compared else "values"
+            scored = self._call(factors, gradient, wanted, memory)
+        elif gradient is None:
+            fused = {number for call in self._calls for number in _fused_labels(call)}
+            scored = Scored({n: look.value(n) for n in self._losses if n not in fused}, look.first.measures)
+        else:  # a gradient brings its value along, but where the look has it
+            scored = _joined([look.first, self._call(factors, gradient, "gradient", memory)])
+        values, found = dict(scored.values), found | dict(scored.measures)
         if labelled is not None:
             found[LABEL_LOGPROB] = labelled.result()
             values |= {number: -found[LABEL_LOGPROB] for call in self._calls for number in _fused_labels(call)}
         weights = {number: 1.0 if weight is None else weight for number, weight in self._weights.items()}
-        found |= scored.measures
         return _SegmentScores(values, weights, {name: found[name] for name in job.measure_names if name in found})
 
     def _memory(self) -> RowMemory | None:
@@ -249,7 +251,7 @@ class _Segment:
         call, rows, job = self._calls[0], self._rows, self._job
         if not (isinstance(call, DivergenceCall) and isinstance(rows.teacher, Tensor)):
             return None
-        if self._needs_look() or (self._looks_at_labels() and job.temperature == 1.0):
+        if len(self._calls) > 1 or self._needs_look() or (self._looks_at_labels() and job.temperature == 1.0):
             return RowMemory.of(rows.student, rows.teacher, call.divergence)
         return None
 
@@ -270,12 +272,14 @@ class _Segment:
                 self._weights[number] = own if weight is None else weight * own
 
     def _call(self, weights: Weights, gradient: Tensor | None, wanted: Wanted, memory: RowMemory | None) -> Scored:
+        """`wanted` is of the first call; all others give their values."""
         rows, calls = self._rows, self._calls
         is_own_memory = gradient is None or calls[0].overwrites or gradient.dtype == rows.student.dtype
         if len(calls) == 1 and is_own_memory:
             return calls[0].score(rows, weights, gradient, wanted, memory)
         if gradient is None:
-            return _joined([call.score(rows, weights, None, wanted, None) for call in calls])
+            ways = _ways(wanted, memory, len(calls))
+            return _joined([call.score(rows, weights, None, *how) for call, how in zip(calls, ways, strict=True)])
         return self._call_by_tiles(weights, gradient, wanted, memory)
 
     def _call_by_tiles(self, weights: Weights, gradient: Tensor, wanted: Wanted, memory: RowMemory | None) -> Scored:
@@ -289,16 +293,23 @@ class _Segment:
             tile = slice(start, min(start + tile_rows, n_rows))
             rows, tile_memory = self._rows[tile], None if memory is None else memory.of_rows(tile)
             own = {number: None if weight is None else weight[tile] for number, weight in weights.items()}
-            found: list[Scored] = []
-            for index, call in enumerate(self._calls):
-                out = (part if index else total)[: tile.stop - tile.start]
-                found.append(call.score(rows, own, out, wanted, None if index else tile_memory))
+            sums, found = total[: len(rows.student)], []
+            ways = _ways(wanted, tile_memory, len(self._calls))
+            for index, (call, how) in enumerate(zip(self._calls, ways, strict=True)):
+                out = part[: len(rows.student)] if index else sums
+                found.append(call.score(rows, own, out, *how))
                 if index:
-                    total[: len(out)].add_(out)
-            gradient[tile].copy_(total[: tile.stop - tile.start])
+                    sums.add_(out)
+            gradient[tile].copy_(sums)
             tiles.append(_joined(found))
         scratch.give_back(total, part)
         return Scored(_concatenated([tile.values for tile in tiles]), _concatenated([tile.measures for tile in tiles]))
+
+
+def _ways(wanted: Wanted, memory: RowMemory | None, calls: int) -> list[tuple[Wanted, RowMemory | None]]:
+    """What is asked of the first call, and of every other, which need not find the rows' statistics again."""
+    others = [None if memory is None else memory.of_another() for _ in range(calls - 1)]
+    return [(wanted, memory), *(("values", other) for other in others)]
 
 
 def _fused_labels(call: Call) -> tuple[int, ...]:
@@ -326,28 +337,36 @@ def _concatenated(tiles: Sequence[Mapping[Any, Tensor]]) -> dict[Any, Tensor]:
 
 
 class _Look:
-    """All values and by-products of a segment before anything is weighed. Writes to no logits."""
+    """By-products and values of a segment before anything is weighed, as far as they are asked for."""
 
     def __init__(self, job: PassJob, calls: Sequence[Call], rows: Rows, memory: RowMemory | None) -> None:
         self._job, self._rows = job, rows
         first = calls[0]
-        is_whole = isinstance(rows.teacher, Tensor)
-        if is_whole and not isinstance(first, DivergenceCall):
-            calls = [DivergenceCall(Divergence("forward_kl", temperature=job.temperature), ()), *calls]
-        nothing = {number: None for group in job.groups for number in group.losses}
-        parts = [call.score(rows, nothing, None, "measures", None if i else memory) for i, call in enumerate(calls)]
-        self.scored = _joined(parts)
+        if isinstance(rows.teacher, Tensor) and not isinstance(first, DivergenceCall):
+            first = DivergenceCall(Divergence("forward_kl", temperature=job.temperature), ())
+        self._calls = [call for call in calls if call is not first]
+        self._unweighted: Weights = {number: None for group in job.groups for number in group.losses}
+        self.first = first.score(rows, self._unweighted, None, "measures", memory)
         if isinstance(rows.teacher, TopkScores):
-            self.scored = Scored(self.scored.values, {**self.scored.measures, **_student_measures(rows)})
+            self.first = Scored(self.first.values, {**self.first.measures, **_student_measures(rows)})
         self.memory = None if memory is None else memory.filled(sums=not getattr(first, "reverse_losses", ()))
+        self._values: Values = dict(self.first.values)
+
+    def value(self, number: int) -> Tensor:
+        """Of one loss, [n]; scored when it is first asked for."""
+        while number not in self._values:
+            call = self._calls.pop(0)
+            memory = None if self.memory is None else self.memory.of_another()
+            self._values |= call.score(self._rows, self._unweighted, None, "values", memory).values
+        return self._values[number]
 
     def row_measures(self, number: int, kind: str) -> RowMeasures:
         return RowMeasures(
             kind=kind,
             vocabulary=self._job.columns,
             temperature=self._job.temperature,
-            measure=lambda name: self.scored.measures[name],
-            term_divergence=lambda: self.scored.values[number],
+            measure=lambda name: self.first.measures[name],
+            term_divergence=lambda: self.value(number),
             logits=self._logits,
         )
 

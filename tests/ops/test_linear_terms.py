@@ -127,6 +127,10 @@ def test_values_and_gradients(mix: str, softcap: float | None, scale: float) -> 
     ):
         assert torch.linalg.norm(got - want) <= 1e-9 * torch.linalg.norm(want), name
     assert scores.acts.equal(case.acts.any(0)) and not scores.acts[7]
+    with torch.no_grad():
+        measured = apply(case, losses)
+    torch.testing.assert_close(measured.values, scores.values, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(measured.loss, scores.loss.detach())
 
 
 def test_student_equals_teacher_is_zero() -> None:
@@ -183,10 +187,38 @@ def test_weights_by_the_row_are_detached_and_multiply() -> None:
     weight = case.weights[0] * -(teacher.exp() * teacher).sum(-1) * values[0].detach() ** 2
     wanted = (weight * values[0] + case.weights[1] * values[1]).sum()
     torch.testing.assert_close(scores.weights, torch.stack([weight, case.weights[1]]), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(scores.values, values.detach(), rtol=1e-10, atol=1e-12)
     for got, want in zip(
         torch.autograd.grad(scores.loss, case.inputs), torch.autograd.grad(wanted, case.inputs), strict=True
     ):
         assert torch.linalg.norm(got - want) <= 1e-9 * torch.linalg.norm(want)
+
+
+@pytest.mark.parametrize("mix", ["everything", "a divergence and labels", "labels of either sign"])
+def test_a_look_before_the_gradient_changes_nothing(mix: str) -> None:
+    """Weights of 1 that are only known from the rows: the same losses by another way."""
+    losses = MIXES[mix]
+    case = make_case(len(losses))
+
+    def one(rows: RowMeasures) -> Tensor:
+        return torch.ones_like(rows.measure("student_entropy"))
+
+    weighted = [WeightedLoss(loss, weights, (one,)) for loss, weights in zip(losses, case.weights, strict=True)]
+    plain, looked = apply(case, losses), linear_terms(
+        case.hidden, case.head, case.teacher, weighted, acts=case.acts, labels=case.labels, valid_vocab=VALID,
+        temperature=1.5,
+    )  # fmt: skip
+    torch.testing.assert_close(looked.values, plain.values)
+    for got, want in zip(
+        torch.autograd.grad(looked.loss, case.inputs), torch.autograd.grad(plain.loss, case.inputs), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+    with torch.no_grad():
+        measured = linear_terms(
+            case.hidden, case.head, case.teacher, weighted, acts=case.acts, labels=case.labels, valid_vocab=VALID,
+            temperature=1.5,
+        )  # fmt: skip
+    torch.testing.assert_close(measured.values, plain.values)
 
 
 def test_labels_need_no_teacher_and_a_top_k_serves_with_them() -> None:
