@@ -1,5 +1,5 @@
 # Two commands do all the set-up:  make quickstart   and   make test
-.PHONY: help venv quickstart test test-all test-avx2 lint format tables evidence docs gpu-check cuda wheel clean
+.PHONY: help venv quickstart test test-all test-avx2 lint format tables evidence docs gpu-check cuda slots wheel clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
@@ -22,6 +22,7 @@ help:
 	@echo "make docs         the documentation as a site, in build/site"
 	@echo "make gpu-check    build, test, sanitize and time the CUDA kernels on a GPU (torch, numpy, pytest, nvcc; WHEELS=dir)"
 	@echo "make cuda         cross-compile the CUDA kernels, GPU or not"
+	@echo "make slots        count what the CUDA kernels cost in issue slots, GPU or not"
 	@echo "make wheel        one wheel in build/dist, for other machines, Pythons and versions of torch"
 	@echo "make venv         make .venv ready and nothing else    ACCELERATOR=cpu|cuda (found: $(ACCELERATOR))"
 
@@ -94,6 +95,10 @@ docs: $(READY)
 GPU_PYTHON ?= python3
 gpu-check:
 	$(GPU_PYTHON) -m benchmarks.gpu_check $(if $(WHEELS),--wheels $(WHEELS)) $(if $(OUT),--out $(OUT))
+
+# What the CUDA kernels cost in issue slots, from their machine code: nvcc and cuobjdump (also in the triton wheel), no GPU.
+slots: $(READY)
+	$(BIN)/python -m benchmarks.losses.issue_slots $(ARGS)
 
 # Cross-compiles the CUDA kernels for all architectures, GPU or not.
 cuda: $(READY)
