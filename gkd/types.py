@@ -44,6 +44,7 @@ class SamplingSettings:
     top_p: float = 1.0
     top_k: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    shared_vocab: int = 0  # ids from here on are never drawn: the other side lacks them; 0 = all may be
 
 
 @dataclass(frozen=True, slots=True)

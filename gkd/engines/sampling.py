@@ -106,6 +106,7 @@ class VllmSampler:
     def __init__(self, spec: SamplerSpec) -> None:
         """Raises ModelError if vLLM is not installed or cannot run the model."""
         self._llm: Any = start_llm(spec)
+        self._rows: int = self._llm.model_config.get_vocab_size()
         self._lora = spec.lora
         self._adapter: Any = None  # vLLM's request for it, once there is one
         self._sleep_level, self._is_asleep = spec.sleep_level, False
@@ -114,7 +115,9 @@ class VllmSampler:
         """Raises SamplerError while it sleeps, or if vLLM leaves out a completion or its log-probabilities."""
         if not requests:
             return []
-        return [completion_of(output) for output in self._run([vllm_request(r, settings) for r in requests])]
+        return [
+            completion_of(output) for output in self._run([vllm_request(r, settings, self._rows) for r in requests])
+        ]
 
     def probe(self, token_ids: Sequence[int]) -> list[Sequence[float]]:
         return [probed_logprobs(output) for output in self._run([vllm_probe(token_ids)])]

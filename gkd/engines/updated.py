@@ -74,7 +74,7 @@ class SamplerEngine:
 
         def prepare() -> VllmRequest:
             self._check_held(query.weights_version, must_be_accepted=True)
-            return vllm_request(request, query.settings)
+            return vllm_request(request, query.settings, self._rows)
 
         return self._thread.submit(prepare, lambda output: _versioned(output, completion_of(output)))
 
@@ -163,6 +163,7 @@ class SamplerEngine:
             from gkd.engines.transfer import register_engines
         register_engines()
         self._llm = start_llm(spec, weight_transfer_config=WeightTransferConfig(backend=transfer))
+        self._rows: int = self._llm.model_config.get_vocab_size()
         without_dynamo_on_cpu().__enter__()  # for as long as this process lives
         return self._llm.llm_engine
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -91,7 +92,9 @@ def without_dynamo_on_cpu() -> AbstractContextManager[None]:
 # ---- its requests and outputs
 
 
-def vllm_request(request: SampleRequest, settings: SamplingSettings) -> VllmRequest:
+def vllm_request(request: SampleRequest, settings: SamplingSettings, vocabulary_rows: int) -> VllmRequest:
+    """`vocabulary_rows` are the model's: vLLM refuses to exclude an id that it has not."""
+    excluded = range(settings.shared_vocab or vocabulary_rows, vocabulary_rows)
     return _request(
         request.prompt_ids,
         temperature=settings.temperature,
@@ -101,7 +104,8 @@ def vllm_request(request: SampleRequest, settings: SamplingSettings) -> VllmRequ
         max_tokens=settings.max_new_tokens,
         stop_token_ids=list(settings.stop_token_ids),
         ignore_eos=True,  # the stop ids above already hold the model's end tokens
-        logprobs=0,  # the sampled token's own
+        logprobs=0,  # the sampled token's own, before anything is excluded
+        logit_bias=dict.fromkeys(excluded, -math.inf) or None,
     )
 
 

@@ -37,6 +37,20 @@ class _GumbelNoise(LogitsProcessor):
         return scores.float() - noise.to(scores.device).log()
 
 
+class _SharedVocabulary(LogitsProcessor):
+    """Draws no id from `size` on."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if scores.shape[-1] <= self._size:
+            return scores
+        scores = scores.clone()
+        scores[:, self._size :] = -torch.inf
+        return scores
+
+
 class HfSampler:
     """Implements `Sampler` with a transformers model of its own."""
 
@@ -111,9 +125,10 @@ class HfSampler:
 
 
 def _processors(requests: Sequence[SampleRequest], settings: SamplingSettings) -> LogitsProcessorList:
+    processors = LogitsProcessorList([_SharedVocabulary(settings.shared_vocab)] if settings.shared_vocab else [])
     if settings.temperature == 0:
-        return LogitsProcessorList()
-    processors = LogitsProcessorList([TemperatureLogitsWarper(float(settings.temperature))])
+        return processors
+    processors.append(TemperatureLogitsWarper(float(settings.temperature)))
     if settings.top_k:
         processors.append(TopKLogitsWarper(settings.top_k))
     if settings.top_p < 1:

@@ -80,6 +80,7 @@ class CompletionQuery(ProbeQuery):
     top_p: float = Field(gt=0.0, le=1.0)
     top_k: int = Field(ge=0)
     stop_token_ids: str = Field(pattern=r"^(\d+(,\d+)*)?$")
+    shared_vocab: int = Field(0, ge=0)
 
     @classmethod
     def of(cls, settings: SamplingSettings, *, seed: int, weights_version: int) -> CompletionQuery:
@@ -91,12 +92,15 @@ class CompletionQuery(ProbeQuery):
             top_p=settings.top_p,
             top_k=settings.top_k,
             stop_token_ids=",".join(map(str, settings.stop_token_ids)),
+            shared_vocab=settings.shared_vocab,
         )
 
     @property
     def settings(self) -> SamplingSettings:
         stop_ids = tuple(int(i) for i in self.stop_token_ids.split(",") if i)
-        return SamplingSettings(self.max_new_tokens, self.temperature, self.top_p, self.top_k, stop_ids)
+        return SamplingSettings(
+            self.max_new_tokens, self.temperature, self.top_p, self.top_k, stop_ids, self.shared_vocab
+        )
 
 
 class _Message(BaseModel):

@@ -115,3 +115,17 @@ def test_a_probe_is_a_plain_forward(sampler: Sampler, model: PreTrainedModel) ->
 
 def test_nothing_asked_nothing_answered(sampler: Sampler) -> None:
     assert sampler.generate([], SETTINGS) == []
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_id_that_the_other_side_lacks_is_never_drawn(
+    sampler: Sampler, model: PreTrainedModel, temperature: float
+) -> None:
+    """Log-probabilities stay those of the whole vocabulary: what is left out is left out of the draw alone."""
+    settings = SamplingSettings(12, temperature=temperature, shared_vocab=90)
+    free = sampler.generate(requests(), SamplingSettings(12, temperature=temperature))
+    assert max(max(completion.token_ids) for completion in free) >= 90
+    for request, completion in zip(requests(), sampler.generate(requests(), settings), strict=True):
+        assert max(completion.token_ids) < 90
+        expected = next_logits(model, request.prompt_ids)[-1].log_softmax(-1)[completion.token_ids[0]].item()
+        assert completion.logprobs[0] == pytest.approx(expected, abs=1e-3)

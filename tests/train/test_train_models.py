@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import rewrite_tensor
+from tiny import rewrite_tensor, save_tiny_model
 from transformers import AutoTokenizer
 
 import gkd
 from gkd.config import Config, Launch, make_config
+from gkd.rollout.offline import start_sampler
 from gkd.train import parts
 from gkd.train.placements import ask_placements
 from gkd.train.run_folder import RunFolder
+from gkd.types import SampleRequest
 
 
 @pytest.fixture
@@ -74,3 +76,19 @@ def test_the_inputs_of_a_run_are_their_contents(config: Config, tmp_path: Path) 
     data.write_text(data.read_text().replace("row 3", "row x"))
     second = inputs()
     assert {key for key in first if first[key] != second[key]} == {"data.train", "teacher.model"}
+
+
+@pytest.mark.parametrize(("student_rows", "teacher_rows"), [(320, 259), (259, 320)])
+def test_neither_side_draws_an_id_that_the_other_lacks(
+    config: Config, tmp_path: Path, student_rows: int, teacher_rows: int
+) -> None:
+    """Of the teacher's texts and of the student's samples alike: both are drawn with these settings."""
+    save_tiny_model(tmp_path / "base", vocabulary=student_rows)
+    save_tiny_model(tmp_path / "teacher", vocabulary=teacher_rows)
+    models = located(config, tmp_path)
+    settings = parts.sampling_settings(config, models)
+    assert models.valid_vocab == settings.shared_vocab == 259
+    for folder in ("base", "teacher"):
+        spec = parts.sampler_spec(config, models, str(tmp_path / folder), "float32")
+        drawn = start_sampler(spec).generate([SampleRequest((1, 80), seed) for seed in range(40)], settings)
+        assert max(max(completion.token_ids) for completion in drawn) < 259

@@ -22,6 +22,7 @@ def sampling_settings(config: Config, models: Models) -> SamplingSettings:
         top_p=config.rollout.top_p,
         top_k=config.rollout.top_k,
         stop_token_ids=models.stop_token_ids,
+        shared_vocab=models.valid_vocab,
     )
 
 
