@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd.config import make_config
-from gkd.evaluate.answer_tokens import Alternative, Answer, AnswerToken, AnswerTokens
+from gkd.measures.answer_tokens import Alternative, Answer, AnswerToken, AnswerTokens
 from gkd.monitor import HeldoutSample, RunSummary, loss_curve, read_metrics, time_totals
 
 HOSTILE = "<script>alert(1)</script> </script><img src=x onerror=alert(2)> {{ 7 * 7 }} `&amp;` \u202e\x1b[2J"

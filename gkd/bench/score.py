@@ -16,7 +16,7 @@ import torch
 
 from gkd.bench.models import decode
 from gkd.bench.tasks import Problem, by_task, is_right
-from gkd.evaluate.heldout import COMPARED, MeasuresDivergence
+from gkd.measures.heldout import COMPARED, MeasuresDivergence
 from gkd.rollout.base import Sampler
 from gkd.seeding import derive_seed
 from gkd.teacher.base import Teacher

@@ -35,7 +35,7 @@ def eval_command(
     folder = out or resolved.run.folder
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out: {folder} is a file; name a folder")
-    from gkd.train.evaluation import evaluate
+    from gkd.evaluate.evaluation import evaluate
 
     evaluation = evaluate(resolved, student=student, axes=axes)
     _print(evaluation, output)

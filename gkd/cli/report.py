@@ -20,7 +20,7 @@ def report_command(
 ) -> None:
     """Show a run, or compare several, in one HTML file that needs no network."""
     from gkd.errors import InputError
-    from gkd.monitor.report import read_runs, write_figures, write_report
+    from gkd.report import read_runs, write_figures, write_report
 
     path = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     if path.suffix.lower() not in (".html", ".htm"):

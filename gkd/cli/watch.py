@@ -16,7 +16,7 @@ def watch_command(
 ) -> None:
     """Watch a run that was started elsewhere, until it ends or Ctrl-C."""
     from gkd.monitor import make_console
-    from gkd.monitor.watch import show_once, watch_run
+    from gkd.report.watch import show_once, watch_run
 
     if once:
         show_once(run, make_console())

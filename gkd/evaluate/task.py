@@ -12,8 +12,10 @@ from gkd.evaluate.bootstrap import ratio_interval
 from gkd.evaluate.figures import Cell, Profile, Row, figure
 from gkd.evaluate.rouge import rouge_l
 from gkd.evaluate.token_scores import NLL, TokenScores
+from gkd.monitor.titles import DIVERGENCE_TITLES
 
-_TITLES = {"forward_kl": "forward KL", "reverse_kl": "reverse KL", "jsd": "JSD", "top1_agreement": "top-1 agreement"}
+_TITLES = {name: DIVERGENCE_TITLES[name] for name in ("forward_kl", "reverse_kl", "jsd")}
+_TITLES["top1_agreement"] = "top-1 agreement"
 _PROFILES = ("forward_kl", "reverse_kl")
 _FIRST_BUCKET_TOKENS = 8
 

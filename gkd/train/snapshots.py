@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from gkd.evaluate.heldout import HeldoutEvaluation
-from gkd.evaluate.samples import AnswerScoring, answer_rollouts, sample_requests
 from gkd.files import write_atomically
+from gkd.measures.answers import AnswerScoring, answer_rollouts, sample_requests
+from gkd.measures.heldout import HeldoutEvaluation
 from gkd.monitor import JsonlSink
 from gkd.rollout.sync import SyncedSampler
 from gkd.types import Prompt, SamplingSettings

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gkd.config import load_config
 from gkd.errors import InputError
+from gkd.evaluate.evaluation import evaluate
 from gkd.evaluate.figures import COLUMNS, Evaluation
-from gkd.train.evaluation import evaluate
 
 HELDOUT = [("how are you", "I am well, and you?"), ("name a colour", "blue"), ("again", "and again")]
 TASK_KEYS = {

@@ -9,7 +9,7 @@ import yaml
 from launching import run_gkd
 
 from gkd.config import Config, make_config
-from gkd.train.evaluation import _with_whole_teacher
+from gkd.evaluate.evaluation import _with_whole_teacher
 
 TOPK = {"model": "t", "placement": "topk", "addresses": ["http://127.0.0.1:9"]}
 

@@ -10,9 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from gkd.evaluate.evaluation import _flops
 from gkd.evaluate.figures import Figure
 from gkd.evaluate.sizes import compression_axis, parameter_counts
-from gkd.train.evaluation import _flops
 
 
 def header_sums(folder: Path) -> tuple[int, int]:

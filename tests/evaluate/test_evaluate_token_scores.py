@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from gkd.evaluate import task
 from gkd.evaluate.figures import Figure
-from gkd.evaluate.heldout import heldout_rollouts
 from gkd.evaluate.token_scores import DIVERGENCES, NLL, ScoringSettings, TokenScores, student_scores, teacher_nll
+from gkd.measures.heldout import heldout_rollouts
 from gkd.models import load_causal_lm
 from gkd.teacher.local import LocalTeacher
 from gkd.types import Completion, Prompt, Rollout, TeacherScores

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -11,12 +11,11 @@ from gkd.config import Config, Launch
 from gkd.data import PromptData, PromptSet, load_prompts, pack
 from gkd.data.routing import check_teacher_names, draw_teachers
 from gkd.errors import DataError
+from gkd.measures.heldout import Pack
 from gkd.train.distributed import largest_count
 from gkd.train.parts.models import Models
-from gkd.types import Rollout, TeacherScores, TokenBatch
 
 Reduction = Literal["token_mean", "sequence_mean"]
-Pack = Callable[[Sequence[Rollout], Sequence[TeacherScores]], list[TokenBatch]]
 
 
 @dataclass(frozen=True)

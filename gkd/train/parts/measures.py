@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gkd.config import Config, Launch, MixtureConfig
-from gkd.evaluate.heldout import HeldoutEvaluation, MeasuresDivergence, heldout_requests, heldout_rollouts
-from gkd.evaluate.samples import AnswerScoring, greedy_settings, sample_requests
+from gkd.measures.answers import AnswerScoring, greedy_settings, sample_requests
+from gkd.measures.heldout import HeldoutEvaluation, MeasuresDivergence, heldout_requests, heldout_rollouts
 from gkd.monitor import JsonlSink
 from gkd.rollout.mixture import mixture_counts
 from gkd.rollout.sync import SyncedSampler

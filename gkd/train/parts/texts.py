@@ -8,8 +8,8 @@ from typing import Protocol
 
 from gkd.config import MAIN_TEACHER, Config, Launch, cache_folder
 from gkd.data import PromptData
-from gkd.evaluate.heldout import heldout_requests
-from gkd.evaluate.samples import greedy_settings, sample_requests
+from gkd.measures.answers import greedy_settings, sample_requests
+from gkd.measures.heldout import heldout_requests
 from gkd.models import model_fingerprint
 from gkd.rollout.completion_cache import CompletionCache
 from gkd.rollout.mixture import teacher_requests

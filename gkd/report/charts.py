@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gkd.monitor.metrics import description_of, in_order
-from gkd.monitor.report.data import Column, RunData
 from gkd.monitor.titles import DIVERGENCE_TITLES, PHASE_TITLES
+from gkd.report.data import Column, RunData
 
 COLOURS = 8  # c0 to c7 in report.css; more lines than that take them in turn
 MAX_POINTS = 20_000  # of a line in the file: beyond, the least and the greatest of every few steps stand for them

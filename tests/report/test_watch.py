@@ -14,7 +14,7 @@ from run_folders import finish_run, make_record, make_run, write_json
 
 from gkd.errors import RunFolderError
 from gkd.monitor import JsonlSink
-from gkd.monitor.watch import MetricsFollower, RunWatch, show_once, watch_run
+from gkd.report.watch import MetricsFollower, RunWatch, show_once, watch_run
 
 
 def _console(*, terminal: bool = False, width: int = 80) -> tuple[Console, io.StringIO]:

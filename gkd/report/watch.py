@@ -17,11 +17,11 @@ from rich.text import Text
 
 from gkd.errors import RunFolderError
 from gkd.monitor.metrics import METRICS, MetricValue, description_of, in_order
-from gkd.monitor.report.data import is_finished, read_object
 from gkd.monitor.summary_view import bar, sparkline
 from gkd.monitor.terminal import status
 from gkd.monitor.text import clean, format_duration, format_rate, format_value
 from gkd.monitor.titles import DIVERGENCE_TITLES, PHASE_TITLES
+from gkd.report.data import is_finished, read_object
 from gkd.run_files import RunFiles, parse_record
 
 _RECENT_STEPS = 20  # for the time left and the phases

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gkd.monitor.report.charts import metric_label
-from gkd.monitor.report.data import Column, RunData
-from gkd.monitor.report.tokens import chosen_profiles, moment, strip_maximum
 from gkd.monitor.titles import PHASE_TITLES
+from gkd.report.charts import metric_label
+from gkd.report.data import Column, RunData
+from gkd.report.tokens import chosen_profiles, moment, strip_maximum
 from gkd.run_files import REPORT_PICTURES, picture_beside
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from gkd.data import pack
-from gkd.evaluate.heldout import HeldoutEvaluation, heldout_requests, heldout_rollouts
-from gkd.evaluate.samples import greedy_settings, sample_requests
+from gkd.measures.answers import greedy_settings, sample_requests
+from gkd.measures.heldout import HeldoutEvaluation, heldout_requests, heldout_rollouts
 from gkd.models import load_causal_lm
 from gkd.objectives.objective import Objective
 from gkd.teacher.local import LocalTeacher

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gkd.data import pack
-from gkd.evaluate.answer_tokens import AnswerToken, AnswerTokens
-from gkd.evaluate.heldout import HeldoutEvaluation, HeldoutFigures, completion_positions, heldout_rollouts
-from gkd.evaluate.samples import ALTERNATIVES, AnswerScoring, answer_rollouts
+from gkd.measures.answer_tokens import AnswerToken, AnswerTokens
+from gkd.measures.answers import ALTERNATIVES, AnswerScoring, answer_rollouts
+from gkd.measures.heldout import HeldoutEvaluation, HeldoutFigures, completion_positions, heldout_rollouts
 from gkd.models import load_causal_lm
 from gkd.monitor import JsonlSink, read_metrics
 from gkd.objectives.objective import Objective

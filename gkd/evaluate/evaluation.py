@@ -22,21 +22,21 @@ from gkd.evaluate import task
 from gkd.evaluate.bootstrap import CONFIDENCE
 from gkd.evaluate.efficiency import efficiency_axis
 from gkd.evaluate.figures import AXES, COLUMNS, Axis, Evaluation, Row
-from gkd.evaluate.heldout import heldout_requests, heldout_rollouts
 from gkd.evaluate.lm_harness import check_lm_eval, lm_eval_rows
-from gkd.evaluate.samples import greedy_settings, sample_requests
 from gkd.evaluate.sizes import compression_axis
 from gkd.evaluate.speed import Workload
 from gkd.evaluate.token_scores import ScoringSettings, TokenScores, student_scores, teacher_nll
 from gkd.evaluate.verified import VerifiedTask, load_tasks
+from gkd.measures.answers import greedy_settings, sample_requests
+from gkd.measures.heldout import heldout_requests, heldout_rollouts
 from gkd.models import load_causal_lm, local_folder, model_fingerprint, resolve_model, verify_head
 from gkd.planning.models import read_architecture
 from gkd.rollout.offline import cache_for, complete
+from gkd.run_files import RunFiles
 from gkd.train import parts
 from gkd.train.distributed import compute_device
 from gkd.train.parts import Models
 from gkd.train.placements import Placements, ask_placements
-from gkd.train.run_folder import RunFolder
 from gkd.types import Completion, Prompt, PromptDraw, Rollout, SampleRequest, SamplingSettings
 
 _log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def _prepare(config: Config, student: str | None, axes: Sequence[str]) -> _Conte
     if asks_task:
         check_lm_eval(config.eval.lm_eval)
         tasks = load_tasks(config.eval.tasks, config.eval.task_problems, config.run.seed)
-    folder = RunFolder(config.run.folder)
+    folder = RunFiles(config.run.folder)
     after = _with_student(config, _result(folder, student))
     placements = ask_placements(config)
     pairs = {
@@ -143,7 +143,7 @@ def _with_whole_teacher(config: Config) -> Config:
     return config.model_copy(update={"teacher": config.teacher.model_copy(update=local)})
 
 
-def _result(folder: RunFolder, student: str | None) -> str:
+def _result(folder: RunFiles, student: str | None) -> str:
     if student is not None:
         return resolve_model(student, key="--student")
     if not folder.final.is_dir():

@@ -17,13 +17,13 @@ from run_folders import FIRST_BATCH, HOSTILE, SAMPLES, make_positions, make_reco
 
 from gkd.errors import RunFolderError
 from gkd.monitor import METRICS, HeldoutSample, RunSummary
-from gkd.monitor.report import charts as chart_module
-from gkd.monitor.report import read_runs, render_report, write_figures, write_report
-from gkd.monitor.report.charts import chart_sections, heldout_charts, run_payload
-from gkd.monitor.report.data import is_finished, parse_samples, read_run
-from gkd.monitor.report.render import batch_tokens, config_differences, config_rows, facts, heldout_rows, time_parts
-from gkd.monitor.report.tokens import LEVELS, MAX_TOKENS, level_titles, strips, token_spans, visible
 from gkd.monitor.text import clean
+from gkd.report import charts as chart_module
+from gkd.report import read_runs, render_report, write_figures, write_report
+from gkd.report.charts import chart_sections, heldout_charts, run_payload
+from gkd.report.data import is_finished, parse_samples, read_run
+from gkd.report.render import batch_tokens, config_differences, config_rows, facts, heldout_rows, time_parts
+from gkd.report.tokens import LEVELS, MAX_TOKENS, level_titles, strips, token_spans, visible
 
 CROOKED = {"step": 0, "bucket_tokens": 1, "tokens": [1], "forward_kl": [1], "reverse_kl": [1], "jsd": []}
 REPORT_FOLDER = Path(chart_module.__file__).parent
@@ -366,7 +366,7 @@ def test_headings_tables_and_names(run_folder: Path) -> None:
 
 def test_the_files_of_the_page_are_packaged() -> None:
     project = tomllib.loads((REPORT_FOLDER.parents[2] / "pyproject.toml").read_text())
-    patterns = project["tool"]["setuptools"]["package-data"]["gkd.monitor.report"]
+    patterns = project["tool"]["setuptools"]["package-data"]["gkd.report"]
     packaged = {path.name for pattern in patterns for path in REPORT_FOLDER.glob(pattern)}
     assert packaged == {path.name for path in REPORT_FOLDER.iterdir() if path.is_file() and path.suffix != ".py"}
 

@@ -20,21 +20,13 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, StrictUndefined
 
 from gkd.config import describe_keys
-from gkd.evaluate.answer_tokens import AnswerToken
 from gkd.files import flatten, write_atomically
-from gkd.monitor.report.charts import COLOURS, Chart, chart_sections, heldout_charts, run_payload
-from gkd.monitor.report.data import RunData
-from gkd.monitor.report.tokens import (
-    MAX_TOKENS,
-    level_titles,
-    strip_maximum,
-    strip_payload,
-    strips,
-    token_payload,
-    token_spans,
-)
+from gkd.measures.answer_tokens import AnswerToken
 from gkd.monitor.text import clean, format_duration, format_rate, format_value
 from gkd.monitor.titles import DIVERGENCE_TITLES, PHASE_TITLES
+from gkd.report.charts import COLOURS, Chart, chart_sections, heldout_charts, run_payload
+from gkd.report.data import RunData
+from gkd.report.tokens import MAX_TOKENS, level_titles, strip_maximum, strip_payload, strips, token_payload, token_spans
 
 _OUTSIDE = "load, evaluate, save"
 _NAMES = {"run.name", "run.dir"}  # differ between any two runs
@@ -327,4 +319,4 @@ def _shown(value: Any) -> str:
 
 
 def _file(name: str) -> str:
-    return resources.files("gkd.monitor.report").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("gkd.report").joinpath(name).read_text(encoding="utf-8")

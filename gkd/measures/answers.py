@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from gkd.evaluate.answer_tokens import Alternative, Answer, AnswerToken, AnswerTokens
-from gkd.evaluate.heldout import COMPARED, DIVERGENCES, MeasuresDivergence, Pack
 from gkd.files import finite
+from gkd.measures.answer_tokens import Alternative, Answer, AnswerToken, AnswerTokens
+from gkd.measures.heldout import COMPARED, DIVERGENCES, MeasuresDivergence, Pack
 from gkd.ops.token_logprobs import token_logprobs, top_logprobs
 from gkd.seeding import derive_seed
 from gkd.teacher.base import Teacher

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from gkd.errors import RunFolderError
-from gkd.evaluate.answer_tokens import Answer, AnswerTokens
+from gkd.measures.answer_tokens import Answer, AnswerTokens
 from gkd.monitor.sinks import read_metrics
 from gkd.monitor.summary import HeldoutSample, time_totals
 from gkd.run_files import RunFiles

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from gkd.evaluate.answer_tokens import Alternative, AnswerToken
-from gkd.monitor.report.data import Column, PositionProfile, RunData
+from gkd.measures.answer_tokens import Alternative, AnswerToken
 from gkd.monitor.text import NEWLINE_MARK, clean
+from gkd.report.data import Column, PositionProfile, RunData
 
 LEVELS = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0)  # nats of forward KL: borders of l0 to l6 in report.css
 MAX_TOKENS = 512  # of an answer that are shown
