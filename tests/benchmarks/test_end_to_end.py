@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from launching import check, run_python
 
 from benchmarks.runs.random_model import Size, run_config
@@ -28,7 +29,9 @@ def test_plain_pytorch_under_deepspeeds_name_takes_the_same_steps(tmp_path: Path
         phases = {name: seconds for name, seconds in record["seconds"].items() if name != "step"}
         assert sum(phases.values()) == pytest.approx(record["seconds"]["step"], rel=0.5) and min(phases.values()) > 0
         assert record["peak_bytes"] > record["planned_peak_bytes"] > 0  # libraries are not planned for
-        assert 0 < record["share_of_matmul_rate"] < 1
+        assert record["share_of_matmul_rate"] > 0
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():  # without, gkd multiplies in float32, which is faster there
+            assert record["share_of_matmul_rate"] < 1
 
 
 def test_a_batch_has_enough_prompts_however_short_they_are(tmp_path: Path) -> None:
