@@ -53,7 +53,7 @@ install-cuda:
 
 # The kernels are built by the install above; again when one of their files changes.
 KERNELS := .venv/.kernels
-$(KERNELS): $(READY) $(wildcard kernels/*/* building/*.py)
+$(KERNELS): $(READY) $(wildcard kernels/*/*)
 	$(PIP) install --no-build-isolation --no-deps -e .
 	@touch $@
 
@@ -106,7 +106,7 @@ cuda: $(READY)
 
 # One wheel, in build/dist, for every Python from 3.11 on and every torch from 2.11 on; with the CUDA kernels where nvcc is.
 wheel: $(READY)
-	$(BIN)/python -m building.wheel build/dist
+	PYTHONPATH=kernels $(BIN)/python -m building.wheel build/dist
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -14,7 +14,12 @@ Both use PyTorch's stable ABI: one file serves every torch from 2.11 on, and eve
     MAX_JOBS                   how many of them at a time (default: the number of processors)
 """
 
+import sys
+from pathlib import Path
+
 from setuptools import setup
+
+sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 
 from building.kernels import BuildKernels, KernelWheel, extensions
 

@@ -1,4 +1,4 @@
-// The row kernels of one divergence: building/kernels.py compiles this for each entry of the list in spec.h, with its
+// The row kernels of one divergence: kernels/building/kernels.py compiles this for each entry of the list in spec.h, with its
 // GKD_NAME and GKD_STRUCT.
 #include "launch.cuh"
 

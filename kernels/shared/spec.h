@@ -12,7 +12,7 @@
 namespace gkd {
 
 // Every divergence that has kernels: the name that Python calls it by, and its struct in divergences.h. The only list:
-// all that goes by kind is made from it, CUDA's object files by building/kernels.py, and Python asks the library for it.
+// all that goes by kind is made from it, CUDA's object files by kernels/building/kernels.py, and Python asks the library for it.
 #define GKD_DIVERGENCES(entry)          \
   entry(forward_kl, ForwardKl)          \
   entry(reverse_kl, ReverseKl)          \

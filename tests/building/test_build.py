@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernels are
 
 def in_a_build(code: str, **environment: str) -> str:
     """What `code` prints where pip's isolated build has hidden all installed packages from `import`."""
-    hide = "import sys; sys.path = [p for p in sys.path if 'site-packages' not in p]; sys.path.insert(0, '.')\n"
+    hide = "import sys; sys.path = [p for p in sys.path if 'site-packages' not in p]; sys.path.insert(0, 'kernels')\n"
     return check(run_python(["-c", hide + code], cwd=ROOT, PYTHONPATH="", **environment)).stdout.strip()
 
 
@@ -71,7 +71,7 @@ def test_torch_is_fetched_for_a_build_only_where_there_is_none_and_a_compiler() 
 def test_a_compiler_that_fails_is_one_line_with_the_way_out(
     tmp_path: Path, environment: dict[str, str], message: str
 ) -> None:
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "building", "kernels"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "kernels"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "gkd").mkdir()
     (tmp_path / "gkd" / "__init__.py").write_text('__version__ = "0"\n')

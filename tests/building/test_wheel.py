@@ -51,7 +51,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Without the CUDA kernels, which take minutes; the objects of the last build are taken where they are current."""
     folder = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "building.wheel", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"GKD_BUILD_CUDA": "0"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"GKD_BUILD_CUDA": "0", "PYTHONPATH": "kernels"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (found,) = folder.glob("*.whl")
     return found

@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 from building.old_glibc import linker_arguments
 from building.toolchain import Torch, cuda_home, cxx, find_torch, nvcc, wants_cpu, wants_cuda
 
-KERNELS, BUILDING = Path("kernels"), Path("building")  # setup.py runs in its own folder
+KERNELS, BUILDING = Path("kernels"), Path("kernels", "building")  # setup.py runs in its own folder
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall"]
 CXX_FLAGS += ["-Wno-psabi", "-Wno-maybe-uninitialized", *STABLE_ABI]  # the latter: in GCC 12's own immintrin.h
