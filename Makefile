@@ -78,7 +78,7 @@ test-avx2: $(KERNELS)
 	$(AVX2) $(PYTEST) -m "not long" $(AVX2_TESTS) $(ARGS)
 
 # The figures of README and docs from benchmarks/results; a test fails where they are not up to date.
-PAGES := README.md $(addprefix docs/,benchmarks.md recipes.md scaling.md serving.md table.md)
+PAGES := README.md $(addprefix docs/,benchmarks.md objectives.md recipes.md scaling.md serving.md table.md)
 tables: $(READY)
 	$(BIN)/python -m benchmarks.figures.tables --write $(PAGES) --plots docs/plots
 

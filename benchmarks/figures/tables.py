@@ -4,10 +4,10 @@
 
 A file says where a table goes: what stands between the lines <!-- begin: NAME --> and <!-- end: NAME --> is replaced.
 The names are divergence (medians of value and gradient, one line a shape), divergence-full (a table for each case),
-linear_divergence, versus_trl (whole runs), versus_trl-profile (a step of gkd), quickstart, packing, teacher_scoring,
-overlap, scaling, gkd_table, gkd_table-tasks, -grid, -temperature, -ratios, -sweep and -verdict (docs/table.md), and
-plan-links, -phases, -overlap, -limits, -verdicts, -errors and -error-sentence (docs/scaling.md; all but the errors are
-what the planner says today).
+linear_divergence, terms, before_and_after, versus_trl (whole runs), versus_trl-profile (a step of gkd), quickstart,
+packing, teacher_scoring, overlap, scaling, gkd_table, gkd_table-tasks, -grid, -temperature, -ratios, -sweep and
+-verdict (docs/table.md), and plan-links, -phases, -overlap, -limits, -verdicts, -errors and
+-error-sentence (docs/scaling.md; all but the errors are what the planner says today).
 Every CSV or JSON in benchmarks/results/ whose name begins so is part of it. --check changes nothing and fails if a
 file is not what --write would make of it. --plots needs matplotlib.
 """
@@ -29,6 +29,7 @@ from benchmarks.figures.sections.plots import plots
 from benchmarks.figures.sections.quickstart import quickstart_section
 from benchmarks.figures.sections.scaling import scaling_section
 from benchmarks.figures.sections.teacher_scoring import teacher_scoring_section
+from benchmarks.figures.sections.terms import before_and_after_section, terms_section
 from benchmarks.figures.sections.versus_trl import versus_trl_profile_section, versus_trl_section
 from benchmarks.records import RESULTS
 
@@ -40,6 +41,8 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "divergence": divergence_section,
     "divergence-full": lambda results: full_section("divergence", results),
     "linear_divergence": lambda results: full_section("linear_divergence", results),
+    "terms": terms_section,
+    "before_and_after": before_and_after_section,
     "teacher_scoring": teacher_scoring_section,
     "overlap": overlap_section,
     "scaling": scaling_section,

@@ -31,9 +31,10 @@ from itertools import pairwise
 from math import ceil
 from pathlib import Path
 
-from benchmarks.records import RESULTS, ROOT, command, rounded, say
 from building.kernels import NVCC_FLAGS, divergences
 from building.toolchain import find_torch, nvcc
+
+from benchmarks.records import RESULTS, ROOT, command, rounded, say
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "mixed_kl")
 VOCABULARIES = (32000, 128256, 151936)

@@ -1,4 +1,4 @@
-"""PYTHONPATH=kernels python -m building.wheel FOLDER: one wheel for every Python from 3.11 and every torch from 2.11 on (make wheel).
+"""PYTHONPATH=kernels python -m building.wheel FOLDER: one wheel for every Python and every torch (make wheel).
 
 With the CPU kernels, and with the CUDA kernels where nvcc is. auditwheel says the oldest manylinux that it runs on;
 torch's own libraries are found in the process, as everything of torch's, and are not packed in.
