@@ -98,7 +98,7 @@ gpu-check:
 
 # What the CUDA kernels cost in issue slots, from their machine code: nvcc and cuobjdump (also in the triton wheel), no GPU.
 slots: $(READY)
-	$(BIN)/python -m benchmarks.losses.issue_slots $(ARGS)
+	PYTHONPATH=kernels $(BIN)/python -m benchmarks.losses.issue_slots $(ARGS)
 
 # Cross-compiles the CUDA kernels for all architectures, GPU or not.
 cuda: $(READY)
