@@ -6,7 +6,7 @@ Legend: B rows, T positions, N scored tokens of a micro-batch, n_i tokens of com
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,17 +14,17 @@ import torch
 
 from gkd.data import pack
 from gkd.data.order import longest_first
-from gkd.models import backbone_of, output_head
-from gkd.ops import linear_divergence
+from gkd.measures.heldout import COMPARED
 from gkd.ops.token_logprobs import token_logprobs
-from gkd.types import HiddenScores, OutputHead, Rollout, TeacherScores, TokenBatch
+from gkd.ops.vocabulary_pass import LABEL_LOGPROB
+from gkd.train.module import StudentModule, token_measures
+from gkd.types import HiddenScores, Rollout, TeacherScores, TokenBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "top1_agreement")
 NLL = "nll"
-_LOGITS_BYTES = 256 << 20  # float32 logits in memory at once, where `objective.chunk_mib` does not say
 
 TokenScores = dict[str, np.ndarray]  # name -> [n_i] float64, in nats
 
@@ -41,8 +41,8 @@ class ScoringSettings:
     chunk_mib: int | None = None
 
     @property
-    def chunk_bytes(self) -> int:
-        return _LOGITS_BYTES if self.chunk_mib is None else self.chunk_mib << 20
+    def chunk_bytes(self) -> int | None:
+        return None if self.chunk_mib is None else self.chunk_mib << 20
 
 
 @torch.no_grad()
@@ -56,6 +56,7 @@ def student_scores(
 
     The teacher's scores are whole distributions, with one head.
     """
+    module = StudentModule(model, settings.valid_vocab, settings.dtype)
     results: list[TokenScores] = [{}] * len(rollouts)
     order = longest_first([len(rollout.token_ids) for rollout in rollouts])
     for start in range(0, len(order), settings.micro_batch_size):
@@ -65,7 +66,7 @@ def student_scores(
         (batch,) = pack(
             chosen, given, micro_batch_size=len(rows), pad_token_id=settings.pad_token_id, reduction="token_mean"
         )
-        values = _score_batch(model, batch.to(settings.device), settings)
+        values = _score_batch(module, batch, settings)
         for i, scores in zip(rows, _split(values, [len(r.completion_ids) for r in chosen]), strict=True):
             results[i] = scores
     return results
@@ -85,41 +86,13 @@ def teacher_nll(
     return results
 
 
-def _score_batch(model: PreTrainedModel, batch: TokenBatch, settings: ScoringSettings) -> TokenScores:
-    states = backbone_of(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # [B, T, H]
-    hidden = states.flatten(0, 1)[batch.score_index]  # [N, H]
-    head = output_head(model)
-    measured = {NLL: -token_logprobs(hidden, head, batch.labels, chunk_bytes=settings.chunk_bytes)}
-    if batch.teacher is not None:
-        assert isinstance(batch.teacher, HiddenScores)
-        measured |= _divergences(hidden, head, batch.teacher, settings)
-    return {name: _as_array(values) for name, values in measured.items()}
-
-
-def _divergences(
-    hidden: torch.Tensor, head: OutputHead, teacher: HiddenScores, settings: ScoringSettings
-) -> dict[str, torch.Tensor]:
-    """DIVERGENCES, [N] each. The JSD is the loss of the pass, the others are its by-products: one pass for all."""
-    jsd, byproducts = linear_divergence(
-        hidden,
-        head.weight,
-        teacher.states,
-        teacher.head.weight,
-        "jsd",
-        beta=0.5,
-        reduction="none",
-        student_bias=head.bias,
-        teacher_bias=teacher.head.bias,
-        student_softcap=head.softcap,
-        teacher_softcap=teacher.head.softcap,
-        student_logit_scale=head.logit_scale,
-        teacher_logit_scale=teacher.head.logit_scale,
-        valid_vocab=settings.valid_vocab,
-        compute_dtype=settings.dtype,
-        chunk_bytes=settings.chunk_bytes,
-        byproducts=True,
-    )
-    return {name: jsd if name == "jsd" else byproducts[name] for name in DIVERGENCES}
+def _score_batch(module: StudentModule, batch: TokenBatch, settings: ScoringSettings) -> TokenScores:
+    """The JSD is the loss of the pass, the others are its by-products: one pass for all."""
+    if batch.teacher is None:
+        return {NLL: _as_array(-module(batch.to(settings.device), None))}
+    objective = replace(COMPARED, chunk_bytes=settings.chunk_bytes)
+    (measured,) = token_measures(module, [batch], objective, settings.device)
+    return {name: _as_array(measured[name]) for name in DIVERGENCES} | {NLL: _as_array(-measured[LABEL_LOGPROB])}
 
 
 def _as_array(values: torch.Tensor) -> np.ndarray:

@@ -55,48 +55,61 @@ def linear_terms(
     Differentiable once, in student_hidden and the head's weight and bias; gradients are computed in the forward pass.
     Raises InputError for shapes that do not fit.
     """
-    hidden, weight, bias = student_hidden, student_head.weight, student_head.bias
+    head = student_head
     if not torch.is_grad_enabled():  # autograd asks the tensors alone, and the head's gradient would be computed
-        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    n_rows, device = hidden.shape[0], hidden.device
+        student_hidden, bias = student_hidden.detach(), None if head.bias is None else head.bias.detach()
+        head = replace(head, weight=head.weight.detach(), bias=bias)
+    n_rows, device = student_hidden.shape[0], student_hidden.device
     order, groups = _group_rows(acts, losses)
-    is_sorted = order is None
     chosen = None if order is None else order.to(device)
-    side: Head | TopkScores | None = None
-    if isinstance(teacher, HiddenScores):
-        states = teacher.states if chosen is None else teacher.states[chosen]
-        side = Head.of("teacher", states, teacher.head).detached()
-    elif isinstance(teacher, TopkScores):
-        side = teacher if chosen is None else TopkScores(teacher.ids[chosen], teacher.log_probs[chosen])
-    if chosen is not None:
-        hidden, labels = hidden.index_select(0, chosen), labels[chosen]
-        losses = [loss if loss.weights is None else replace(loss, weights=loss.weights[chosen]) for loss in losses]
-    student = Head.of("student", hidden, replace(student_head, weight=weight, bias=bias))
-    if isinstance(side, Head):
-        columns = common_columns(student, side, valid_vocab)
-    else:
-        student.check()
-        columns = valid_columns("valid_vocab", valid_vocab, weight.shape[0])
+    student = Head.of("student", _rows(student_hidden, chosen), head)
+    side = _teacher_side(teacher, chosen)
     job = PassJob(
         student,
         side,
-        columns,
+        _columns(student, side, valid_vocab),
         temperature,
-        tuple(losses),
+        tuple(loss if loss.weights is None else replace(loss, weights=_rows(loss.weights, chosen)) for loss in losses),
         groups,
-        labels,
+        _rows(labels, chosen),
         True,
         compute_dtype,
         loss_chunk_bytes(device.type) if chunk_bytes is None else chunk_bytes,
     )
-    outputs: Any = _LinearTerms.apply(hidden, weight, bias, job)
+    outputs: Any = _LinearTerms.apply(student.hidden, head.weight, head.bias, job)
     loss, values, weights, *measured = outputs
-    if not is_sorted:
+    if chosen is not None:
         values, weights, *measured = (_back_in_place(out, chosen, n_rows) for out in (values, weights, *measured))
-    acting = acts.any(0)
-    needs = torch.tensor([loss.needs_teacher for loss in job.losses], dtype=torch.bool)
-    compared = (acts & needs[:, None]).any(0) if side is not None else torch.zeros_like(acting)
-    return TermScores(loss, values, weights, dict(zip(job.measure_names, measured, strict=True)), acting, compared)
+    needs = torch.tensor([loss.needs_teacher and side is not None for loss in losses], dtype=torch.bool)
+    return TermScores(
+        loss,
+        values,
+        weights,
+        dict(zip(job.measure_names, measured, strict=True)),
+        acts=acts.any(0),
+        compared=(acts & needs[:, None]).any(0),
+    )
+
+
+def _rows(values: Tensor, chosen: Tensor | None) -> Tensor:
+    """Those rows in that order; None is all as they are."""
+    return values if chosen is None else values.index_select(0, chosen)
+
+
+def _teacher_side(teacher: TeacherScores, chosen: Tensor | None) -> Head | TopkScores | None:
+    if isinstance(teacher, HiddenScores):
+        return Head.of("teacher", _rows(teacher.states, chosen), teacher.head).detached()
+    if isinstance(teacher, TopkScores):
+        return TopkScores(_rows(teacher.ids, chosen), _rows(teacher.log_probs, chosen))
+    return None
+
+
+def _columns(student: Head, teacher: Head | TopkScores | None, valid_vocab: int) -> int:
+    """How many are compared. Raises InputError for sides that do not fit."""
+    if isinstance(teacher, Head):
+        return common_columns(student, teacher, valid_vocab)
+    student.check()
+    return valid_columns("valid_vocab", valid_vocab, student.weight.shape[0])
 
 
 def _group_rows(acts: Tensor, losses: Sequence[WeightedLoss]) -> tuple[Tensor | None, tuple[Group, ...]]:
@@ -121,9 +134,8 @@ def _group_rows(acts: Tensor, losses: Sequence[WeightedLoss]) -> tuple[Tensor | 
     return torch.cat(order) if order else torch.zeros(0, dtype=torch.int64), tuple(groups)
 
 
-def _back_in_place(chosen_rows: Tensor, chosen: Tensor | None, n_rows: int) -> Tensor:
+def _back_in_place(chosen_rows: Tensor, chosen: Tensor, n_rows: int) -> Tensor:
     """[..., N] of [..., M]; 0 in the rows that were left out."""
-    assert chosen is not None
     whole = chosen_rows.new_zeros(*chosen_rows.shape[:-1], n_rows)
     return whole.index_copy_(-1, chosen, chosen_rows)
 
