@@ -42,7 +42,7 @@ def make_record(step: int, seed: int = 0, speed: float = 1.0) -> dict[str, Any]:
         "loss": loss,
         "divergence/forward_kl": loss,
         "divergence/reverse_kl": loss * 1.3,
-        "divergence/jsd": loss / 12,
+        "objective/jsd/loss": loss / 12,
         "entropy/student": 2 + decay / 2 + noise.gauss(0, 0.1),
         "entropy/teacher": 2.5 + noise.gauss(0, 0.1),
         "agreement/top1": 0.8 - decay / 10 + noise.gauss(0, 0.02),

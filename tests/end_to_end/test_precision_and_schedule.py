@@ -83,4 +83,4 @@ def test_the_schedule_is_the_runs_own_beside_an_optimizer_of_the_json(
     check(run_gkd(["train", config, "data.heldout=null"]))
     records = read_metrics(tmp_path / "json")
     assert [record["lr"] for record in records] == pytest.approx([0.5e-3, 1e-3, 0.5e-3]), "of the step itself"
-    assert all(0 < record["divergence/jsd"] < math.log(2) for record in records)
+    assert all(0 < record["objective/jsd/loss"] < math.log(2) for record in records)

@@ -62,11 +62,14 @@ def whole(student: Tensor, teacher: Tensor, spec: Divergence, alive: Tensor | No
 
 
 def close(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], kind: str, tolerance: float = 1e-5) -> None:
-    """A KL's value has an absolute error, which a reverse KL's gradient shares; `tolerance` is that of gradients."""
+    """A KL's value has an absolute error, which a reverse KL's gradient shares; `tolerance` is that of gradients.
+
+    Where there is one column the gradient is 0 and what is left of it rounding: far below anything that is added to it.
+    """
     torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=3e-6 if kind in KLS else 1e-7, equal_nan=True)
     assert got[1].isnan().equal(want[1].isnan())
     error = (got[1].double() - want[1].double()).nan_to_num().norm()
-    assert error <= tolerance * want[1].double().nan_to_num().norm() + (5e-7 if kind == "reverse_kl" else 0.0)
+    assert error <= tolerance * want[1].double().nan_to_num().norm() + (5e-7 if kind == "reverse_kl" else 1e-15)
 
 
 @settings(max_examples=150, deadline=None)

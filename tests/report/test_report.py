@@ -365,7 +365,7 @@ def test_headings_tables_and_names(run_folder: Path) -> None:
 
 
 def test_the_files_of_the_page_are_packaged() -> None:
-    project = tomllib.loads((REPORT_FOLDER.parents[2] / "pyproject.toml").read_text())
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     patterns = project["tool"]["setuptools"]["package-data"]["gkd.report"]
     packaged = {path.name for pattern in patterns for path in REPORT_FOLDER.glob(pattern)}
     assert packaged == {path.name for path in REPORT_FOLDER.iterdir() if path.is_file() and path.suffix != ".py"}

@@ -150,7 +150,7 @@ def test_servers_that_disagree_are_both_named(make_server: MakeServer, field: st
         ((200, {}, b"[" * 100_000), "is no gkd teacher"),
         (description(dtype="int4"), "is no gkd teacher"),
         (description(hidden_size=-1), "is no gkd teacher"),
-        (description(protocol=2), "version 2 of the protocol"),
+        (description(protocol=PROTOCOL_VERSION + 1), f"version {PROTOCOL_VERSION + 1} of the protocol"),
         (description(dtype="bfloat16"), "teacher.dtype: float32, but .* serves bfloat16"),
         ((401, {}, b"{}"), "teacher.token_file: .* asks for its token"),
     ],

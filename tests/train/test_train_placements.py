@@ -21,6 +21,7 @@ from gkd.errors import ConfigError
 from gkd.models import model_fingerprint, read_config
 from gkd.models.head_bytes import head_to_bytes
 from gkd.rollout import placements as sampler_placements
+from gkd.serving import sampler_protocol, teacher_protocol
 from gkd.serving.sampler_protocol import architecture_digest
 from gkd.teacher import placements as teacher_placements
 from gkd.train.placements import ask_placements
@@ -76,7 +77,8 @@ def test_a_served_teacher_is_asked_once(start: Start, tiny_student: Path) -> Non
     rows = read_config(str(tiny_student)).get_text_config().vocab_size
     head = head_to_bytes(OutputHead(torch.zeros(rows, HIDDEN)))
     served = {
-        "protocol": 1, "model": "m", "fingerprint": model_fingerprint(tiny_student), "dtype": "float32",
+        "protocol": teacher_protocol.PROTOCOL_VERSION, "model": "m",
+        "fingerprint": model_fingerprint(tiny_student), "dtype": "float32",
         "hidden_size": HIDDEN, "vocabulary_rows": rows, "max_tokens": 64,
         "head_sha256": hashlib.sha256(head).hexdigest(),
     }  # fmt: skip
@@ -110,7 +112,8 @@ def test_a_top_k_teacher_is_asked_once(start: Start, tiny_student: Path) -> None
 def test_a_served_sampler_is_asked_once(start: Start, tiny_student: Path) -> None:
     config = read_config(str(tiny_student))
     served = {
-        "protocol": 1, "model": "m", "architecture": architecture_digest(config), "dtype": "float32",
+        "protocol": sampler_protocol.PROTOCOL_VERSION, "model": "m",
+        "architecture": architecture_digest(config), "dtype": "float32",
         "vocabulary_rows": 20, "max_tokens": 176, "weight_transfer": "gloo", "weights_folder": None, "process": "p",
     }  # fmt: skip
     server = start({"/sampler": served})
