@@ -42,7 +42,7 @@ LABEL_LOGPROB = "label_logprob"  # a by-product: log Q(label) at temperature 1, 
 TOPK_MEASURES = ("student_entropy", "top1_agreement", "topk_forward_kl", "topk_reverse_kl")
 """From a top k: the first two are of the student's whole distribution, the last two of K tokens and one bucket."""
 
-_SHARED_BYTES = 4 << 20  # on a CPU, of the gradient that several calls for the same rows add up in
+_SHARED_BYTES = 2 << 20  # on a CPU, of the gradient that several calls for the same rows add up in
 _SHARED_BYTES_ELSEWHERE = 128 << 20
 
 
