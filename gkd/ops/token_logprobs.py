@@ -56,7 +56,7 @@ def _logit_chunks(
     hidden: Tensor, head: OutputHead, compute_dtype: torch.dtype | None, chunk_bytes: int | None
 ) -> Iterator[tuple[slice, Tensor]]:
     """(rows, their logits [n, V]) of all rows in turn, in the same memory; without a row one empty chunk."""
-    side = Head("student", hidden, head.weight, head.bias, head.softcap, head.logit_scale)
+    side = Head.of("student", hidden, head)
     side.check()
     dtype = torch.float64 if compute_dtype == torch.float64 else working_dtype(hidden, head.weight)
     vocabulary = head.weight.shape[0]

@@ -35,12 +35,11 @@ def teacher_requests(
     mixture: MixtureConfig, seed: int, steps: Iterable[tuple[int, Sequence[PromptDraw]]]
 ) -> list[SampleRequest]:
     """Every teacher completion that a run over `steps` (step, draws) will ask for, each once."""
-    requests = {
-        teacher_request(seed, draw): None
-        for step, draws in steps
-        for draw in draws
-        if draw_source(mixture.at(step), seed, step, draw) == "teacher"
-    }
+    requests: dict[SampleRequest, None] = {}
+    for step, draws in steps:
+        shares = mixture.at(step)
+        drawn = (draw for draw in draws if draw_source(shares, seed, step, draw) == "teacher")
+        requests |= {teacher_request(seed, draw): None for draw in drawn}
     return list(requests)
 
 
