@@ -18,6 +18,7 @@ from gkd.engines.vllm import (
     importing_vllm,
     probed_logprobs,
     refresh_tied_head,
+    spare_process_groups,
     vllm_failures,
     vllm_probe,
     vllm_request,
@@ -87,13 +88,15 @@ def start_llm(spec: SamplerSpec, **further: Any) -> Any:
         kv_cache_gib=spec.kv_cache_gib,
     )
     with vllm_failures(spec.model_folder):
-        return LLM(
+        llm = LLM(
             max_num_seqs=spec.max_num_seqs,
             enforce_eager=spec.enforce_eager,
             seed=spec.seed & 0x7FFFFFFF,  # vLLM's own seed is 32 bits; each request brings a full one
             **arguments,
             **further,
         )
+    spare_process_groups(llm.llm_engine)
+    return llm
 
 
 def _lora_rank(lora: LoraConfig) -> int:

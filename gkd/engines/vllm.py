@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -87,6 +88,16 @@ def without_dynamo_on_cpu() -> AbstractContextManager[None]:
     import torch
 
     return nullcontext() if torch.cuda.is_available() else torch.compiler.set_stance("force_eager")
+
+
+def spare_process_groups(engine: Any) -> None:
+    """`engine`, vLLM's LLMEngine, frees what is its own when it is collected, and leaves the process's groups alone.
+
+    vLLM 0.32 ends them all then, whenever Python gets to it: the trainer's, and those of an engine started since.
+    """
+    client = engine.engine_core
+    client._finalizer.detach()
+    weakref.finalize(client, client.engine_core.model_executor.shutdown)
 
 
 # ---- its requests and outputs

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,18 @@ def test_a_head_under_a_config_that_ties_it(tmp_path: Path) -> None:
     ]
     expected, found = (sampler.probe(range(3, 60))[0] for sampler in samplers)
     assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.vllm
+def test_a_collected_engine_leaves_the_process_groups_to_others(vllm_sampler: Sampler, tiny_student: Path) -> None:
+    """vLLM alone ends them all, the trainer's too."""
+    expected = vllm_sampler.generate(REQUESTS, SETTINGS)
+    other = start_sampler(SamplerSpec("vllm", str(tiny_student), "float32", max_model_tokens=256, pad_token_id=0))
+    gone = weakref.ref(other._llm.llm_engine.engine_core)  # pyright: ignore[reportAttributeAccessIssue]
+    other.close()
+    gc.collect()
+    assert gone() is None and torch.distributed.is_initialized()
+    assert vllm_sampler.generate(REQUESTS, SETTINGS) == expected
 
 
 @pytest.mark.gpu
