@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gkd.config import Launch, describe_keys, load_config, make_config
+from gkd.config import Launch, MixtureConfig, describe_keys, load_config, make_config
 from gkd.errors import ConfigError
 
 REPOSITORY = Path(__file__).parent.parent
@@ -67,6 +67,10 @@ def test_a_config_is_frozen() -> None:
         (
             {"mixture": {"student": {"from": 1.0, "to": 0.5, "steps": 10}}},
             r"mixture\.student \+ teacher \+ dataset is 0\.95 at step 1, must be 1; set student to 1",
+        ),
+        (
+            {"mixture": {"student": {"from": 1.0, "to": 0.5, "steps": 10**9}}},
+            r"mixture: ramps that do not run together .* these last 1000000000; give",
         ),
         ({"plugins": ["no_such_module"]}, r"plugins\.0: no module 'no_such_module' is installed"),
         ({"plugins": ["../x"]}, r"plugins\.0: '\.\./x' is no name of a module"),
@@ -203,6 +207,25 @@ def test_the_key_on_is_text(tmp_path: Path) -> None:
     config = load_config(path, ["objective.chunk_mib=8"])
     assert [term.on for term in config.objective.terms] == [["student"], ["dataset"]]
     assert config.log.tensorboard is True and config.objective.chunk_mib == 8
+
+
+def ramp(start_value: float, end_value: float, steps: int, **others: object) -> dict[str, object]:
+    return {"from": start_value, "to": end_value, "steps": steps, **others}
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(
+    "fractions",
+    [
+        {"student": ramp(1.0, 0.25, 10**9, shape="cosine"), "teacher": ramp(0.0, 0.75, 10**9, shape="cosine")},
+        {"student": ramp(1.0, 0.0, 10), "teacher": ramp(0.0, 0.5, 5), "dataset": ramp(0.0, 0.5, 5, start=5)},
+        {"student": ramp(0.0, 1.0, 1, start=10**9), "teacher": ramp(1.0, 0.0, 1, start=10**9)},
+    ],
+)
+def test_fractions_add_up_however_long_their_ramps_are(fractions: dict[str, object]) -> None:
+    made = MixtureConfig.model_validate(fractions)
+    for step in (0, 3, 5, 7, 10, 10**8, 10**9 + 1):
+        assert sum(made.at(step).values()) == pytest.approx(1.0)
 
 
 def test_every_key_is_described() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -11,6 +12,7 @@ from gkd.schedules import FractionSchedule, Ramp, largest, value_at
 from gkd.schema import Section
 
 _TOLERANCE = 1e-6
+_MOST_STEPS = 100_000  # a fraction of a second
 
 
 class MixtureConfig(Section):
@@ -53,7 +55,18 @@ class MixtureConfig(Section):
         """Whether it gets anything at some step."""
         return largest(self.shares.get(source, 0.0)) > 0
 
-    def _steps_to_check(self) -> range:
-        """Every step until the last ramp has ended."""
+    def _steps_to_check(self) -> Iterable[int]:
+        """Where ramps that run together cancel, their corners; else every step from the first ramp's start on."""
         ramps = [share for share in self.shares.values() if isinstance(share, Ramp)]
-        return range(max((ramp.last_step for ramp in ramps), default=0) + 1)
+        changes: dict[tuple[int, int, str], float] = defaultdict(float)
+        for ramp in ramps:
+            changes[ramp.start, ramp.steps, ramp.shape] += ramp.to - ramp.from_
+        if all(abs(change) <= _TOLERANCE for change in changes.values()):
+            return [0, *sorted(corner for ramp in ramps for corner in (ramp.start, ramp.last_step))]
+        first, last = min(ramp.start for ramp in ramps), max(ramp.last_step for ramp in ramps)
+        if last - first > _MOST_STEPS:
+            raise ValueError(
+                f": ramps that do not run together are checked step by step, over at most {_MOST_STEPS} steps, and "
+                f"these last {last - first}; give them the same start, steps and shape"
+            )
+        return [0, *range(first, last + 1)]
