@@ -6,7 +6,7 @@ Every error is a `ConfigError` whose message starts with the path of the key.
 
 from gkd.config.files import describe_keys, load_config, make_config
 from gkd.config.mixture import MixtureConfig
-from gkd.config.objective import ObjectiveConfig
+from gkd.config.objective import ObjectiveConfig, ObjectiveSection, default_objective
 from gkd.config.process import Launch, cache_folder
 from gkd.config.sections import (
     DROPPABLE,
@@ -14,6 +14,7 @@ from gkd.config.sections import (
     PROBE_TOKENS,
     Config,
     DataConfig,
+    DeepSpeedConfig,
     Dtype,
     LoraConfig,
     OptimConfig,
@@ -27,15 +28,18 @@ __all__ = [
     "PROBE_TOKENS",
     "Config",
     "DataConfig",
+    "DeepSpeedConfig",
     "Dtype",
     "Launch",
     "LoraConfig",
     "MixtureConfig",
     "ObjectiveConfig",
+    "ObjectiveSection",
     "OptimConfig",
     "RolloutConfig",
     "TeacherConfig",
     "cache_folder",
+    "default_objective",
     "describe_keys",
     "load_config",
     "make_config",

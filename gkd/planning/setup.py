@@ -12,6 +12,7 @@ from gkd.planning.devices import Device
 from gkd.planning.models import DTYPE_BYTES, Architecture
 from gkd.schedules import largest
 from gkd.train.deepspeed_config import deepspeed_config
+from gkd.train.settings import TrainingSettings
 
 Placement = Literal["local", "sharded", "served"]
 
@@ -148,7 +149,7 @@ def make_setup(
     if devices < 1:
         raise ConfigError(f"--gpus: {devices} must be at least 1")
     config.check_world_size(devices)
-    settings = deepspeed_config(config, devices)
+    settings = deepspeed_config(TrainingSettings.of(config), devices)
     zero = settings["zero_optimization"]
     offload = [_offloads(zero, name) for name in ("offload_optimizer", "offload_param")]
     if any(offload) and zero["stage"] == 0:

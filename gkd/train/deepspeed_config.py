@@ -5,32 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gkd.config import Config
 from gkd.errors import ConfigError
 from gkd.files import read_json_object
+from gkd.train.settings import TrainingSettings
 
 
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+def deepspeed_config(training: TrainingSettings, world_size: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
-    A value the user's JSON sets stays; "auto" and what is absent are filled from the run's config. Raises
+    A value the user's JSON sets stays; "auto" and what is absent are filled from `training`. Raises
     ConfigError for a JSON that cannot be read, or that contradicts the batch size of `optim`.
     """
-    path = config.deepspeed.config
+    path = training.deepspeed.config
     user = {} if path is None else read_json_object(Path(path), ConfigError, "deepspeed.config")
     # packed, DeepSpeed only hears of single sequences: how many forwards a step takes is said to it at each
-    micro_batch_size = config.optim.micro_batch_size if config.optim.micro_batch_tokens is None else 1
-    accumulation = config.optim.batch_size // (micro_batch_size * world_size)
+    micro_batch_size = training.optim.micro_batch_size if training.optim.micro_batch_tokens is None else 1
+    accumulation = training.optim.batch_size // (micro_batch_size * world_size)
     defaults: dict[str, Any] = {
-        "train_batch_size": config.optim.batch_size,
+        "train_batch_size": training.optim.batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optim.max_grad_norm,
-        "zero_optimization": {"stage": config.deepspeed.zero_stage},
+        "gradient_clipping": training.optim.max_grad_norm,
+        "zero_optimization": {"stage": training.deepspeed.zero_stage},
         "zero_allow_untested_optimizer": True,  # torch's AdamW needs no compiler, unlike DeepSpeed's own
         "steps_per_print": 10**9,  # the run has its own progress
     }
-    filled = _fill(user, {**defaults, **_values_for_auto(config)}, path="")
+    filled = _fill(user, {**defaults, **_values_for_auto(training)}, path="")
     for key, value in defaults.items():
         filled.setdefault(key, value)
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
@@ -39,13 +39,13 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
                 f"deepspeed.config: {key} is {filled[key]}, but optim.batch_size and optim.micro_batch_size on "
                 f'{world_size} ranks make it {defaults[key]}; set it to "auto"'
             )
-    if not _sets_precision(filled) and config.student.dtype != "float32":
-        if config.student.dtype == "float16" and filled["zero_optimization"]["stage"]:
+    if not _sets_precision(filled) and training.dtype != "float32":
+        if training.dtype == "float16" and filled["zero_optimization"]["stage"]:
             # not autocast, with which DeepSpeed 0.19 clips a sharded gradient by the norm of the still scaled one
             filled["fp16"] = {"enabled": True}
         else:
             # float32 master weights under autocast: the update is exact whatever the ZeRO stage
-            filled["torch_autocast"] = {"enabled": True, "dtype": config.student.dtype}
+            filled["torch_autocast"] = {"enabled": True, "dtype": training.dtype}
     return filled
 
 
@@ -56,40 +56,40 @@ def scales_loss(settings: dict[str, Any]) -> bool:
     return bool(settings.get("fp16", {}).get("enabled") or (autocast.get("enabled") and is_float16))
 
 
-def check_precision(config: Config, world_size: int) -> None:
+def check_precision(training: TrainingSettings, world_size: int) -> None:
     """Raises ConfigError where DeepSpeed would refuse the precision with a traceback, after minutes of loading."""
-    if not deepspeed_config(config, world_size).get("fp16", {}).get("enabled"):
+    if not deepspeed_config(training, world_size).get("fp16", {}).get("enabled"):
         return
     from deepspeed.accelerator import get_accelerator
 
     accelerator: Any = get_accelerator()
     if not accelerator.is_fp16_supported():
-        key = "student.dtype" if config.student.dtype == "float16" else "deepspeed.config: fp16.enabled"
+        key = "student.dtype" if training.dtype == "float16" else "deepspeed.config: fp16.enabled"
         raise ConfigError(
             f"{key}: DeepSpeed trains no float16 on this processor, which has no instructions for it; "
             "set student.dtype to bfloat16 or float32"
         )
 
 
-def _values_for_auto(config: Config) -> dict[str, Any]:
+def _values_for_auto(training: TrainingSettings) -> dict[str, Any]:
     """Values for "auto" entries that are not added where the user's JSON has none."""
     adamw = {
-        "lr": config.optim.lr,
-        "betas": list(config.optim.betas),
-        "eps": config.optim.eps,
-        "weight_decay": config.optim.weight_decay,
+        "lr": training.optim.lr,
+        "betas": list(training.optim.betas),
+        "eps": training.optim.eps,
+        "weight_decay": training.optim.weight_decay,
     }
     return {
-        "bf16": {"enabled": config.student.dtype == "bfloat16"},
-        "fp16": {"enabled": config.student.dtype == "float16"},
-        "torch_autocast": {"enabled": config.student.dtype != "float32", "dtype": config.student.dtype},
+        "bf16": {"enabled": training.dtype == "bfloat16"},
+        "fp16": {"enabled": training.dtype == "float16"},
+        "torch_autocast": {"enabled": training.dtype != "float32", "dtype": training.dtype},
         "optimizer": {"params": adamw},
         "scheduler": {
             "params": {
-                "warmup_num_steps": config.optim.warmup_steps,
+                "warmup_num_steps": training.optim.warmup_steps,
                 "warmup_min_lr": 0.0,
-                "warmup_max_lr": config.optim.lr,
-                "total_num_steps": config.run.steps,
+                "warmup_max_lr": training.optim.lr,
+                "total_num_steps": training.steps,
             }
         },
     }

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from gkd.config import Config, Launch
+from gkd.config import Launch
 from gkd.models.lora import LeavingWeight, adapter_weights, whole_weights
 from gkd.objectives.objective import Objective
 from gkd.schedules import MetricMemory
@@ -25,6 +25,7 @@ from gkd.train.guards import FiniteGuard
 from gkd.train.module import ObjectiveSums, StudentModule, token_measures
 from gkd.train.optimizer import make_optimizer, make_schedule
 from gkd.train.run_folder import write_json
+from gkd.train.settings import TrainingSettings
 from gkd.train.step_sums import StepSums
 from gkd.types import TokenBatch, WeightStream
 
@@ -36,27 +37,35 @@ class StudentEngine:
     """Owns the DeepSpeed engine. Every method is collective: all ranks call it, with as many micro-batches each."""
 
     def __init__(
-        self, model: Any, config: Config, launch: Launch, *, valid_vocab: int, phase: Phase = lambda name: nullcontext()
+        self,
+        model: Any,
+        training: TrainingSettings,
+        launch: Launch,
+        *,
+        valid_vocab: int,
+        sampler_applies_adapter: bool = False,
+        phase: Phase = lambda name: nullcontext(),
     ) -> None:
         import deepspeed
 
-        self._config = config
+        self._objective = training.objective
+        self._sampler_applies_adapter = sampler_applies_adapter
         self._device = compute_device(launch)
         self._world_size, self._is_main = launch.world_size, launch.is_main
         self._phase = phase
-        settings = deepspeed_config(config, launch.world_size)
-        if config.student.gradient_checkpointing:
+        settings = deepspeed_config(training, launch.world_size)
+        if training.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self._whole = whole_weights(model)
         self._adapter = adapter_weights(model)
         # what is frozen is in the student's own folder, and in no checkpoint
         self._is_partly_frozen = not all(parameter.requires_grad for parameter in model.parameters())
-        self._memory = MetricMemory(config.objective.metric_rules)
-        module = StudentModule(model, valid_vocab, getattr(torch, config.student.dtype))
-        optimizer = None if "optimizer" in settings else make_optimizer(module, config.optim)
+        self._memory = MetricMemory(training.objective.metric_rules)
+        module = StudentModule(model, valid_vocab, getattr(torch, training.dtype))
+        optimizer = None if "optimizer" in settings else make_optimizer(module, training.optim)
         schedule: Any = None  # a function, as it may be DeepSpeed that makes the optimizer
         if "scheduler" not in settings:
-            schedule = partial(make_schedule, config=config.optim, steps=config.run.steps)
+            schedule = partial(make_schedule, config=training.optim, steps=training.steps)
         self._engine: Any = deepspeed.initialize(
             model=module,
             model_parameters=[p for p in module.parameters() if p.requires_grad],  # pyright: ignore
@@ -78,7 +87,7 @@ class StudentEngine:
         gradient is not finite.
         """
         torch.manual_seed(step)  # dropout, if the student has any: the same after a resume
-        objective = self._config.objective.at(step, self._memory)
+        objective = self._objective.at(step, self._memory)
         counts = torch.tensor([self._denominator(micro_batches), sum(b.scored_tokens for b in micro_batches)])
         denominator, scored_tokens = sum_over_ranks(counts.double().to(self._device)).tolist()
         self._engine.train()
@@ -111,12 +120,12 @@ class StudentEngine:
 
     def _denominator(self, micro_batches: Sequence[TokenBatch]) -> int:
         """This rank's part of what the loss is divided by."""
-        if self._config.objective.reduction == "token_mean":
+        if self._objective.reduction == "token_mean":
             return sum(batch.scored_tokens for batch in micro_batches)
         return sum(length > 0 for batch in micro_batches for length in batch.completion_lengths)
 
     def _term_weights(self, step: int) -> dict[str, float]:
-        return {term.label: self._memory.value(term.weight, step) for term in self._config.objective.terms}
+        return {term.label: self._memory.value(term.weight, step) for term in self._objective.terms}
 
     def _forward_backward(self, micro_batch: TokenBatch, objective: Objective, denominator: float) -> ObjectiveSums:
         sums: ObjectiveSums = self._engine(micro_batch.to(self._device), objective)
@@ -165,8 +174,7 @@ class StudentEngine:
 
     def weights(self) -> WeightStream:
         """What the sampler is given: every weight, or the adapter alone where it applies one itself."""
-        applies_adapter = self._config.sampler_lora(self._device.type) is not None
-        return self.adapter_weights() if applies_adapter else self.whole_weights()
+        return self.adapter_weights() if self._sampler_applies_adapter else self.whole_weights()
 
     def whole_weights(self) -> WeightStream:
         """Every weight of the student, adapters merged; Hugging Face names."""

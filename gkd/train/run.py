@@ -21,6 +21,7 @@ from gkd.train.loop import Metrics, train_loop
 from gkd.train.placements import Placements
 from gkd.train.result import export, summarise
 from gkd.train.run_folder import check_inputs
+from gkd.train.settings import TrainingSettings
 from gkd.train.snapshots import read_snapshot
 from gkd.types import Rollout
 
@@ -40,7 +41,7 @@ class Run:
         """Finds checkpoint and models and reads the data; loads no weights. Raises InputError. Collective."""
         self.config, self.launch, self.folder, self.placements = config, launch, folder, placements
         distributed.initialize(launch)
-        parts.check_precision(config, launch.world_size)
+        parts.check_precision(TrainingSettings.of(config), launch.world_size)
         self.start_step = parts.resume_step(config, folder, launch, _log.warning) if resume else 0
         self.models = parts.locate_models(config, folder, launch, placements)
         self.prompts = parts.load_data(config, self.models)

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from gkd.config import Launch, make_config
+from gkd.config import Launch
 from gkd.data import pack
 from gkd.models import load_causal_lm, use_packed_attention
 from gkd.teacher.local import LocalTeacher
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
+from gkd.train.settings import TrainingSettings
 from gkd.types import Prompt, PromptDraw, Rollout
 
 BATCH = 8
@@ -66,13 +67,8 @@ def run_split(
     sgd.write_text(json.dumps({"optimizer": {"type": "SGD", "params": {"lr": LR}}}))
     packed = isinstance(split, str)
     size = {"micro_batch_tokens": int(split.split()[0])} if packed else {"micro_batch_size": split}
-    config = make_config(
+    training = TrainingSettings.model_validate(
         {
-            "teacher": {"model": "t"},
-            "student": {"model": "s", "dtype": "float32"},
-            "data": {"train": "d", "max_prompt_tokens": 20},
-            "rollout": {"max_new_tokens": 30},
-            "mixture": {"student": 0.5, "dataset": 0.5},
             "objective": objective,
             "optim": {"batch_size": BATCH, "max_grad_norm": 0.0, **size},
             "deepspeed": {"config": str(sgd), "zero_stage": stage},
@@ -82,18 +78,18 @@ def run_split(
     rollouts = with_sampler_logprobs(ragged_rollouts(), student)
     if packed:
         use_packed_attention(student, "optim.micro_batch_tokens")
-    engine = StudentEngine(student, config, launch, valid_vocab=259)
+    engine = StudentEngine(student, training, launch, valid_vocab=259)
     old = {name: tensor.clone() for name, tensor in engine.whole_weights()}
     mine = rollouts[launch.rank :: launch.world_size]
     scores = teacher.score(mine)
     batches = pack(
         mine,
         scores,
-        micro_batch_size=config.optim.micro_batch_size,
-        micro_batch_tokens=config.optim.micro_batch_tokens,
+        micro_batch_size=training.optim.micro_batch_size,
+        micro_batch_tokens=training.optim.micro_batch_tokens,
         agree_on_largest=distributed.largest_count,
         pad_token_id=0,
-        reduction=config.objective.reduction,
+        reduction=training.objective.reduction,
     )
     stats = engine.step(batches, step=0)
     gradients = {name: (old[name] - tensor) / LR for name, tensor in engine.whole_weights()}

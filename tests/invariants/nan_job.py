@@ -10,13 +10,14 @@ import sys
 import torch
 from gradient_job import ragged_rollouts
 
-from gkd.config import Launch, make_config
+from gkd.config import Launch
 from gkd.data import pack
 from gkd.errors import NonFiniteError
 from gkd.models import load_causal_lm
 from gkd.teacher.local import LocalTeacher
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
+from gkd.train.settings import TrainingSettings
 from gkd.types import HiddenScores
 
 
@@ -31,16 +32,10 @@ def main() -> None:
 
 def step_on_nan(folder: str, stage: int, launch: Launch) -> None:
     name = f"ZeRO {stage}, rank {launch.rank}"
-    config = make_config(
-        {
-            "teacher": {"model": "t"},
-            "student": {"model": "s", "dtype": "float32"},
-            "data": {"train": "d"},
-            "optim": {"batch_size": 8, "micro_batch_size": 2},
-            "deepspeed": {"zero_stage": stage},
-        }
+    training = TrainingSettings.model_validate(
+        {"optim": {"batch_size": 8, "micro_batch_size": 2}, "deepspeed": {"zero_stage": stage}}
     )
-    engine = StudentEngine(load_causal_lm(folder, "float32"), config, launch, valid_vocab=259)
+    engine = StudentEngine(load_causal_lm(folder, "float32"), training, launch, valid_vocab=259)
     old = {name: tensor.clone() for name, tensor in engine.whole_weights()}
     teacher = LocalTeacher(
         load_causal_lm(folder, "float32"), device=torch.device("cpu"), micro_batch_size=4, pad_token_id=0

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gkd.config import Launch, make_config
+from gkd.config import Launch, MixtureConfig
 from gkd.data import pack
 from gkd.engines.sampling import SamplerSpec
 from gkd.models import load_causal_lm
@@ -23,22 +23,17 @@ from gkd.rollout.sync import SyncedSampler, probe_prompt
 from gkd.teacher.local import LocalTeacher
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
+from gkd.train.settings import TrainingSettings
 from gkd.types import HiddenScores, Prompt, PromptDraw, SamplingSettings, first_rows
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha")
 
 
 def engine_for(folder: str, kind: str) -> StudentEngine:
-    config = make_config(
-        {
-            "teacher": {"model": "t"},
-            "student": {"model": "s", "dtype": "float32"},
-            "data": {"train": "d"},
-            "objective": {"kind": kind},
-            "optim": {"batch_size": 6, "micro_batch_size": 3, "lr": 1e-9},
-        }
+    training = TrainingSettings.model_validate(
+        {"objective": {"kind": kind}, "optim": {"batch_size": 6, "micro_batch_size": 3, "lr": 1e-9}}
     )
-    return StudentEngine(load_causal_lm(folder, "float32"), config, Launch(), valid_vocab=259)
+    return StudentEngine(load_causal_lm(folder, "float32"), training, Launch(), valid_vocab=259)
 
 
 def main() -> None:
@@ -54,7 +49,7 @@ def main() -> None:
     sampler.load_weights(student.weights(), version=0)
     rollouts = MixtureRollouts(
         sampler,
-        mixture=make_config({"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "d"}}).mixture,
+        mixture=MixtureConfig.model_validate({}),
         settings=lambda step: SamplingSettings(20, stop_token_ids=(2,)),
         seed=0,
         teacher_completion=lambda request: sys.exit("no teacher completion was asked for"),

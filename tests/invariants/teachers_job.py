@@ -18,13 +18,14 @@ import torch
 from gradient_job import LR, ragged_rollouts
 from safetensors.torch import save_file
 
-from gkd.config import Launch, make_config
+from gkd.config import Launch
 from gkd.data import pack
 from gkd.models import head_logits, load_causal_lm, use_packed_attention
 from gkd.teacher.local import LocalTeacher
 from gkd.teacher.routed import RoutedTeacher
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
+from gkd.train.settings import TrainingSettings
 from gkd.types import HiddenScores, Rollout, TeacherScores, TopkScores
 
 NAMES = ("narrow", "wide", "topk")
@@ -67,12 +68,8 @@ def run_split(
     sgd.write_text(json.dumps({"optimizer": {"type": "SGD", "params": {"lr": LR}}}))
     size = {"micro_batch_size": split} if isinstance(split, int) else {"micro_batch_tokens": int(split.split()[0])}
     rollouts = routed_rollouts()
-    config = make_config(
+    training = TrainingSettings.model_validate(
         {
-            "teacher": {"model": "t"},
-            "student": {"model": "s", "dtype": "float32"},
-            "data": {"train": "d", "max_prompt_tokens": 20},
-            "rollout": {"max_new_tokens": 30},
             "objective": {"kind": "jsd"},
             "optim": {"batch_size": len(rollouts), "max_grad_norm": 0.0, **size},
             "deepspeed": {"config": str(sgd), "zero_stage": stage},
@@ -81,14 +78,14 @@ def run_split(
     student = load_causal_lm(student_folder, "float32")
     if isinstance(split, str):
         use_packed_attention(student, "optim.micro_batch_tokens")
-    engine = StudentEngine(student, config, launch, valid_vocab=259)
+    engine = StudentEngine(student, training, launch, valid_vocab=259)
     old = {name: tensor.clone() for name, tensor in engine.whole_weights()}
     mine = rollouts[launch.rank :: launch.world_size]
     batches = pack(
         mine,
         teacher.score(mine),
-        micro_batch_size=config.optim.micro_batch_size,
-        micro_batch_tokens=config.optim.micro_batch_tokens,
+        micro_batch_size=training.optim.micro_batch_size,
+        micro_batch_tokens=training.optim.micro_batch_tokens,
         agree_on_largest=distributed.largest_count,
         pad_token_id=0,
         reduction="token_mean",

@@ -13,13 +13,14 @@ import torch
 from gradient_job import ragged_rollouts
 from scores import whole
 
-from gkd.config import Launch, make_config
+from gkd.config import Launch
 from gkd.data import pack
 from gkd.models import backbone_of, load_causal_lm
 from gkd.teacher.local import LocalTeacher
 from gkd.teacher.sharded import sharded
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
+from gkd.train.settings import TrainingSettings
 from gkd.types import TeacherScores
 
 
@@ -44,16 +45,10 @@ def main() -> None:
     mine = ragged_rollouts()[: 7 if launch.rank == 0 else 1]
     differences = [largest_difference(teacher.score(mine), undivided.score(mine)) for _ in range(2)]
 
-    config = make_config(
-        {
-            "teacher": {"model": "t"},
-            "student": {"model": "s", "dtype": "float32"},
-            "data": {"train": "d"},
-            "optim": {"batch_size": 2, "micro_batch_size": 1},
-            "deepspeed": {"zero_stage": 3},
-        }
+    training = TrainingSettings.model_validate(
+        {"optim": {"batch_size": 2, "micro_batch_size": 1}, "deepspeed": {"zero_stage": 3}}
     )
-    student = StudentEngine(load_causal_lm(student_folder, "float32"), config, launch, valid_vocab=259)
+    student = StudentEngine(load_causal_lm(student_folder, "float32"), training, launch, valid_vocab=259)
     for step in range(2):  # a sharded student beside it, in turn
         scores = teacher.score(mine[:1])
         student.step(pack(mine[:1], scores, micro_batch_size=1, pad_token_id=0, reduction="token_mean"), step)

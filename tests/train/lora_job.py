@@ -18,7 +18,7 @@ import torch
 from gradient_job import BATCH, LR, ragged_rollouts
 from safetensors.torch import save_file
 
-from gkd.config import Launch, make_config
+from gkd.config import Launch, LoraConfig
 from gkd.data import pack
 from gkd.models import (
     adapter_parameters,
@@ -32,6 +32,7 @@ from gkd.ops.matmul import HeadProduct
 from gkd.teacher.local import LocalTeacher
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
+from gkd.train.settings import TrainingSettings
 
 LORA = {"rank": 4, "alpha": 12.0}
 SCALE = 3.0
@@ -41,12 +42,12 @@ def no_head_gradient(*_: Any) -> None:
     raise AssertionError("the gradient of a frozen head was computed")
 
 
-def lora_student(folder: str, dtype: str, config: Any) -> Any:
+def lora_student(folder: str, dtype: str, training: TrainingSettings) -> Any:
     """With adapters that are no longer fresh: B is not zero."""
     model = load_causal_lm(folder, dtype)
-    if config.optim.micro_batch_tokens is not None:
+    if training.optim.micro_batch_tokens is not None:
         use_packed_attention(model, "optim.micro_batch_tokens")
-    inject_lora(model, config.student.lora, seed=7)
+    inject_lora(model, LoraConfig.model_validate(LORA), seed=7)
     use_float32_adapters(model)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in adapter_parameters(model).items():
@@ -63,26 +64,24 @@ class Job:
     launch: Launch
     teacher: LocalTeacher
 
-    def config(self, split: int | str, stage: int) -> Any:
+    def training(self, split: int | str, stage: int) -> TrainingSettings:
         sgd = self.out.parent / f"sgd{self.launch.rank}.json"
         sgd.write_text(json.dumps({"optimizer": {"type": "SGD", "params": {"lr": LR}}}))
         packed = isinstance(split, str)
         size = {"micro_batch_tokens": int(split.split()[0])} if packed else {"micro_batch_size": split}
-        return make_config(
+        return TrainingSettings.model_validate(
             {
-                "teacher": {"model": "t"},
-                "student": {"model": "s", "dtype": self.dtype, "lora": LORA, "gradient_checkpointing": split == 4},
-                "data": {"train": "d", "max_prompt_tokens": 20},
-                "rollout": {"max_new_tokens": 30},
+                "dtype": self.dtype,
+                "gradient_checkpointing": split == 4,
                 "optim": {"batch_size": BATCH, "max_grad_norm": 0.0, **size},
                 "deepspeed": {"config": str(sgd), "zero_stage": stage},
             }
         )
 
     def run(self, split: int | str, stage: int) -> dict[str, torch.Tensor]:
-        config = self.config(split, stage)
-        model = lora_student(self.model, self.dtype, config)
-        engine = StudentEngine(model, config, self.launch, valid_vocab=259)
+        training = self.training(split, stage)
+        model = lora_student(self.model, self.dtype, training)
+        engine = StudentEngine(model, training, self.launch, valid_vocab=259)
         assert {str(p.dtype) for p in adapter_parameters(model).values()} == {"torch.float32"}
         assert str(output_head(model).weight.dtype) == f"torch.{self.dtype}"
         old = {name: tensor.clone() for name, tensor in engine.adapter_weights()}
@@ -91,8 +90,8 @@ class Job:
         batches = pack(
             mine,
             scores,
-            micro_batch_size=config.optim.micro_batch_size,
-            micro_batch_tokens=config.optim.micro_batch_tokens,
+            micro_batch_size=training.optim.micro_batch_size,
+            micro_batch_tokens=training.optim.micro_batch_tokens,
             agree_on_largest=distributed.largest_count,
             pad_token_id=0,
             reduction="token_mean",

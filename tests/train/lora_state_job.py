@@ -15,28 +15,23 @@ from gradient_job import BATCH, ragged_rollouts
 from lora_job import LORA
 from scores import whole
 
-from gkd.config import Launch, make_config
+from gkd.config import Launch, LoraConfig
 from gkd.data import pack
 from gkd.models import inject_lora, load_causal_lm, use_float32_adapters
 from gkd.teacher.local import LocalTeacher
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
+from gkd.train.settings import TrainingSettings
 
 
 def new_engine(model: str, stage: int, seed: int = 7) -> StudentEngine:
-    config = make_config(
-        {
-            "teacher": {"model": "t"},
-            "student": {"model": "s", "dtype": "float32", "lora": {**LORA, "dropout": 0.1}},
-            "data": {"train": "d"},
-            "optim": {"batch_size": BATCH, "micro_batch_size": 4, "lr": 1e-2},
-            "deepspeed": {"zero_stage": stage},
-        }
+    training = TrainingSettings.model_validate(
+        {"optim": {"batch_size": BATCH, "micro_batch_size": 4, "lr": 1e-2}, "deepspeed": {"zero_stage": stage}}
     )
     student: Any = load_causal_lm(model, "float32")
-    inject_lora(student, config.student.lora, seed=seed)  # pyright: ignore[reportArgumentType]
+    inject_lora(student, LoraConfig.model_validate({**LORA, "dropout": 0.1}), seed=seed)
     use_float32_adapters(student)
-    return StudentEngine(student.train(), config, Launch(), valid_vocab=259)
+    return StudentEngine(student.train(), training, Launch(), valid_vocab=259)
 
 
 def main() -> None:

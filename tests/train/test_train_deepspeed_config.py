@@ -9,16 +9,13 @@ from typing import Any
 import pytest
 from deepspeed.accelerator import get_accelerator
 
-from gkd.config import Config, make_config
 from gkd.errors import ConfigError
 from gkd.train.deepspeed_config import check_precision, deepspeed_config
+from gkd.train.settings import TrainingSettings
 
 
-def config(tmp_path: Path, user: Any = None, **sections: dict[str, Any]) -> Config:
+def training(tmp_path: Path, user: Any = None, **sections: Any) -> TrainingSettings:
     values: dict[str, Any] = {
-        "teacher": {"model": "t"},
-        "student": {"model": "s", "dtype": "float32"},
-        "data": {"train": "d.jsonl"},
         "optim": {"batch_size": 8, "micro_batch_size": 2, "max_grad_norm": 0.5, "lr": 1e-4, "warmup_steps": 3},
         **sections,
     }
@@ -26,18 +23,18 @@ def config(tmp_path: Path, user: Any = None, **sections: dict[str, Any]) -> Conf
         path = tmp_path / "ds.json"
         path.write_text(user if isinstance(user, str) else json.dumps(user))
         values["deepspeed"] = {"config": str(path), "zero_stage": 1}
-    return make_config(values)
+    return TrainingSettings.model_validate(values)
 
 
 def test_defaults(tmp_path: Path) -> None:
-    settings = deepspeed_config(config(tmp_path, deepspeed={"zero_stage": 2}), world_size=2)
+    settings = deepspeed_config(training(tmp_path, deepspeed={"zero_stage": 2}), world_size=2)
     assert settings["train_batch_size"] == 8 and settings["gradient_accumulation_steps"] == 2
     assert settings["zero_optimization"] == {"stage": 2} and settings["gradient_clipping"] == 0.5
     assert "torch_autocast" not in settings, "float32 is float32"
 
 
 def test_half_precision_is_autocast_over_float32_weights(tmp_path: Path) -> None:
-    settings = deepspeed_config(config(tmp_path, student={"model": "s", "dtype": "bfloat16"}), 1)
+    settings = deepspeed_config(training(tmp_path, dtype="bfloat16"), 1)
     assert settings["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
 
 
@@ -50,7 +47,7 @@ def test_float16_where_deepspeed_has_none_is_refused_by_key(
 ) -> None:
     """Under autocast, without ZeRO, DeepSpeed does not mind."""
     dtype = "float16" if user is None else "float32"
-    chosen = config(tmp_path, user, student={"model": "s", "dtype": dtype}, deepspeed={"zero_stage": stage})
+    chosen = training(tmp_path, user, dtype=dtype, deepspeed={"zero_stage": stage})
     for supported in (True, None, False):  # DeepSpeed says None
         monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda supported=supported: supported)
         if supported or key is None:
@@ -68,7 +65,7 @@ def test_what_the_user_sets_stays(tmp_path: Path) -> None:
         "zero_allow_untested_optimizer": False,
         "made_up": {"key": [1, 2]},
     }
-    settings = deepspeed_config(config(tmp_path, user), 1)
+    settings = deepspeed_config(training(tmp_path, user), 1)
     for key, value in user.items():
         assert settings[key] == value
 
@@ -84,7 +81,7 @@ def test_auto_is_filled(tmp_path: Path) -> None:
         "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": 1e-6}},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto", "warmup_max_lr": "auto"}},
     }
-    settings = deepspeed_config(config(tmp_path, user, student={"model": "s", "dtype": "bfloat16"}), 2)
+    settings = deepspeed_config(training(tmp_path, user, dtype="bfloat16"), 2)
     assert (settings["train_batch_size"], settings["train_micro_batch_size_per_gpu"]) == (8, 2)
     assert settings["gradient_accumulation_steps"] == 2 and settings["gradient_clipping"] == 0.5
     assert settings["zero_optimization"]["stage"] == 1
@@ -105,12 +102,12 @@ def test_auto_is_filled(tmp_path: Path) -> None:
 )
 def test_contradictions_name_the_key(tmp_path: Path, user: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        deepspeed_config(config(tmp_path, user), 1)
+        deepspeed_config(training(tmp_path, user), 1)
 
 
 @pytest.mark.parametrize(
     "path", sorted(Path(__file__).parents[2].glob("configs/deepspeed/*.json")), ids=lambda p: p.name
 )
 def test_every_shipped_json_fills(tmp_path: Path, path: Path) -> None:
-    settings = deepspeed_config(config(tmp_path, path.read_text()), 1)
+    settings = deepspeed_config(training(tmp_path, path.read_text()), 1)
     assert "auto" not in json.dumps(settings)

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
-from gkd.config import make_config
 from gkd.models import adapter_parameters
+from gkd.train.settings import TrainingSettings
 
 JOB = Path(__file__).parent / "lora_job.py"
 PYTHONPATH = f"{JOB.parents[1]}:{JOB.parents[1] / 'invariants'}"
@@ -28,8 +28,7 @@ Adapter = dict[str, torch.Tensor]
 
 def start_of(student: Path) -> Adapter:
     """The adapter that the job's students start with, float64."""
-    lora = {"teacher": {"model": "t"}, "student": {"model": "s", "lora": LORA}, "data": {"train": "d"}}
-    model = lora_student(str(student), "float32", make_config(lora))
+    model = lora_student(str(student), "float32", TrainingSettings())
     return {name: parameter.detach().double() for name, parameter in adapter_parameters(model).items()}
 
 

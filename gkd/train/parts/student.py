@@ -22,6 +22,7 @@ from gkd.train.deepspeed_config import deepspeed_config
 from gkd.train.distributed import compute_device, from_main
 from gkd.train.engine import Phase, StudentEngine
 from gkd.train.parts.models import Models, student_revision
+from gkd.train.settings import TrainingSettings
 
 
 def build_student(config: Config, models: Models, launch: Launch, phase: Phase) -> StudentEngine:
@@ -29,7 +30,8 @@ def build_student(config: Config, models: Models, launch: Launch, phase: Phase) 
     lora = config.student.lora
     dtype = "float32" if lora is None else config.student.dtype
     model: Any = load_causal_lm(models.student_path, dtype, revision=student_revision(config), key="student.model")
-    model.to(compute_device(launch))
+    device = compute_device(launch)
+    model.to(device)
     verify_head(model, "student.model")
     if config.optim.micro_batch_tokens is None:
         use_short_attention(model)
@@ -39,11 +41,18 @@ def build_student(config: Config, models: Models, launch: Launch, phase: Phase) 
         inject_lora(model, lora, seed=derive_seed(config.run.seed, "lora"))
         use_float32_adapters(model)
     model.train()
-    return StudentEngine(model, config, launch, valid_vocab=models.valid_vocab, phase=phase)
+    return StudentEngine(
+        model,
+        TrainingSettings.of(config),
+        launch,
+        valid_vocab=models.valid_vocab,
+        sampler_applies_adapter=config.sampler_lora(device.type) is not None,
+        phase=phase,
+    )
 
 
 def checkpoint_layout(config: Config, launch: Launch) -> dict[str, int]:
-    settings = deepspeed_config(config, launch.world_size)
+    settings = deepspeed_config(TrainingSettings.of(config), launch.world_size)
     return {"world_size": launch.world_size, "zero_stage": settings["zero_optimization"]["stage"]}
 
 

@@ -1,0 +1,30 @@
+"""What the student's training is told of a run, and no more."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from gkd.config import Config, DeepSpeedConfig, Dtype, ObjectiveSection, OptimConfig, default_objective
+from gkd.schema import Section
+
+
+class TrainingSettings(Section):
+    """Parts of a run's config, by the names that they have there; `TrainingSettings.model_validate` makes one alone."""
+
+    steps: int = 100
+    dtype: Dtype = "float32"
+    gradient_checkpointing: bool = False
+    objective: ObjectiveSection = default_objective()
+    optim: OptimConfig = OptimConfig()  # pyright: ignore[reportCallIssue]
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()  # pyright: ignore[reportCallIssue]
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        return cls(
+            steps=config.run.steps,
+            dtype=config.student.dtype,
+            gradient_checkpointing=config.student.gradient_checkpointing,
+            objective=config.objective,
+            optim=config.optim,
+            deepspeed=config.deepspeed,
+        )
