@@ -55,6 +55,7 @@ def test_a_config_is_frozen() -> None:
         ({"objective": {"weight": {"from": 1.0, "to": -1.0, "steps": 5}}}, r"objective\.weight: -1 must be at least 0"),
         ({"objective": {"temperature": {"from": 1.0, "steps": 5}}}, r"objective\.temperature\.to: is missing"),
         ({"objective": {"weight": {"from": 0.0, "to": 1.0, "steps": 5, "shape": "cosin"}}}, r"did you mean 'cosine'"),
+        ({"objective": {"kind": "cross_entropy", "beta": 0.5}}, r"objective\.beta: unknown key; it is of another"),
         ({"objective": {"token_weight": {"drfit": {}}}}, r"objective\.token_weight: unknown .* did you mean 'drift'"),
         ({"objective": {"token_weight": {"drift": {"gama": 1.0}}}}, r"token_weight\.drift\.gama: unknown key"),
         ({"objective": {"kind": "jsd", "token_weight": {"adaptive": {}}}}, r"adaptive: is for a forward_kl"),

@@ -212,6 +212,8 @@ def _term_suggestion(location: list[str]) -> str:
     if location[:2] != ["objective", "terms"]:
         return ""
     known = sorted({path.split(".")[-1] for path, _, _ in _term_keys()} | set(ObjectiveConfig.model_fields))
+    if location[-1] in known:
+        return "; it is of another kind of term"
     close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from gkd.chunks import LOSS_CHUNK_BYTES
 from gkd.objectives.terms import TERMS, Term
+from gkd.objectives.token_weights import SequenceWeight
 from gkd.schedules import MetricMemory, MetricRule, Ramp, Schedule, TemperatureSchedule, describe_schedule, largest
 from gkd.schema import Section
 
@@ -70,6 +71,15 @@ class ObjectiveConfig(Section):
         return any(
             term.needs_teacher or any(w.needs_teacher for w in term.token_weight.values()) for term in self.terms
         )
+
+    @property
+    def head_products(self) -> tuple[int, int]:
+        """Products of hidden states with the student's and the teacher's head before a backward pass.
+
+        One a side for all terms, and one more a side that token weights need the log-probabilities of first.
+        """
+        weights = [w for term in self.terms for w in term.token_weight.values() if isinstance(w, SequenceWeight)]
+        return 1 + bool(weights), self.needs_teacher + any(weight.needs_teacher_logprobs for weight in weights)
 
     @property
     def metric_rules(self) -> list[MetricRule]:

@@ -84,7 +84,7 @@ def memory_plan(setup: Setup) -> MemoryPlan:
         resident={**state, **teacher.resident(setup), **always},
         phases={
             "sample": awake,
-            "score": {**teacher.scoring(setup), "teacher hidden states": _teacher_states(setup)},
+            "score": {**teacher.scoring(setup), "teacher hidden states": teacher.states_bytes(setup)},
             "train": _training(setup),
             "sync": awake | _sync(setup),
         },
@@ -141,12 +141,6 @@ def _sampler(setup: Setup) -> tuple[Bytes, float]:
     return {"sampler weights": weights, "sampler keys and values": room}, room
 
 
-def _teacher_states(setup: Setup) -> float:
-    """The hidden states that the loss will use, of all of a rank's completions at their longest."""
-    tokens = max(1.0, setup.local_sequences) * setup.max_new_tokens
-    return tokens * setup.teacher.hidden * DTYPE_BYTES[setup.teacher_dtype]
-
-
 def _training(setup: Setup) -> Bytes:
     student, tokens = setup.student, setup.micro_batch_size * setup.longest_tokens
     scored = setup.micro_batch_size * setup.max_new_tokens
@@ -161,7 +155,7 @@ def _training(setup: Setup) -> Bytes:
         "loss, logits of two sides": 2 * logits,
         "loss, head and its gradient": head,
         "loss, gradient of hidden states": 4.0 * scored * student.hidden,
-        "teacher hidden states": _teacher_states(setup),
+        "teacher hidden states": teacher_place(setup).states_bytes(setup),
     }
     return {name: value for name, value in items.items() if value}
 

@@ -98,7 +98,7 @@ def _setup_json(setup: Setup) -> dict[str, Any]:
         "offload_optimizer", "offload_parameters", "checkpointing", "student_dtype", "teacher_dtype", "prompt_tokens",
         "completion_tokens", "max_prompt_tokens", "max_new_tokens", "student_share", "sampler_memory_share",
         "teacher_placement", "teacher_devices", "sampler_devices", "sleep_level", "sampler_replicas",
-        "staleness",
+        "staleness", "head_products",
     )  # fmt: skip
     return {"device": setup.device.name, **{name: getattr(setup, name) for name in names}}
 
@@ -235,6 +235,8 @@ def _head(report: Report, console: Console) -> None:
         f"on       {where}, ZeRO-{setup.zero_stage}, {setup.batch_size} sequences a step, "
         f"{setup.micro_batch_size} a micro-batch, {setup.student_share:.0%} sampled by the student",
     )
+    if setup.teacher_placement == "unasked":
+        _line(console, "         no term of the objective needs the teacher: it is not asked")
     if setup.sampler_replicas:
         own = f"{setup.sampler_replicas} x {setup.device.name} of its own"
         _line(console, f"sampler  {own}, rollout.staleness={setup.staleness}")

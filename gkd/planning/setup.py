@@ -14,7 +14,7 @@ from gkd.schedules import largest
 from gkd.train.deepspeed_config import deepspeed_config
 from gkd.train.settings import TrainingSettings
 
-Placement = Literal["local", "sharded", "served"]
+Placement = Literal["local", "sharded", "served", "unasked"]  # the last: no term of the objective needs a teacher
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Setup:
     kv_cache_bytes: float  # of vLLM on a CPU
     decode_overhead_s: float  # the sampler's own time a step
     chunk_bytes: float
+    head_products: tuple[int, int] = (1, 1)  # student's and teacher's, before the backward pass
     teacher_placement: Placement = "local"
     teacher_devices: int = 0  # of a served teacher; others have none of their own
     sampler_devices: int = 1  # that one sampler is split over
@@ -185,8 +186,9 @@ def make_setup(
         kv_cache_bytes=config.rollout.kv_cache_gib * 2**30,
         decode_overhead_s=device.decode_eager_s if config.rollout.enforce_eager else device.decode_graph_s,
         chunk_bytes=float(loss_chunk_bytes(device.torch_type) if chunk_mib is None else chunk_mib << 20),
-        teacher_placement=teacher_placement,
-        teacher_devices=teacher_devices,
+        head_products=config.objective.head_products,
+        teacher_placement=teacher_placement if config.objective.needs_teacher else "unasked",
+        teacher_devices=teacher_devices if config.objective.needs_teacher else 0,
         sampler_devices=1 if sampler_replicas else config.rollout.tensor_parallel,
         sleep_level=config.rollout.sleep_level,
         sampler_replicas=sampler_replicas,

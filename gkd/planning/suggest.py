@@ -109,6 +109,8 @@ def _sleep_levels(setup: Setup) -> set[int]:
 
 def _elsewhere(setup: Setup) -> Iterator[Setup]:
     """The teacher sharded over the training devices, or served by a few of its own."""
+    if setup.teacher_placement == "unasked":
+        return
     if setup.devices > 1:
         yield replace(setup, teacher_placement="sharded", teacher_devices=0)
     devices = devices_for_teacher(setup)

@@ -37,8 +37,13 @@ class TeacherPlace:
         """How many devices read the weights once together."""
         return 1
 
+    def states_bytes(self, setup: Setup) -> float:
+        """Hidden states that the loss will use, of all of a rank's completions at their longest."""
+        tokens = max(1.0, setup.local_sequences) * setup.max_new_tokens
+        return tokens * setup.teacher.hidden * DTYPE_BYTES[setup.teacher_dtype]
+
     def links(self, setup: Setup) -> list[Link]:
-        return [Link(_STATES, "device", _states_bytes(setup), 0.0)]
+        return [Link(_STATES, "device", _sent_bytes(setup), 0.0)]
 
 
 class _Sharded(TeacherPlace):
@@ -79,12 +84,36 @@ class _Served(TeacherPlace):
         return setup.teacher_devices
 
     def links(self, setup: Setup) -> list[Link]:
-        rate, states = setup.device.network_bytes_per_s * setup.device.efficiency.link, _states_bytes(setup)
+        rate, states = setup.device.network_bytes_per_s * setup.device.efficiency.link, _sent_bytes(setup)
         return [Link(_STATES, "network", states, states / rate)]
 
 
+class _Unasked(TeacherPlace):
+    """Nowhere."""
+
+    def resident(self, setup: Setup) -> Bytes:
+        return {}
+
+    def scoring(self, setup: Setup) -> Bytes:
+        return {}
+
+    def sequences(self, setup: Setup) -> float:
+        return 0.0
+
+    def states_bytes(self, setup: Setup) -> float:
+        return 0.0
+
+    def links(self, setup: Setup) -> list[Link]:
+        return []
+
+
 _STATES = "teacher's hidden states"
-_PLACES: dict[str, TeacherPlace] = {"local": TeacherPlace(), "sharded": _Sharded(), "served": _Served()}
+_PLACES: dict[str, TeacherPlace] = {
+    "local": TeacherPlace(),
+    "sharded": _Sharded(),
+    "served": _Served(),
+    "unasked": _Unasked(),
+}
 
 
 def teacher_place(setup: Setup) -> TeacherPlace:
@@ -100,7 +129,7 @@ def _activation_bytes(setup: Setup) -> float:
     return setup.teacher.inference_bytes(setup.teacher_dtype) * tokens
 
 
-def _states_bytes(setup: Setup) -> float:
+def _sent_bytes(setup: Setup) -> float:
     """Of a step's completions of a training device."""
     tokens = setup.local_sequences * setup.completion_tokens
     return tokens * setup.teacher.hidden * DTYPE_BYTES[setup.teacher_dtype]

@@ -138,6 +138,8 @@ def sampling_s(setup: Setup) -> Seconds:
 
 def scoring_s(setup: Setup) -> Seconds:
     teacher, eff, place = setup.teacher, setup.device.efficiency.score, teacher_place(setup)
+    if not place.sequences(setup):
+        return {"compute": 0.0}
     tokens = place.sequences(setup) * setup.mean_tokens * PADDING
     micro_batches = math.ceil(setup.local_sequences / setup.scoring_micro_batch_size)
     flops = tokens * teacher.forward_flops(setup.mean_tokens / 2)
@@ -158,8 +160,9 @@ def training_s(setup: Setup) -> Seconds:
     backbone = tokens * student.forward_flops(setup.mean_tokens / 2) * passes
     backbone += tokens * 2 * setup.adapter_parameters * (passes + 1)  # these have a gradient of their own
     pairs = scored * student.vocabulary
-    # the student's logits, a product for each gradient in the backward, and the teacher's logits
-    loss = 2.0 * pairs * ((1 + gradients) * student.hidden + setup.teacher.hidden)
+    # logits of both sides, and of the student a product for each gradient in the backward
+    student_products, teacher_products = setup.head_products
+    loss = 2.0 * pairs * ((student_products + gradients) * student.hidden + teacher_products * setup.teacher.hidden)
     # frozen weights are read once in each direction
     traffic = setup.accumulation * (MICRO_BATCH_BYTES * setup.trained_parameters + 2 * setup.frozen_bytes)
     rate = _flops_per_s(setup, setup.student_dtype)

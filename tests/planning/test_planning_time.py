@@ -42,6 +42,30 @@ def test_training_by_hand() -> None:
     assert plan.phases["forward_backward"]["loss, compute"] == pytest.approx(loss / 0.4 / 989.4e12)
 
 
+@pytest.mark.parametrize(
+    ("token_weight", "student_products", "teacher_products"),
+    [("teacher_entropy: {threshold: 1.0}", 3, 1), ("importance: {}", 4, 1), ("drift: {}", 4, 2)],
+)
+def test_what_a_weight_needs_first_is_a_product_a_side(
+    token_weight: str, student_products: int, teacher_products: int
+) -> None:
+    plan = time_plan(setup_of(SMALL, 8, f"objective.token_weight={{{token_weight}}}"))
+    products = student_products * 2048 + teacher_products * 4096
+    expected = 2 * 64 * 2048 * 151936 * products / 0.4 / 989.4e12
+    assert plan.phases["forward_backward"]["loss, compute"] == pytest.approx(expected)
+
+
+def test_a_teacher_that_no_term_needs_takes_nothing() -> None:
+    setup = setup_of(SMALL, 8, "objective={kind: cross_entropy}", "mixture={student: 0.0, dataset: 1.0}")
+    plan, memory = time_plan(setup), memory_plan(setup)
+    assert plan.phase_s("score") == 0.0 and not any("teacher" in link.name for link in plan.links)
+    assert plan.phases["forward_backward"]["loss, compute"] == pytest.approx(
+        2 * 64 * 2048 * 151936 * 3 * 2048 / 0.4 / 989.4e12
+    )
+    taken = [*memory.resident.items(), *(item for phase in memory.phases.values() for item in phase.items())]
+    assert sum(count for name, count in taken if "teacher" in name) == 0
+
+
 def test_all_reduce_by_hand() -> None:
     """ZeRO 0 passes 4 bytes a parameter twice, 7/8 of it over each of 8 GPUs' NVLink."""
     setup = replace(setup_of(SMALL, 8), zero_stage=0)
