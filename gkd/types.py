@@ -5,7 +5,7 @@ Legend: B rows of a micro-batch, T positions, N scored tokens, V vocabulary, H h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # torch takes a second to import; these types must not
     import torch
 
 FinishReason = Literal["stop", "length"]
+Decode = Callable[[Sequence[int]], str]  # token ids to text that people read, special tokens kept
 
 
 @dataclass(frozen=True, slots=True)

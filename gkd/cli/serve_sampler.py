@@ -18,6 +18,7 @@ from gkd.cli.serving import (
     TokenFile,
     needing_vllm,
 )
+from gkd.config import SAMPLER_PORT
 from gkd.errors import InputError
 
 
@@ -29,7 +30,7 @@ def serve_sampler_command(
     ] = None,
     dtype: Annotated[ServedDtype, typer.Option(help="student.dtype.")] = "bfloat16",
     host: Host = "127.0.0.1",
-    port: Port = 8400,
+    port: Port = SAMPLER_PORT,
     max_model_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest prompt and completion; default: the model's context.")
     ] = None,

@@ -17,6 +17,7 @@ from gkd.cli.serving import (
     TokenFile,
     needing_vllm,
 )
+from gkd.config import TEACHER_PORT
 
 
 def serve_teacher_command(
@@ -24,7 +25,7 @@ def serve_teacher_command(
     revision: Revision = None,
     dtype: Annotated[ServedDtype, typer.Option(help="Of the weights.")] = "bfloat16",
     host: Host = "127.0.0.1",
-    port: Port = 8300,
+    port: Port = TEACHER_PORT,
     max_model_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest sequence; default: the model's context.")
     ] = None,

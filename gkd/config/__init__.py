@@ -10,8 +10,11 @@ from gkd.config.objective import ObjectiveConfig, ObjectiveSection, default_obje
 from gkd.config.process import Launch, cache_folder
 from gkd.config.sections import (
     DROPPABLE,
+    ENDPOINT_PORT,
     MAIN_TEACHER,
     PROBE_TOKENS,
+    SAMPLER_PORT,
+    TEACHER_PORT,
     Config,
     DataConfig,
     DeepSpeedConfig,
@@ -24,8 +27,11 @@ from gkd.config.sections import (
 
 __all__ = [
     "DROPPABLE",
+    "ENDPOINT_PORT",
     "MAIN_TEACHER",
     "PROBE_TOKENS",
+    "SAMPLER_PORT",
+    "TEACHER_PORT",
     "Config",
     "DataConfig",
     "DeepSpeedConfig",

@@ -21,6 +21,7 @@ DROPPABLE: tuple[Droppable, ...] = get_args(Droppable)
 _ROUNDING = 1e-6  # of fractions that add up
 _SET_FOR_TEMPLATES = {"conversation", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict"}
 MAIN_TEACHER = "main"  # name of `teacher`, beside those of `other_teachers`
+SAMPLER_PORT, TEACHER_PORT, ENDPOINT_PORT = 8400, 8300, 8000  # our two servers by default, and vLLM's
 PROBE_TOKENS = 160  # of the text that proves a sync: more than a block of vLLM's prefix cache, 128 at most by default
 
 
@@ -93,8 +94,8 @@ class TeacherConfig(Section):
     )
     addresses: list[str] | None = Field(
         None,
-        description="served: where `gkd serve-teacher` listens, e.g. [http://127.0.0.1:8300]; topk: servers with "
-        "/v1/completions, e.g. [http://127.0.0.1:8000]; several share the work",
+        description=f"served: where `gkd serve-teacher` listens, e.g. [http://127.0.0.1:{TEACHER_PORT}]; topk: servers "
+        f"with /v1/completions, e.g. [http://127.0.0.1:{ENDPOINT_PORT}]; several share the work",
     )
     top_k: int = Field(20, ge=1, description="topk: tokens a position; at most what the servers allow")
     token_file: PathText | None = Field(
@@ -110,7 +111,7 @@ class TeacherConfig(Section):
         if self.placement in ("local", "sharded"):
             _refuse_server_keys(self, "teacher.placement: served or topk")
         else:
-            _check_addresses(self.addresses, "teacher", 8300 if self.placement == "served" else 8000)
+            _check_addresses(self.addresses, "teacher", TEACHER_PORT if self.placement == "served" else ENDPOINT_PORT)
         return self
 
 
@@ -185,7 +186,8 @@ class RolloutConfig(Section):
     )
     addresses: list[str] | None = Field(
         None,
-        description="served: where `gkd serve-sampler` listens, e.g. [http://127.0.0.1:8400]; several share the work",
+        description=f"served: where `gkd serve-sampler` listens, e.g. [http://127.0.0.1:{SAMPLER_PORT}]; several "
+        "share the work",
     )
     token_file: PathText | None = Field(
         None, description="served: file with the servers' token; null = $GKD_SERVER_TOKEN"
@@ -257,7 +259,7 @@ class RolloutConfig(Section):
             return self
         if self.engine != "vllm":
             raise ValueError(f"engine: a served sampler is vllm, not {self.engine}; set it to vllm")
-        _check_addresses(self.addresses, "sampler", 8400)
+        _check_addresses(self.addresses, "sampler", SAMPLER_PORT)
         return self
 
 

@@ -6,7 +6,7 @@ Legend: n_i tokens of answer i, K alternatives.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from gkd.ops.token_logprobs import token_logprobs, top_logprobs
 from gkd.seeding import derive_seed
 from gkd.teacher.base import Teacher
 from gkd.types import (
+    Decode,
     HiddenScores,
     OutputHead,
     Prompt,
@@ -34,7 +35,6 @@ from gkd.types import (
 ALTERNATIVES = 5  # of the teacher, at each token
 _CONTEXT_TOKENS = 4  # that a token is decoded behind: some tokenizers drop the space before a first token
 
-Decode = Callable[[Sequence[int]], str]
 ByToken = dict[str, torch.Tensor]  # name -> [n_i]
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
 from rich.text import Text
 
 from gkd.monitor.text import NEWLINE_MARK, clean
-from gkd.types import Rollout, TokenBatch
-
-Decode = Callable[[list[int]], str]  # one that keeps special tokens, or the view would hide them
+from gkd.types import Decode, Rollout, TokenBatch
 
 # Two styles a source, taken in turn, so that the border between two tokens is seen.
 SOURCE_STYLES: dict[str, tuple[str, str]] = {

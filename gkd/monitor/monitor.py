@@ -14,13 +14,13 @@ from rich.text import Text
 
 from gkd.config import Config, Launch
 from gkd.files import write_atomically
-from gkd.monitor.first_batch import Decode, first_batch_text, render_first_batch, scored_tokens
+from gkd.monitor.first_batch import first_batch_text, render_first_batch, scored_tokens
 from gkd.monitor.metrics import MetricValue, merge_metrics
 from gkd.monitor.sinks import JsonlSink, MetricSink, OptionalSink, TensorBoardSink, WandbSink
 from gkd.monitor.terminal import QuietProgress, RunProgress, TerminalProgress
 from gkd.monitor.timing import PhaseTimer
 from gkd.run_files import RunFiles
-from gkd.types import Rollout, TokenBatch
+from gkd.types import Decode, Rollout, TokenBatch
 
 PHASE_LOGGER = "gkd.phases"  # says where a rank is; for a file, not for the terminal
 _log = logging.getLogger(PHASE_LOGGER)

@@ -7,7 +7,7 @@ import os
 import shlex
 from urllib.parse import urlsplit
 
-from gkd.config import Config
+from gkd.config import SAMPLER_PORT, Config
 from gkd.errors import ConfigError
 from gkd.serving import sampler_protocol as protocol
 from gkd.serving.replicas import ReplicaPool, Role, host_options
@@ -75,7 +75,7 @@ class SamplerReplicas:
     def _start_command(self, address: str) -> str:
         student = self._config.student
         layers = "" if student.init is None else f" --layers {str(student.init.layers).strip('[]').replace(' ', '')}"
-        port = urlsplit(address).port or protocol.DEFAULT_PORT
+        port = urlsplit(address).port or SAMPLER_PORT
         model = shlex.quote(student.model or self._config.teacher.model)
         return f"gkd serve-sampler {model}{layers} --dtype {student.dtype}{host_options(address)} --port {port}"
 

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save
 
 from gkd.chunks import WEIGHT_PIECE_BYTES
+from gkd.config import SAMPLER_PORT
 from gkd.engines import nccl
 from gkd.errors import ConfigError
 from gkd.serving import sampler_protocol as protocol
@@ -71,7 +72,7 @@ class GlooLink:
 
     def __init__(self, pool: ReplicaPool, replica: Replica, timeout_s: float) -> None:
         parts = urlsplit(replica.address)
-        host, port = parts.hostname or "", parts.port or protocol.DEFAULT_PORT
+        host, port = parts.hostname or "", parts.port or SAMPLER_PORT
         with listen_towards(host, port) as listener:
             own_host, own_port = listener.getsockname()[:2]
             info = {"host": own_host, "port": own_port, "timeout_s": timeout_s}
@@ -90,7 +91,7 @@ class NcclLink:
 
     def __init__(self, pool: ReplicaPool, replica: Replica) -> None:
         parts = urlsplit(replica.address)
-        with listen_towards(parts.hostname or "", parts.port or protocol.DEFAULT_PORT) as probe:
+        with listen_towards(parts.hostname or "", parts.port or SAMPLER_PORT) as probe:
             host, port = probe.getsockname()[:2]
         info = nccl.server_info(host, port)
         self._group: Any = _both(

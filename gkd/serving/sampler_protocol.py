@@ -29,7 +29,6 @@ from gkd.serving.protocol import TOKEN_ID_FORMAT, Description
 from gkd.types import Completion, SamplingSettings
 
 PROTOCOL_VERSION = 1
-DEFAULT_PORT = 8400
 DESCRIPTION_PATH = "/sampler"
 COMPLETIONS_PATH = "/completions"
 PROBE_PATH = "/probe"

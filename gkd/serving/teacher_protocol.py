@@ -17,7 +17,6 @@ from pydantic import Field
 from gkd.serving.protocol import Description
 
 PROTOCOL_VERSION = 2
-DEFAULT_PORT = 8300
 DESCRIPTION_PATH = "/teacher"
 HEAD_PATH = "/head"
 STATES_PATH = "/hidden_states"

@@ -15,13 +15,12 @@ from urllib.parse import urlsplit
 import httpx
 from pydantic import BaseModel
 
-from gkd.config import TeacherConfig
+from gkd.config import ENDPOINT_PORT, TeacherConfig
 from gkd.errors import ConfigError, TeacherError
 from gkd.serving.replicas import NoServerLeftError, Replica, Role, ServerFailedError, ServerRefusedError
 from gkd.teacher.servers import TeacherServers
 
 _MODELS_PATH, _COMPLETIONS_PATH = "/v1/models", "/v1/completions"
-_DEFAULT_PORT = 8000
 _LARGEST_SUM = 1.001  # of K probabilities: float32 is off by far less
 
 
@@ -175,6 +174,6 @@ class Endpoints(TeacherServers):
         return found
 
     def _start_command(self, address: str) -> str:
-        port, config = urlsplit(address).port or _DEFAULT_PORT, self._config
+        port, config = urlsplit(address).port or ENDPOINT_PORT, self._config
         model = shlex.quote(config.model)
         return f"vllm serve {model} --dtype {config.dtype} --max-logprobs {config.top_k} --port {port}"

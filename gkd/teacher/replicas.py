@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from gkd.config import TeacherConfig
+from gkd.config import TEACHER_PORT, TeacherConfig
 from gkd.errors import ConfigError, TeacherError
 from gkd.serving import teacher_protocol as protocol
 from gkd.serving.replicas import NoServerLeftError, Replica, Role, ServerRefusedError, host_options, refusal
@@ -121,6 +121,6 @@ class Replicas(TeacherServers):
         return served
 
     def _start_command(self, address: str) -> str:
-        port = urlsplit(address).port or protocol.DEFAULT_PORT
+        port = urlsplit(address).port or TEACHER_PORT
         model, dtype = self._config.model, self._config.dtype
         return f"gkd serve-teacher {shlex.quote(model)} --dtype {dtype}{host_options(address)} --port {port}"
