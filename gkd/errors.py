@@ -10,7 +10,10 @@ GkdError
 │   └── RunFolderError                 a run folder that is in use, or that cannot be resumed
 └── RunError (RuntimeError)            a run that must not go on: exit code 1
     ├── WeightSyncError                the sampler does not hold the trainer's weights
-    ├── NonFiniteError                 a loss or a gradient is not finite; no optimizer step was taken
+    ├── StepRefusedError               a step is not to be trusted; what was before it is saved
+    │   ├── NonFiniteError             a loss or a gradient is not finite; no optimizer step was taken
+    │   ├── MismatchError              the sampler drew the step's tokens from another distribution than the trainer's
+    │   └── LossScaleError             float16 gradients stay infinite, however small their scale
     ├── SamplerError                   the sampler returned something incomplete
     ├── TeacherError                   a served teacher failed, or answered something else than was asked
     ├── CheckpointError                a checkpoint is damaged or does not belong to this run
@@ -92,8 +95,24 @@ class WeightSyncError(RunError):
     """The sampler's weights are incomplete or differ from the trainer's."""
 
 
-class NonFiniteError(RunError):
+class StepRefusedError(RunError):
+    """A step that training must not go on from; raised on all ranks. `step` of them were done before it."""
+
+    def __init__(self, step: int, text: str) -> None:
+        super().__init__(f"step {step}: {text}")
+        self.step = step
+
+
+class NonFiniteError(StepRefusedError):
     """A loss or gradient is NaN or infinite; raised on all ranks before the optimizer steps."""
+
+
+class MismatchError(StepRefusedError):
+    """The sampler's log-probabilities of its tokens are far from the trainer's; raised before the optimizer steps."""
+
+
+class LossScaleError(StepRefusedError):
+    """Every one of the last steps was left out, as its float16 gradients were infinite."""
 
 
 class SamplerError(RunError):

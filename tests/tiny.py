@@ -93,3 +93,11 @@ def rewrite_tensor(file: Path, name: str, change: Callable[[torch.Tensor], objec
     tensors = load_file(file)
     change(tensors[name])
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def save_prompts(file: Path, rows: int) -> Path:
+    """JSONL with prompts of ragged lengths."""
+    import json
+
+    file.write_text("".join(json.dumps({"prompt": f"{i} {'x' * i}"}) + "\n" for i in range(rows)))
+    return file

@@ -216,6 +216,11 @@ class RolloutConfig(Section):
         description="largest mean |log-probability| difference between trainer and sampler on the probe; "
         "null = 1e-3 in float32, 0.5 in bfloat16 and float16",
     )
+    max_mismatch: float = Field(
+        5.0,
+        gt=0.0,
+        description="nats: mean k3 of a step's sampled tokens, trainer against sampler, above which the run stops",
+    )
     lora_sync: Literal["auto", "adapter", "merged"] = Field(
         "auto", description="a LoRA student reaches the sampler as adapter alone or merged; auto = adapter on a GPU"
     )
@@ -271,6 +276,9 @@ class OptimConfig(Section):
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after the warm-up")
     max_grad_norm: float = Field(1.0, ge=0.0, description="clip; 0 = off")
+    max_skipped_steps: int = Field(
+        20, ge=1, description="float16: steps in a row left out for infinite gradients after which the run stops"
+    )
     batch_size: int = Field(16, ge=1, description="sequences a step, over all ranks")
     micro_batch_size: int = Field(8, ge=1, description="sequences a forward on one rank, padded to the longest")
     micro_batch_tokens: int | None = Field(

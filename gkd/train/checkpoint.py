@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from gkd.errors import CheckpointError, RunFolderError
 from gkd.files import write_json
-from gkd.train.distributed import barrier
+from gkd.train.distributed import barrier, from_main
 
 _MANIFEST = "manifest.json"
 
@@ -60,6 +60,19 @@ class Checkpointer:
             self.save(step)
 
     def save(self, step: int) -> Path:
+        """Of the older ones, as many as are kept stay."""
+        saved = self._write(step)
+        if self._is_main:
+            for old in saved_steps(self._folder)[: -self._keep]:
+                shutil.rmtree(self._folder / f"step_{old}")
+        return saved
+
+    def save_beside(self, step: int) -> Path:
+        """Beside all older ones: what is saved may be what a run fails from."""
+        there = self._folder / f"step_{step}"
+        return there if from_main(there.exists() if self._is_main else None) else self._write(step)
+
+    def _write(self, step: int) -> Path:
         aside, final = self._folder / f".step_{step}.tmp", self._folder / f"step_{step}"
         if self._is_main:
             shutil.rmtree(aside, ignore_errors=True)
@@ -71,8 +84,6 @@ class Checkpointer:
             write_json(aside / _MANIFEST, {"step": step, **self._layout, "files": _describe_files(aside)})
             shutil.rmtree(final, ignore_errors=True)
             aside.replace(final)
-            for old in saved_steps(self._folder)[: -self._keep]:
-                shutil.rmtree(self._folder / f"step_{old}")
         barrier()
         return final
 

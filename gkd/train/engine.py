@@ -21,7 +21,7 @@ from gkd.objectives.objective import Objective
 from gkd.schedules import MetricMemory
 from gkd.train.deepspeed_config import deepspeed_config, scales_loss
 from gkd.train.distributed import compute_device, sum_over_ranks
-from gkd.train.guards import FiniteGuard
+from gkd.train.guards import FiniteGuard, LossScaleGuard, MismatchGuard
 from gkd.train.module import ObjectiveSums, StudentModule, token_measures
 from gkd.train.optimizer import make_optimizer, make_schedule
 from gkd.train.run_folder import write_json
@@ -44,6 +44,7 @@ class StudentEngine:
         *,
         valid_vocab: int,
         sampler_applies_adapter: bool = False,
+        mismatch: MismatchGuard | None = None,
         phase: Phase = lambda name: nullcontext(),
     ) -> None:
         import deepspeed
@@ -74,7 +75,9 @@ class StudentEngine:
             config=settings,
             dist_init_required=False,
         )[0]
-        self._guard = FiniteGuard(module, enabled=not scales_loss(settings))
+        self._finite = FiniteGuard(module, enabled=not scales_loss(settings))
+        self._mismatch = mismatch or MismatchGuard()
+        self._loss_scale = LossScaleGuard(training.optim.max_skipped_steps, training.steps)
 
     # ---- training
 
@@ -83,8 +86,8 @@ class StudentEngine:
 
         The loss is the sum over terms and scored tokens of weight x value, over ALL ranks and micro-batches, divided by
         the number of these tokens (of sequences, for "sequence_mean"), which is counted before the first backward: how
-        the batch is split cannot matter. Raises NonFiniteError on all ranks, before the optimizer steps, if any loss or
-        gradient is not finite.
+        the batch is split cannot matter. Raises StepRefusedError on all ranks: before the optimizer steps if a loss or
+        gradient is not finite or the sampler is too far from the trainer, or if float16 leaves out step after step.
         """
         torch.manual_seed(step)  # dropout, if the student has any: the same after a resume
         objective = self._objective.at(step, self._memory)
@@ -99,16 +102,20 @@ class StudentEngine:
             with self._phase("forward_backward"):
                 sums.add(self._forward_backward(micro_batch, objective, denominator), micro_batch)
                 if is_last:
-                    self._guard.check(sums.loss, [i for b in micro_batches for i in b.sample_ids], step)
+                    self._finite.check(sums.loss, [i for b in micro_batches for i in b.sample_ids], step)
+                    self._mismatch.check(sums.mismatch, step)
             with self._phase("optimizer"):
                 grad_norm = self._gradient_norm() if is_last else None
                 self._engine.step()  # only counts, until the last micro-batch
+        if grad_norm is None:
+            grad_norm = float(self._engine.get_global_grad_norm())
+        self._loss_scale.check(grad_norm, step)
         metrics = {
             **sums.metrics(denominator),
             **{f"objective/{name}/weight": weight for name, weight in self._term_weights(step).items()},
             "objective/temperature": objective.temperature,
             "tokens/scored": scored_tokens,
-            "grad_norm": float(self._engine.get_global_grad_norm() if grad_norm is None else grad_norm),
+            "grad_norm": grad_norm,
             "lr": lr,
         }
         self.observe(metrics)

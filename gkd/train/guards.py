@@ -1,16 +1,21 @@
-"""What must hold before the optimizer is allowed to step."""
+"""What must hold for a step to count."""
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from gkd.errors import NonFiniteError
+from gkd.errors import LossScaleError, MismatchError, NonFiniteError
+from gkd.objectives.mismatch import mismatch_means
 from gkd.train.distributed import sum_over_ranks
 
+_log = logging.getLogger(__name__)
 _NAMED_SAMPLES = 8
+WARNED_MISMATCH = 0.5  # nats, mean k3 of a step
 
 
 class FiniteGuard:
@@ -46,4 +51,55 @@ class FiniteGuard:
         if bad_here.item():
             names = ", ".join(sample_ids[:_NAMED_SAMPLES])
             where = f"on this rank, in one of: {names}" + (", ..." if len(sample_ids) > _NAMED_SAMPLES else "")
-        raise NonFiniteError(f"step {step}: a loss or gradient is not finite {where}; the optimizer did not step")
+        raise NonFiniteError(step, f"a loss or gradient is not finite {where}; the optimizer did not step")
+
+
+class MismatchGuard:
+    """Watches how far the sampler, from which a step's tokens came, is from the trainer.
+
+    A student that was just cut out of its teacher has a mean k3 of about 0.4 in bfloat16, by rounding alone. Where a
+    sampler's log-probabilities are of another model, temperature or version, it is tens to millions.
+    """
+
+    def __init__(self, limit: float = math.inf, advice: str = "") -> None:
+        """`limit` is rollout.max_mismatch, `advice` what else may help, for messages."""
+        self._limit, self._advice, self._has_warned = limit, advice, False
+
+    def check(self, sums: torch.Tensor, step: int) -> None:
+        """`sums` are this rank's `MismatchSums`. Warns once; raises MismatchError on all ranks above the limit."""
+        k3 = mismatch_means(*sum_over_ranks(sums.clone()).tolist()).get("k3", 0.0)
+        found = f"sampler and trainer disagree on the sampled tokens: mismatch/k3 is {k3:.3g} nats on average"
+        if not k3 <= self._limit:  # a NaN must not pass
+            raise MismatchError(
+                step,
+                f"{found}, more than rollout.max_mismatch = {self._limit:g}; the optimizer did not step. If the "
+                f"sampler is as it should be, {self._advice}, or raise rollout.max_mismatch",
+            )
+        if k3 > WARNED_MISMATCH and not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "step %d: %s; %s (said once; the run stops above rollout.max_mismatch = %g)",
+                step, found, self._advice, self._limit,
+            )  # fmt: skip
+
+
+class LossScaleGuard:
+    """Counts the steps that float16's loss scaling leaves out, one after another.
+
+    A few are its way of finding a scale: each halves it. A run of fewer steps than the limit fails if all are left out.
+    """
+
+    def __init__(self, most: int, steps: int) -> None:
+        self._most, self._left_out = min(most, steps), 0
+
+    def check(self, grad_norm: float, step: int) -> None:
+        """`grad_norm` is the same on all ranks, and not finite exactly where the step was left out. Raises
+        LossScaleError."""
+        self._left_out = 0 if math.isfinite(grad_norm) else self._left_out + 1
+        if self._left_out >= self._most:
+            raise LossScaleError(
+                step,
+                f"the gradients were infinite in each of the last {self._left_out} steps, which changed nothing; set "
+                "student.dtype: bfloat16 or float32, let the loss scale of deepspeed.config start lower, or raise "
+                "optim.max_skipped_steps",
+            )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gkd.config import Config, Launch
-from gkd.errors import RunInterruptedError
+from gkd.errors import RunInterruptedError, StepRefusedError
 from gkd.files import write_json
 from gkd.monitor import Monitor, RunSummary, read_metrics
 from gkd.run_files import RunFiles
@@ -123,8 +123,11 @@ class Run:
                 monitor=self.monitor,
                 save=self.save,
             )
-        except BaseException:
+        except BaseException as error:
             rollouts.close()  # or it would go on sampling for later steps
+            if isinstance(error, StepRefusedError) and error.step > self.start_step:
+                saved = self.checkpoints.save_beside(error.step)
+                self.monitor.note(f"the student as it was before step {error.step} is saved in {saved}")
             raise
 
     def finish(self, started: float) -> RunSummary:

