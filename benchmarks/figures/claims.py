@@ -22,15 +22,12 @@ from benchmarks.figures.sections.overlap import speedup
 from benchmarks.figures.sections.reading import BOTH, read
 from benchmarks.figures.sections.versus_trl import equal_precision_step_s
 from benchmarks.records import RESULTS, ROOT
-from benchmarks.runs.planned import RECORD as PLAN
-from benchmarks.runs.planned import compared as compared_with_plan
-from benchmarks.runs.planned import recorded_runs
 from gkd.bench.methods import ON_POLICY
 from gkd.bench.summary import gain_ratio
 from gkd.bench.tables import BASELINE, GREEDY, SAMPLED
-from gkd.planning.compare import Comparison
 
-BOTH_PAGES, BENCHMARKS = ("README.md", "docs/benchmarks.md"), ("docs/benchmarks.md",)
+README, BENCHMARKS, TOUR = ("README.md",), ("docs/benchmarks.md",), ("docs/index.md",)
+BOTH_PAGES = (*README, *BENCHMARKS)
 SERVING, TABLE = ("docs/serving.md",), ("docs/table.md",)
 QUICKSTART, VERSUS_TRL, PACKING = "quickstart.json", "versus_trl_cpu.json", "packing_cpu.json"
 DIVERGENCE, LINEAR, SCORING = "divergence_cpu.csv", "linear_divergence_cpu.csv", "teacher_scoring_cpu.json"
@@ -103,22 +100,6 @@ def overlap_speedup(on_policy: str) -> Callable[[Path], float]:
     return lambda path: speedup(json.loads(path.read_text())["arms"], on_policy)
 
 
-def planner_errors(path: Path) -> list[Comparison]:
-    """Today's planner against the recorded runs that nothing was fitted to."""
-    _, *held_out = recorded_runs(path.parent)
-    return [compared_with_plan(run) for run in held_out]
-
-
-def largest_step_error(path: Path) -> float:
-    """In percent."""
-    return max(100.0 * abs(one.step_error) for one in planner_errors(path))
-
-
-def largest_phase_error(path: Path) -> float:
-    """In percent."""
-    return max(100.0 * abs(one.error(phase)) for one in planner_errors(path) for phase in one.predicted_s)
-
-
 def gain_over_supervised(choose: Callable[[Iterable[float]], float], accuracy: Callable[..., float]) -> Figure:
     """The least or the greatest ratio of gains of the divergences on policy."""
 
@@ -163,7 +144,7 @@ QUICKSTART_CLAIMS = [
     )
 ]
 QUICKSTART_TIMES = [
-    Claim(f"quickstart: {key}", says, of(QUICKSTART, "summary", key))
+    Claim(f"quickstart: {key}", says, of(QUICKSTART, "summary", key), pages=TOUR if key.startswith("time/") else README)
     for key, says in (
         ("steps", r"(\d+) steps in \d+m"),
         ("wall_s", r"steps in (\d+m\d+s)"),
@@ -176,7 +157,7 @@ QUICKSTART_TIMES = [
         ("time/sync_s", r"sync weights +(\S+s) "),
         ("time/other_s", r"rest of the steps +(\S+s) "),
     )
-] + [Claim("quickstart: rest", r"load, evaluate, save +(\S+s) ", Figure(QUICKSTART, load_evaluate_save_s))]
+] + [Claim("quickstart: rest", r"load, evaluate, save +(\S+s) ", Figure(QUICKSTART, load_evaluate_save_s), pages=TOUR)]
 
 LOSS_CLAIMS = [
     *(
@@ -185,7 +166,7 @@ LOSS_CLAIMS = [
             rf"\| {peer} \| ([\d.]+) to [\d.]+ \|",
             column(DIVERGENCE, "ratio_to_gkd", min, implementation=peer),
             FASTER,
-            BOTH_PAGES,
+            BENCHMARKS,
         )
         for peer in ("eager", "eager_fp32", "compiled", "compiled_fp32")
     ),
@@ -194,21 +175,21 @@ LOSS_CLAIMS = [
         r"1 to 1 \| ([\d.]+) \|",
         Figure(DIVERGENCE, memory_in_logits),
         Again("divergence", 0.0, 1.3, "the allocator's holes"),
-        BOTH_PAGES,
+        BENCHMARKS,
     ),
     Claim(
         "divergence: gkd's value error",
         r"1 to 1 \| [\d.]+ \| (\S+) \|",
         column(DIVERGENCE, "value_error", max, implementation="gkd"),
         Again("divergence", 0.0, 10.0, "float32's rounding; one shape"),
-        BOTH_PAGES,
+        BENCHMARKS,
     ),
     Claim(
         "divergence: gkd's gradient error",
         r"1 to 1 \| [\d.]+ \| \S+ \| (\S+) \|",
         column(DIVERGENCE, "gradient_error", max, implementation="gkd"),
         Again("divergence", 0.0, 1.5, "one rounding to bfloat16"),
-        BOTH_PAGES,
+        BENCHMARKS,
     ),
     *(
         Claim(
@@ -241,11 +222,11 @@ WHOLE_RUN_CLAIMS = [
         r"DistillationTrainer takes ([\d.]+) times gkd's seconds",
         Figure(VERSUS_TRL, equal_precision_speedup),
         STILL_FASTER,
-        BOTH_PAGES,
+        BENCHMARKS,
     ),
     Claim(
         "versus TRL: memory",
-        r"needs ([\d.]+) times its memory",
+        r"needs ([\d.]+)\s+times its memory",
         of(VERSUS_TRL, "memory_vs_fastest_trl"),
         Again("versus_trl", 0.0, 1.5, "a smaller batch beside the same libraries"),
         BOTH_PAGES,
@@ -255,7 +236,7 @@ WHOLE_RUN_CLAIMS = [
         r"\| gkd \| .* \(.*\).*\| ([\d.]+) \([^|]*\) \| [\d.]+ \([^|]*\) \|",
         of(VERSUS_TRL, "contenders", "gkd", "over_rounds", "heldout/jsd", "median"),
         Again("versus_trl", 0.8, 1.2, "4 steps of 8 prompts instead of 6 of 16"),
-        BOTH_PAGES,
+        BENCHMARKS,
     ),
     Claim(
         "packing: speed-up",
@@ -279,6 +260,7 @@ SERVING_CLAIMS = [
         r"(\d) H bytes a scored token counted on the socket",
         Figure(SCORING, bytes_over_hidden_size),
         SAME_BYTES,
+        SERVING,
     ),
     Claim(
         "served teacher: bytes, 128 log-probabilities ÷ hidden states",
@@ -317,26 +299,13 @@ OVERLAP_CLAIMS = [
     )
 ]
 
-PLANNER_CLAIMS = [
-    Claim(
-        "planner: largest error of an unseen step, %",
-        r"came out within ([\d.]+) % for a step",
-        Figure(PLAN, largest_step_error),
-    ),
-    Claim(
-        "planner: largest error of its phases, %",
-        r"% for a step and\s+([\d.]+) % for a phase",
-        Figure(PLAN, largest_phase_error),
-    ),
-]
-
 TABLE_CLAIMS = [
     *(
         Claim(
             f"ways to distil: {name} ratio of gains, {accuracy}",
             rf"In {accuracy} accuracy on-policy GKD\s+gains {says} times",
             gain_over_supervised(choose, figure),
-            pages=("README.md", *TABLE),
+            pages=TABLE,
         )
         for accuracy, figure in (("greedy", GREEDY), ("sampled", SAMPLED))
         for name, choose, says in (
@@ -360,7 +329,6 @@ CLAIMS = [
     *WHOLE_RUN_CLAIMS,
     *SERVING_CLAIMS,
     *OVERLAP_CLAIMS,
-    *PLANNER_CLAIMS,
     *TABLE_CLAIMS,
 ]
 
