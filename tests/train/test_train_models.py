@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 import gkd
 from gkd.config import Config, Launch, make_config
 from gkd.rollout.offline import start_sampler
+from gkd.run_files import RunFiles
 from gkd.train import parts
 from gkd.train.placements import ask_placements
-from gkd.train.run_folder import RunFolder
 from gkd.types import SampleRequest
 
 
@@ -48,7 +48,7 @@ def config(base_student: Path, tiny_teacher: Path, tmp_path: Path) -> Config:
 
 
 def located(config: Config, tmp_path: Path) -> parts.Models:
-    return parts.locate_models(config, RunFolder(tmp_path / "run"), Launch(), ask_placements(config))
+    return parts.locate_models(config, RunFiles(tmp_path / "run"), Launch(), ask_placements(config))
 
 
 def test_either_sides_end_token_ends_a_completion(config: Config, tmp_path: Path) -> None:

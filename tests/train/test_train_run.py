@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 
 from gkd.config import Config, Launch, make_config
+from gkd.errors import InputError
 from gkd.run_files import RunFiles
 from gkd.teacher.base import Teacher
+from gkd.train.distiller import Distiller
 from gkd.train.placements import ask_placements
 from gkd.train.run import Run
+from gkd.train.run_folder import claimed_folder
 from gkd.types import Rollout, TeacherScores
 
 STEPS = 2
@@ -95,3 +98,29 @@ def test_a_run_has_the_parts_that_a_subclass_builds(config: Config) -> None:
     ] * STEPS  # fmt: skip
     assert [path.name for path in config.run.folder.iterdir()] == ["inputs.json"]  # what a resume would have to find
     run.sampler.close()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("section", "keys", "message"),
+    [
+        ("teacher", {"model": "no/such/teacher"}, r"^teacher\.model"),
+        ("student", {"init": {"layers": [2, 1]}}, r"^student\.init\.layers"),
+        ("data", {"max_prompt_tokens": 3, "long_prompts": "error"}, r"train\.jsonl:3"),
+    ],
+)
+def test_a_start_that_fails_costs_nobody_anything(
+    config: Config, section: str, keys: dict[str, Any], message: str
+) -> None:
+    """Not the run that was to be overwritten, either."""
+    folder = config.run.folder
+    with claimed_folder(config, Launch()) as files:
+        files.begin()
+    for name in ("metrics.jsonl", "student_init/student_init.json", "logs/rank_0.log", "eval.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    values = config.model_dump(mode="json", exclude_unset=True)
+    with pytest.raises(InputError, match=message):
+        Distiller(make_config({**values, section: {**values[section], **keys}})).train(overwrite=True)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before

@@ -3,70 +3,130 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gkd.config import Config, make_config
-from gkd.errors import RunFolderError
+from gkd.config import Config, Launch, make_config
+from gkd.errors import ModelError, RunFolderError
 from gkd.run_files import RunFiles
-from gkd.train.run_folder import RunFolder, check_inputs
+from gkd.train.run_folder import check_inputs, claimed_folder
 
 
-def config(**sections: dict[str, Any]) -> Config:
-    return make_config({"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "d"}, **sections})
+def config(path: Path, *, run: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Config:
+    models = {"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "d"}}
+    return make_config({**models, "run": {"dir": str(path), **(run or {})}, **sections})
 
 
-def open_and_close(path: Path, config: Config, *, resume: bool = False, overwrite: bool = False) -> RunFolder:
-    folder = RunFolder(path)
-    folder.open(config, resume=resume, overwrite=overwrite)
-    folder.close()
+def begin(config: Config, *, resume: bool = False, overwrite: bool = False) -> RunFiles:
+    """A start whose models and data were good."""
+    with claimed_folder(config, Launch(), resume=resume, overwrite=overwrite) as folder:
+        folder.begin()
+        logging.getLogger("gkd").warning("the log of seed %d", config.run.seed)
     return folder
 
 
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
 def test_a_fresh_folder_holds_config_and_environment(tmp_path: Path) -> None:
-    open_and_close(tmp_path / "run", config())
-    assert json.loads((tmp_path / "run" / "config.resolved.json").read_text())["teacher"]["model"] == "t"
-    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    files = begin(config(tmp_path / "run"))
+    assert json.loads(files.config.read_text())["teacher"]["model"] == "t"
+    environment = json.loads(files.environment.read_text())
     assert {"python", "packages", "git_revision", "command"} <= environment.keys()
+    assert json.loads(files.marker.read_text())["run"] == "run"
 
 
-def test_a_used_folder_is_refused(tmp_path: Path) -> None:
-    open_and_close(tmp_path, config())
-    (tmp_path / "metrics.jsonl").write_text("{}")
-    (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(RunFolderError, match=r"holds a run; continue it with --resume"):
-        open_and_close(tmp_path, config())
-    assert (tmp_path / "metrics.jsonl").exists(), "a refusal removes nothing"
-    open_and_close(tmp_path, config(), overwrite=True)
-    assert not (tmp_path / "metrics.jsonl").exists()
-    assert (tmp_path / "thesis.tex").read_text() == "mine", "only what a run writes is replaced"
+@pytest.mark.fault
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_others_own_is_left_alone(tmp_path: Path, overwrite: bool) -> None:
+    """Names that a run writes too, but no run's marker."""
+    for name in ("samples/a.wav", "wandb/run", "tensorboard/events", "report.html", "eval.json", "final/x", "logs/y"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(RunFolderError, match=r"holds what no run of gkd wrote \(eval\.json, final, logs, "):
+        begin(config(tmp_path), overwrite=overwrite)
+    with pytest.raises(RunFolderError, match="holds no run to resume"):
+        begin(config(tmp_path), resume=True)
+    assert contents(tmp_path) == before
+
+
+def used(path: Path, seed: int = 0) -> RunFiles:
+    """A finished run, and a file of its owner's."""
+    files = begin(config(path, run={"seed": seed}), overwrite=True)
+    files.metrics.write_text("{}")
+    files.final.mkdir()
+    (files.final / "model.safetensors").write_text(f"weights of seed {seed}")
+    (path / "thesis.tex").write_text("mine")
+    return files
+
+
+def test_a_used_folder_is_refused_and_overwriting_moves_the_run_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "gkd")
+    files = used(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(RunFolderError, match=r"holds a run; continue it with --resume, start anew with --overwrite"):
+        begin(config(tmp_path))
+    assert contents(tmp_path) == before, "a refusal changes nothing"
+    begin(config(tmp_path), overwrite=True)
+    moved = RunFiles(files.previous)
+    assert not files.metrics.exists() and moved.metrics.read_text() == "{}"
+    assert (moved.final / "model.safetensors").read_text() == "weights of seed 0"
+    assert "the log of seed 0" in (moved.logs / "rank_0.log").read_text()
+    assert (tmp_path / "thesis.tex").read_text() == "mine", "only what a run writes is moved"
+    assert f"the run that {tmp_path} held is in {files.previous}" in caplog.messages
+
+
+def test_one_run_before_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """However often a quickstart is repeated, the disk holds two runs; a start that failed displaces none."""
+    caplog.set_level(logging.INFO, "gkd")
+    for seed in range(3):
+        used(tmp_path, seed)
+    begin(config(tmp_path), overwrite=True)
+    begin(config(tmp_path), overwrite=True)  # the one before got no further
+    assert caplog.messages[-1].startswith("the log of") and "the one that was there is gone" in caplog.text
+    assert (tmp_path / "previous" / "final" / "model.safetensors").read_text() == "weights of seed 2"
+    assert not (tmp_path / "previous" / "previous").exists()
+
+
+@pytest.mark.fault
+def test_nothing_is_touched_before_the_run_begins(tmp_path: Path) -> None:
+    """Models or data may turn out to be wrong, or another rank may be slower to hear of a refusal."""
+    used(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ModelError), claimed_folder(config(tmp_path), Launch(), overwrite=True):
+        raise ModelError("teacher.model: no such folder")
+    with claimed_folder(config(tmp_path), Launch(rank=1, world_size=2)):
+        pass
+    assert contents(tmp_path) == before
 
 
 def test_a_start_that_failed_is_in_nobodys_way(tmp_path: Path) -> None:
-    open_and_close(tmp_path, config())
+    begin(config(tmp_path))
     (tmp_path / "student_init").mkdir()
     (tmp_path / "metrics.jsonl").touch()
-    open_and_close(tmp_path, config(optim={"lr": 0.1}))
+    begin(config(tmp_path, optim={"lr": 0.1}))
     assert not (tmp_path / "student_init").exists()
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
-    first = RunFolder(tmp_path)
-    first.open(config(), resume=False, overwrite=False)
-    with pytest.raises(RunFolderError, match="in use by another process"):
-        open_and_close(tmp_path, config(), overwrite=True)
-    first.close()
+    with claimed_folder(config(tmp_path), Launch()), pytest.raises(RunFolderError, match="in use by another process"):
+        begin(config(tmp_path), overwrite=True)
 
 
 def test_a_resume_needs_a_run_that_fits(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="holds no run to resume"):
-        open_and_close(tmp_path, config(), resume=True)
-    open_and_close(tmp_path, config())
-    open_and_close(tmp_path, config(run={"steps": 7, "save_every": 3}), resume=True)
+        begin(config(tmp_path), resume=True)
+    begin(config(tmp_path))
+    begin(config(tmp_path, run={"steps": 7, "save_every": 3}), resume=True)
     with pytest.raises(RunFolderError, match=r"optim\.lr was 1e-05, is 0\.1; run\.seed was 0, is 4"):
-        open_and_close(tmp_path, config(optim={"lr": 0.1}, run={"seed": 4}), resume=True)
+        begin(config(tmp_path, optim={"lr": 0.1}, run={"seed": 4}), resume=True)
 
 
 INPUTS = {"data.train": "aa", "teacher.model": "bb", "deepspeed.config": {"zero_optimization": {"stage": 1}}}
@@ -95,25 +155,24 @@ def test_a_resume_needs_the_contents_that_the_run_had(tmp_path: Path, changed: d
 
 def test_a_resume_may_find_its_servers_elsewhere(tmp_path: Path) -> None:
     served = {"model": "t", "placement": "served", "addresses": ["http://10.0.0.1:8300"], "max_concurrency": 2}
-    open_and_close(tmp_path, config(teacher=served))
-    open_and_close(tmp_path, config(teacher={**served, "addresses": ["http://10.0.0.9:8300"]}), resume=True)
+    begin(config(tmp_path, teacher=served))
+    begin(config(tmp_path, teacher={**served, "addresses": ["http://10.0.0.9:8300"]}), resume=True)
 
 
 @pytest.mark.fault
 def test_a_finished_run_without_checkpoints_is_not_begun_again(tmp_path: Path) -> None:
-    open_and_close(tmp_path, config())
+    begin(config(tmp_path))
     (tmp_path / "final").mkdir()
     with pytest.raises(RunFolderError, match="is finished and saved no checkpoint"):
-        open_and_close(tmp_path, config(run={"steps": 200}), resume=True)
+        begin(config(tmp_path, run={"steps": 200}), resume=True)
     (tmp_path / "checkpoints").mkdir()
-    open_and_close(tmp_path, config(run={"steps": 200}), resume=True)
+    begin(config(tmp_path, run={"steps": 200}), resume=True)
 
 
 @pytest.mark.fault
 def test_who_is_refused_leaves_the_folder_free(tmp_path: Path) -> None:
-    open_and_close(tmp_path, config())
-    (tmp_path / "metrics.jsonl").write_text("{}")
+    used(tmp_path)
     try:
-        open_and_close(tmp_path, config())
+        begin(config(tmp_path))
     except RunFolderError:
-        open_and_close(tmp_path, config(), overwrite=True)  # the error, and with it the folder, is still there
+        begin(config(tmp_path), overwrite=True)  # the error, and with it the folder, is still there

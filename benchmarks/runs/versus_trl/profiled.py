@@ -80,7 +80,7 @@ def run(job: Job) -> dict[str, Any]:
     def profile(config: Config) -> None:
         launch = Launch.from_environment()
         with closing(ask_placements(config)) as placements, claimed_folder(config, launch) as folder:
-            profiled = ProfiledRun(config, launch, folder, placements)
+            profiled = ProfiledRun(config, launch, folder, placements, begin=folder.begin)
             profiled.train(time.monotonic())
         events.extend(profiled.profiler.events() or ())
 

@@ -12,6 +12,7 @@ from gkd.errors import ConfigError
 from gkd.models import (
     Closing,
     check_tokenizer_pair,
+    config_of_layers,
     describe_sides,
     empty_model,
     lora_targets,
@@ -22,7 +23,7 @@ from gkd.models import (
     union_of_ends,
 )
 from gkd.run_files import RunFiles
-from gkd.train.distributed import from_main
+from gkd.train.distributed import barrier, from_main
 from gkd.train.placements import Placements
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class Models:
     """Where student and teacher are, and what their tokenizers agree on."""
 
     teacher_path: str
-    student_path: str  # holds the weights that training starts from
+    student_source: str  # a model with the student's weights, or with those that it is cut from
+    student_path: str  # holds the weights that training starts from, once `make_student` was called
     tokenizer: PreTrainedTokenizerBase
     pad_token_id: int
     stop_token_ids: tuple[int, ...]
@@ -57,22 +59,25 @@ class Models:
 
 
 def locate_models(config: Config, folder: RunFiles, launch: Launch, placements: Placements) -> Models:
-    """Resolves the models, makes the student if it is cut from layers, and checks that it fits each teacher.
+    """Resolves the models, and checks that the student, also one that is yet to be cut from layers, fits each teacher.
 
-    The main rank does what writes to disk; the others wait. Raises ModelError or ConfigError.
+    The main rank does what writes to the cache; the others wait. Raises ModelError or ConfigError.
     """
     teacher_paths = {
         name: from_main(placement.locate() if launch.is_main else None)
         for name, placement in placements.teachers.items()
     }
     teacher_path = teacher_paths.pop(MAIN_TEACHER)
-    student_path = from_main(_student_path(config, folder, teacher_path) if launch.is_main else None)
-    student_config = read_config(student_path, revision=student_revision(config))
+    source = from_main(_student_source(config, teacher_path) if launch.is_main else None)
+    revision, init = source_revision(config), config.student.init
+    student_config = read_config(source, revision=revision)
+    if init is not None:
+        student_config = config_of_layers(source, init.layers, revision=revision)
     if launch.is_main:
         placements.sampler.check_student(student_config)
     if config.student.lora is not None:
         lora_targets(empty_model(student_config), config.student.lora)
-    sides = {"student.model": Closing.of(student_path, revision=student_revision(config))}
+    sides = {"student.model": Closing.of(source, revision=revision)}
     tokenizer = sides["student.model"].tokenizer
     _check_context("student.model", student_config, config.longest_sequence)
     rows = _vocabulary_rows(student_config)
@@ -86,7 +91,8 @@ def locate_models(config: Config, folder: RunFiles, launch: Launch, placements: 
         _log.info(line)
     return Models(
         teacher_path=teacher_path,
-        student_path=student_path,
+        student_source=source,
+        student_path=source if init is None else str(folder.student_init),
         tokenizer=tokenizer,
         pad_token_id=pad_token_id(tokenizer),
         stop_token_ids=union_of_ends(sides) if chosen is None else tuple(chosen),
@@ -111,18 +117,30 @@ def _check_teacher(
     return check_tokenizer_pair(student_tokenizer, teacher_tokenizer, student_rows, _vocabulary_rows(teacher_config))
 
 
-def _student_path(config: Config, folder: RunFiles, teacher_path: str) -> str:
-    if config.student.model is None:
-        source, revision = teacher_path, config.teacher.revision
-    else:
-        revision = config.student.revision
-        source = resolve_model(config.student.model, revision=revision, key="student.model")
+def make_student(config: Config, models: Models, launch: Launch) -> None:
+    """Cuts the student from layers, where the config says so. Raises ModelError. Collective."""
     if config.student.init is None:
-        return source
-    return str(make_student_from_layers(source, config.student.init.layers, folder.student_init, revision=revision))
+        return
+    if launch.is_main:
+        make_student_from_layers(
+            models.student_source, config.student.init.layers, models.student_path, revision=source_revision(config)
+        )
+    barrier()
+
+
+def _student_source(config: Config, teacher_path: str) -> str:
+    if config.student.model is None:
+        return teacher_path
+    return resolve_model(config.student.model, revision=config.student.revision, key="student.model")
+
+
+def source_revision(config: Config) -> str | None:
+    """Of `Models.student_source`."""
+    return config.teacher.revision if config.student.model is None else config.student.revision
 
 
 def student_revision(config: Config) -> str | None:
+    """Of `Models.student_path`."""
     return None if config.student.init is not None else config.student.revision
 
 
