@@ -44,7 +44,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replaces `path` in one step, and not before `content` is on the disk.
+    """Replaces `path` in one step, and not before `content` is on the disk; returns when a power cut keeps it.
 
     Raises OSError that names `path`; the old file is then intact.
     """
@@ -53,8 +53,25 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        flush(path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def flush(path: Path) -> None:
+    """Returns when a power cut keeps a file's contents, or the names that a folder holds."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def flush_tree(folder: Path) -> None:
+    """`flush` of a folder and all that is in it: to be called before it gets the name that others go by."""
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            flush(path)
 
 
 def write_json(path: Path, value: Any) -> None:

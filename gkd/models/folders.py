@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import fnmatch
-import os
 import secrets
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from gkd.files import flush, flush_tree
 
 PARTIAL_SUFFIX = ".partial"
 _STALE_AFTER_S = 24 * 3600
@@ -36,8 +37,9 @@ def written_aside(target: Path, *, replace: bool = False) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        _flush(partial)
+        flush_tree(partial)  # a renamed folder must not hold files that a power cut can still empty
         _publish(partial, target, replace)
+        flush(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -59,14 +61,6 @@ def _publish(partial: Path, target: Path, replace: bool) -> None:
     target.rename(old)
     partial.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(folder: Path) -> None:
-    """A renamed folder must not hold files that a power cut can still empty."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
 
 
 def _remove_stale(target: Path) -> None:

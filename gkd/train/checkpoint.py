@@ -1,4 +1,4 @@
-"""Checkpoints: written aside, sealed with a manifest of sizes and hashes, then renamed.
+"""Checkpoints: written aside, sealed with a manifest of sizes and hashes, flushed to the disk, then renamed.
 
 checkpoints/step_N/engine/...       DeepSpeed's files, one set a rank
 checkpoints/step_N/manifest.json    step, world size, ZeRO stage, and every file's size and SHA-256
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gkd.errors import CheckpointError, RunFolderError
-from gkd.files import write_json
+from gkd.files import flush, flush_tree, write_json
 from gkd.train.distributed import barrier, from_main
 
 _MANIFEST = "manifest.json"
@@ -82,8 +82,11 @@ class Checkpointer:
         barrier()  # every rank's files are there
         if self._is_main:
             write_json(aside / _MANIFEST, {"step": step, **self._layout, "files": _describe_files(aside)})
+            flush_tree(aside)  # a renamed folder must not hold files that a power cut can still empty
             shutil.rmtree(final, ignore_errors=True)
             aside.replace(final)
+            flush(self._folder)
+            flush(self._folder.parent)  # which got this folder at the first save
         barrier()
         return final
 

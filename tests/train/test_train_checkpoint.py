@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gkd.errors import CheckpointError, RunFolderError
+from gkd.files import write_json
+from gkd.models.folders import written_aside
 from gkd.train.checkpoint import Checkpointer, find_fault, find_resume_step, saved_steps
 
 LAYOUT = {"world_size": 1, "zero_stage": 0}
@@ -97,3 +101,48 @@ def test_the_manifest_names_every_file(tmp_path: Path) -> None:
     folder = checkpointer(tmp_path, FileState()).save(2)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["step"] == 2 and manifest["files"]["engine/state.bin"]["bytes"] == 1000
+
+
+@pytest.fixture
+def flushed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths that were handed to fsync, and "rename" for each renaming, in order."""
+    seen: list[str] = []
+    fsync, replace, rename = os.fsync, Path.replace, Path.rename
+
+    def noted_fsync(handle: int) -> None:
+        seen.append(str(Path(f"/proc/self/fd/{handle}").readlink()))
+        fsync(handle)
+
+    def noted(move: Any) -> Any:
+        return lambda path, target: (path.is_dir() and seen.append("rename"), move(path, target))[1]
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted(replace))
+    monkeypatch.setattr(Path, "rename", noted(rename))
+    return seen
+
+
+@pytest.mark.fault
+def test_a_power_cut_finds_all_of_a_checkpoint_or_none(tmp_path: Path, flushed: list[str]) -> None:
+    """Every file that the manifest names, and every folder's names, are on the disk before the checkpoint has its."""
+    run = tmp_path / "run"
+    folder = checkpointer(run / "checkpoints", FileState()).save(2)
+    aside = run / "checkpoints" / ".step_2.tmp"
+    inside = {str(aside / path.relative_to(folder)) for path in (folder, *folder.rglob("*"))}
+    assert inside == {str(aside / name) for name in ("", "engine", "engine/state.bin", "manifest.json")}
+    renamed = flushed.index("rename")
+    assert inside <= set(flushed[:renamed])
+    assert {str(run / "checkpoints"), str(run)} <= set(flushed[renamed:])
+
+
+@pytest.mark.fault
+def test_a_power_cut_finds_all_of_a_model_or_none(tmp_path: Path, flushed: list[str]) -> None:
+    with written_aside(tmp_path / "final") as partial:
+        (partial / "adapter").mkdir()
+        (partial / "adapter" / "weights").write_text("x")
+    renamed = flushed.index("rename")
+    assert {str(partial / name) for name in ("", "adapter", "adapter/weights")} <= set(flushed[:renamed])
+    assert str(tmp_path) in flushed[renamed:]
+    flushed.clear()
+    write_json(tmp_path / "inputs.json", {})
+    assert flushed[-1] == str(tmp_path), "the file's new name too"
