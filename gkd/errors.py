@@ -9,13 +9,14 @@ GkdError
 │   ├── MissingPackageError            (ModuleNotFoundError) an extra of gkd's that is not installed, or not usable
 │   └── RunFolderError                 a run folder that is in use, or that cannot be resumed
 └── RunError (RuntimeError)            a run that must not go on: exit code 1
-    ├── WeightSyncError                the sampler does not hold the trainer's weights
+    ├── PartError                      a sampler or a teacher failed; the student is as good as before
+    │   ├── SamplerError               the sampler returned something incomplete
+    │   ├── TeacherError               a served teacher failed, or answered something else than was asked
+    │   └── WeightSyncError            the sampler does not hold the trainer's weights
     ├── StepRefusedError               a step is not to be trusted; what was before it is saved
     │   ├── NonFiniteError             a loss or a gradient is not finite; no optimizer step was taken
     │   ├── MismatchError              the sampler drew the step's tokens from another distribution than the trainer's
     │   └── LossScaleError             float16 gradients stay infinite, however small their scale
-    ├── SamplerError                   the sampler returned something incomplete
-    ├── TeacherError                   a served teacher failed, or answered something else than was asked
     ├── CheckpointError                a checkpoint is damaged or does not belong to this run
     └── RunInterruptedError            a signal asked the run to stop, its state is saved: exit code 75
 """
@@ -91,10 +92,6 @@ class RunError(GkdError, RuntimeError):
     """The run has to stop; nothing that was saved is lost."""
 
 
-class WeightSyncError(RunError):
-    """The sampler's weights are incomplete or differ from the trainer's."""
-
-
 class StepRefusedError(RunError):
     """A step that training must not go on from; raised on all ranks. `step` of them were done before it."""
 
@@ -115,12 +112,24 @@ class LossScaleError(StepRefusedError):
     """Every one of the last steps was left out, as its float16 gradients were infinite."""
 
 
-class SamplerError(RunError):
+class PartError(RunError):
+    """A sampler or teacher failed, which leaves the student as good as before. `is_temporary`: it may work later."""
+
+    def __init__(self, message: str = "", *, is_temporary: bool = False) -> None:
+        super().__init__(message)
+        self.is_temporary = is_temporary
+
+
+class SamplerError(PartError):
     """The sampler returned fewer or other completions than were asked for."""
 
 
-class TeacherError(RunError):
+class TeacherError(PartError):
     """A served teacher is out of reach, refuses a request, or answers something else than was asked."""
+
+
+class WeightSyncError(PartError):
+    """The sampler's weights are incomplete or differ from the trainer's."""
 
 
 class CheckpointError(RunError):

@@ -103,16 +103,25 @@ class TeacherConfig(Section):
     )
     max_concurrency: int = Field(16, ge=1, description="served, topk: requests of one rank at each address at once")
     timeout_s: float = Field(300.0, gt=0.0, description="served, topk: longest wait for an answer")
+    retry_s: float = Field(
+        300.0,
+        ge=0.0,
+        description="served, topk: how long servers that fail are asked again; then the run saves and stops",
+    )
 
     @model_validator(mode="after")
     def _settings_fit_the_placement(self) -> TeacherConfig:
         if self.placement == "sharded" and self.cache_gib:
             raise ValueError("cache_gib: all ranks of a sharded teacher score together, found or not; set it to 0")
-        if self.placement in ("local", "sharded"):
-            _refuse_server_keys(self, "teacher.placement: served or topk")
-        else:
+        if self.has_servers:
             _check_addresses(self.addresses, "teacher", TEACHER_PORT if self.placement == "served" else ENDPOINT_PORT)
+        else:
+            _refuse_server_keys(self, "teacher.placement: served or topk")
         return self
+
+    @property
+    def has_servers(self) -> bool:
+        return self.placement in ("served", "topk")
 
 
 class OtherTeacherConfig(TeacherConfig):
@@ -194,6 +203,9 @@ class RolloutConfig(Section):
     )
     max_concurrency: int = Field(64, ge=1, description="served: requests of one rank at each address at once")
     timeout_s: float = Field(300.0, gt=0.0, description="served: longest wait for a completion or a part of an update")
+    retry_s: float = Field(
+        300.0, ge=0.0, description="served: how long servers that fail are asked again; then the run saves and stops"
+    )
     weight_transfer: Literal["auto", "file", "gloo", "nccl"] = Field(
         "auto", description="served: how weights go there; auto = as the servers were started"
     )
@@ -373,6 +385,11 @@ class Config(Section):
     def teachers(self) -> dict[str, TeacherConfig]:
         """All of them by name, the main one first."""
         return {MAIN_TEACHER: self.teacher, **self.other_teachers}
+
+    @property
+    def has_servers(self) -> bool:
+        """Whether a part of the run is in processes that are not the run's own."""
+        return self.rollout.placement == "served" or any(teacher.has_servers for teacher in self.teachers.values())
 
     @staticmethod
     def teacher_key(name: str) -> str:

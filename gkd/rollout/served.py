@@ -11,7 +11,7 @@ import httpx
 from gkd.errors import SamplerError, WeightSyncError
 from gkd.rollout.replicas import SamplerReplicas
 from gkd.serving import sampler_protocol as protocol
-from gkd.serving.replicas import NoServerLeftError, Replica, ServerFailedError, ServerRefusedError
+from gkd.serving.replicas import NoServerLeftError, Replica, ServerFailedError, ServerLostError, ServerRefusedError
 from gkd.serving.sampler_protocol import CompletionQuery, ProbeQuery
 from gkd.serving.threads import map_in_threads
 from gkd.types import Completion, SampleRequest, SamplingSettings
@@ -49,7 +49,9 @@ class ServedSampler:
             try:
                 return self._pool.attempt(lambda r: self._complete(r, request, settings, version))
             except NoServerLeftError as error:
-                raise SamplerError(f"no served sampler is left that completes a prompt: {error}") from None
+                raise SamplerError(
+                    f"no served sampler is left that completes a prompt: {error}", is_temporary=True
+                ) from None
 
         return map_in_threads(complete, requests, self._pool.requests_at_once)
 
@@ -70,13 +72,13 @@ class ServedSampler:
         Raises SamplerError, on all ranks, if one answers something else than was asked, or if none answers.
         """
         mine = self._probe_all(token_ids) if self._is_main else None
-        answers, reason = self._from_main(mine)
+        answers, reason, is_temporary = self._from_main(mine)
         if not answers:
-            raise SamplerError(f"no served sampler could be probed: {reason}")
+            raise SamplerError(f"no served sampler could be probed: {reason}", is_temporary=is_temporary)
         return answers
 
-    def _probe_all(self, token_ids: Sequence[int]) -> tuple[list[Sequence[float]], str]:
-        """The answers; or none, and why: the other ranks have to know it too."""
+    def _probe_all(self, token_ids: Sequence[int]) -> tuple[list[Sequence[float]], str, bool]:
+        """The answers; or none, why, and whether that may change: the other ranks have to know it too."""
         answers: list[Sequence[float]] = []
         reasons: list[str] = []
         for replica in list(self._holding):
@@ -87,8 +89,8 @@ class ServedSampler:
                 self._pool.set_down(replica, reasons[-1])
                 self._holding.remove(replica)
             except SamplerError as error:
-                return [], str(error)
-        return answers, "; ".join(reasons)
+                return [], str(error), False
+        return answers, "; ".join(reasons), True
 
     def accept_weights(self) -> None:
         """Raises WeightSyncError, on all ranks, if no server is left to accept them."""
@@ -109,7 +111,9 @@ class ServedSampler:
             mine = [replica.address for replica in self._holding], "; ".join(self._sender.failures.values())
         addresses, reasons = self._from_main(mine)
         if not addresses:
-            raise WeightSyncError(f"no served sampler took the weights of version {version}: {reasons}")
+            raise WeightSyncError(
+                f"no served sampler took the weights of version {version}: {reasons}", is_temporary=True
+            )
         for replica in self._pool.replicas:
             if replica.address in addresses:
                 self._pool.take_back(replica)
@@ -155,7 +159,7 @@ class ServedSampler:
             headers, body = self._pool.post_token_ids(replica, path, query.params, token_ids, limit_bytes + 1)
         except ServerRefusedError as error:
             if error.status == protocol.CONFLICT:  # it was restarted, say
-                raise ServerFailedError(str(error)) from None
+                raise ServerLostError(str(error)) from None
             raise SamplerError(f"{replica.address}: {error}") from None
         answered = headers.get(protocol.VERSION_HEADER)
         if answered != str(query.weights_version):

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from gkd.config import PROBE_TOKENS
-from gkd.errors import WeightSyncError
+from gkd.errors import PartError, WeightSyncError
 from gkd.rollout.base import Sampler
+from gkd.serving.patience import Patience
 from gkd.types import Completion, SampleRequest, SamplingSettings, WeightStream
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 class SyncedSampler:
     """A sampler that refuses to generate unless its weights are proven to be the trainer's.
 
-    `max_over_ranks` makes all ranks agree on the largest error, so that they fail together instead of hanging.
+    `max_over_ranks` makes all ranks agree on the largest error, so that they fail together instead of hanging. An
+    update that no server takes is sent again for `retry_s`.
     """
 
     def __init__(
@@ -34,8 +36,10 @@ class SyncedSampler:
         probe_ids: Sequence[int],
         tolerance: float,
         max_over_ranks: Callable[[float], float] = lambda value: value,
+        retry_s: float = 0.0,
     ) -> None:
         self._sampler = sampler
+        self._retry_s = retry_s
         self._probe_ids = tuple(probe_ids)
         self._tolerance = tolerance
         self._max_over_ranks = max_over_ranks
@@ -52,8 +56,18 @@ class SyncedSampler:
         """Streams `weights` in, proves them, and sets the version. Returns the `sync/*` metrics.
 
         Raises WeightSyncError if a parameter is missing, unknown, repeated or misshapen, or if the probe's mean
-        log-probability error exceeds the tolerance.
+        log-probability error exceeds the tolerance, and what the sampler raises.
         """
+        patience = Patience(self._retry_s)
+        while True:
+            try:
+                return self._load(weights, version)
+            except PartError as error:  # one that is temporary is on all ranks
+                patience.start()
+                if not (error.is_temporary and self._max_over_ranks(patience.pause())):
+                    raise
+
+    def _load(self, weights: WeightStream, version: int) -> dict[str, float]:
         self._proven = False
         self.weights_version = None
         checked = _Checked(weights)

@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from gkd.errors import ConfigError
+from gkd.serving.patience import Patience
 from gkd.serving.protocol import TOKEN_ID_FORMAT, TOKEN_VARIABLE, Description, read_token
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ class ServersConfig(Protocol):
     def max_concurrency(self) -> int: ...
     @property
     def timeout_s(self) -> float: ...
+    @property
+    def retry_s(self) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,10 @@ class ServerFailedError(Exception):
     """A server could not be reached, broke off, or says that it failed; another one may do better."""
 
 
+class ServerLostError(ServerFailedError):
+    """A server works, but has lost what the request needs, and does not get it back by waiting."""
+
+
 class ServerRefusedError(Exception):
     """A server's answer with status 4xx: another one would say the same."""
 
@@ -89,6 +96,7 @@ class ReplicaPool:
         self._config, self._role, self._cool_down_s = config, role, cool_down_s
         self.replicas = [Replica(address.rstrip("/")) for address in config.addresses or ()]
         self._changed = threading.Condition()
+        self._said_that_it_waits = False  # since the last answer
         self._client = httpx.Client(
             headers={"accept-encoding": "identity"} | ({"authorization": f"Bearer {token}"} if token else {}),
             timeout=httpx.Timeout(config.timeout_s, connect=CONNECT_TIMEOUT_S),
@@ -106,23 +114,42 @@ class ReplicaPool:
 
     # ---- sharing out
 
-    def attempt(self, call: Callable[[Replica], T], most: int | None = None) -> T:
+    def attempt(self, call: Callable[[Replica], T]) -> T:
         """`call` with the least busy server that works; if that fails with another one, or, where there is none, with
-        the same again: one attempt more than there are servers, as the other may be long known to be down, but `most`
-        in all. Raises NoServerLeftError when every attempt failed, and at once what else `call` raises.
+        the same again: one attempt more than there are servers, as the other may be long known to be down. After those
+        come pauses before each further one, until `retry_s` have passed since the first failure.
+
+        Raises NoServerLeftError when every attempt failed, or when no server can be waited for, and at once what else
+        `call` raises.
         """
-        attempts = min(len(self.replicas) + 1, most or len(self.replicas) + 1)
         failed: Replica | None = None
+        lost: set[str] = set()
         reasons: list[str] = []
-        while len(reasons) < attempts:
+        patience = Patience(self._config.retry_s)
+        while True:
             with self._lease(avoid=failed) as replica:
                 try:
-                    return call(replica)
+                    answer = call(replica)
+                    self._said_that_it_waits = False
+                    return answer
                 except (httpx.HTTPError, ServerFailedError) as error:
-                    reasons.append(f"{replica.address}: {self.reason(error)}")
+                    patience.start()
+                    reasons = [*reasons, f"{replica.address}: {self.reason(error)}"][-len(self.replicas) - 1 :]
                     self.set_down(replica, reasons[-1])
                     failed = replica
-        raise NoServerLeftError("; then ".join(reasons))
+                    if isinstance(error, ServerLostError):
+                        lost.add(replica.address)
+            at_once = len(reasons) <= len(self.replicas)
+            if len(lost) == len(self.replicas) or not (at_once or self._pause(patience, reasons[-1])):
+                raise NoServerLeftError("; then ".join(reasons))
+
+    def _pause(self, patience: Patience, reason: str) -> bool:
+        """Whether there is time for a further attempt, before which it waits; says so once, however many wait."""
+        with self._changed:
+            is_first, self._said_that_it_waits = not self._said_that_it_waits, True
+        if is_first and not patience.is_over:
+            _log.warning("%s; it is asked again for up to %g s", reason, self._config.retry_s)
+        return patience.pause()
 
     def set_down(self, replica: Replica, reason: str) -> None:
         with self._changed:

@@ -85,7 +85,7 @@ class Endpoints(TeacherServers):
         try:
             body = self._attempt(lambda replica: self._post(replica, token_ids))
         except NoServerLeftError as error:
-            raise TeacherError(f"{what} could not be scored by a top-k teacher: {error}") from None
+            raise TeacherError(f"{what} could not be scored by a top-k teacher: {error}", is_temporary=True) from None
         except ServerRefusedError as error:
             raise TeacherError(f"{what}: the top-k teacher refused it: {error}") from None
         try:

@@ -1,4 +1,4 @@
-"""The servers of `teacher.addresses`: checked at the start, shared out, retried once. No torch here."""
+"""The servers of `teacher.addresses`: checked at the start, shared out, asked again. No torch here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ import httpx
 from gkd.config import TEACHER_PORT, TeacherConfig
 from gkd.errors import ConfigError, TeacherError
 from gkd.serving import teacher_protocol as protocol
-from gkd.serving.replicas import NoServerLeftError, Replica, Role, ServerRefusedError, host_options, refusal
+from gkd.serving.replicas import (
+    NoServerLeftError,
+    Replica,
+    Role,
+    ServerFailedError,
+    ServerRefusedError,
+    host_options,
+    refusal,
+)
 from gkd.serving.teacher_protocol import ServedTeacherModel
 from gkd.teacher.servers import TeacherServers
 
@@ -62,16 +70,18 @@ class Replicas(TeacherServers):
             )
 
     def head(self) -> bytes:
-        """The output head's bytes from the first server. Raises TeacherError unless they have the promised hash."""
-        first = self._pool.replicas[0]
+        """The output head's bytes. Raises TeacherError unless they have the promised hash."""
         try:
-            response = self._pool.get(first, protocol.HEAD_PATH)
-        except httpx.HTTPError as error:
-            raise TeacherError(f"{first.address}: no output head: {self._pool.reason(error)}") from None
+            return self._attempt(self._request_head)
+        except NoServerLeftError as error:
+            raise TeacherError(f"no output head: {error}", is_temporary=True) from None
+
+    def _request_head(self, replica: Replica) -> bytes:
+        response = self._pool.get(replica, protocol.HEAD_PATH)
         if response.status_code != httpx.codes.OK:
-            raise TeacherError(f"{first.address}: no output head: {refusal(response.status_code, response.content)}")
+            raise ServerFailedError(refusal(response.status_code, response.content))
         if hashlib.sha256(response.content).hexdigest() != self.served.head_sha256:
-            raise TeacherError(f"{first.address}: the output head arrived damaged: its sha256 is not the one promised")
+            raise ServerFailedError("the output head arrived damaged: its sha256 is not the one promised")
         return response.content
 
     def states(self, token_ids: Sequence[int], first_row: int, what: str) -> bytearray:
@@ -83,7 +93,7 @@ class Replicas(TeacherServers):
         try:
             return self._attempt(lambda replica: self._request_states(replica, token_ids, first_row, what))
         except NoServerLeftError as error:
-            raise TeacherError(f"{what} could not be scored by a served teacher: {error}") from None
+            raise TeacherError(f"{what} could not be scored by a served teacher: {error}", is_temporary=True) from None
 
     def _request_states(self, replica: Replica, token_ids: Sequence[int], first_row: int, what: str) -> bytearray:
         rows = len(token_ids) - first_row

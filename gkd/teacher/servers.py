@@ -12,15 +12,14 @@ from gkd.serving.threads import map_in_threads
 from gkd.types import Rollout
 
 _COOL_DOWN_S = 60.0  # for which a server that failed gets no work while another one does
-_MOST_ATTEMPTS = 3
 Answer = TypeVar("Answer")
 
 
 class TeacherServers:
     """Servers of one teacher, used by any number of threads.
 
-    A request goes to the server with the fewest. If that fails it goes once to another one, or, where there is no
-    other, once more to the same.
+    A request goes to the server with the fewest. If that fails it goes to another one, or, where there is no other, to
+    the same again, for as long as `retry_s` says.
     """
 
     def __init__(self, config: TeacherConfig, role: Role) -> None:
@@ -61,4 +60,4 @@ class TeacherServers:
 
     def _attempt(self, call: Callable[[Replica], Answer]) -> Answer:
         """Raises NoServerLeftError if every attempt fails, and at once what else `call` raises."""
-        return self._pool.attempt(call, _MOST_ATTEMPTS)
+        return self._pool.attempt(call)

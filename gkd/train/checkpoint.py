@@ -53,6 +53,7 @@ class Checkpointer:
         self._keep = keep
         self._layout = dict(layout)
         self._is_main = is_main
+        self._newest: int | None = None  # saved by this process
 
     def maybe_save(self, step: int) -> None:
         """`step` optimizer steps are done."""
@@ -74,6 +75,8 @@ class Checkpointer:
 
     def _write(self, step: int) -> Path:
         aside, final = self._folder / f".step_{step}.tmp", self._folder / f"step_{step}"
+        if step == self._newest:
+            return final
         if self._is_main:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
@@ -88,6 +91,7 @@ class Checkpointer:
             flush(self._folder)
             flush(self._folder.parent)  # which got this folder at the first save
         barrier()
+        self._newest = step
         return final
 
     def load(self, step: int) -> None:

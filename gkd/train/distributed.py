@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from gkd.config import Launch
+from gkd.errors import PartError
 
 T = TypeVar("T")
 # For what the main rank may do alone for hours: sampling the teacher's texts, hashing a checkpoint. The group of all
@@ -95,6 +96,23 @@ def from_main(value: T | None) -> T:
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast_object_list(box, src=0, group=_patient_group)
     return box[0]  # pyright: ignore[reportReturnType]
+
+
+def together(call: Callable[[], T]) -> T:
+    """What `call` returns. If it raises a PartError on any rank, that is raised on all. Collective, after it."""
+    try:
+        result, error = call(), None
+    except PartError as raised:
+        result, error = None, raised
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        errors: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error, group=_patient_group)
+        rank, first = next(((rank, e) for rank, e in enumerate(errors) if e is not None), (0, None))
+        if error is None and first is not None:
+            error = type(first)(f"rank {rank}: {first}", is_temporary=first.is_temporary)
+    if error is not None:
+        raise error
+    return result  # pyright: ignore[reportReturnType]
 
 
 def barrier() -> None:

@@ -11,6 +11,7 @@ import signal
 import threading
 from types import FrameType
 
+from gkd.errors import PartError
 from gkd.train.distributed import max_over_ranks
 
 _log = logging.getLogger(__name__)
@@ -21,12 +22,17 @@ class Interruption:
 
     def __init__(self) -> None:
         self._seen = False
+        self.error: PartError | None = None  # of a part, on all ranks: the run cannot go on
         if threading.current_thread() is threading.main_thread():  # nobody else may set handlers
             signal.signal(signal.SIGUSR1, self._see)
 
     def is_requested(self) -> bool:
         """Collective."""
-        return max_over_ranks(float(self._seen)) > 0
+        return max_over_ranks(float(self._seen or self.error is not None)) > 0
+
+    def because_of(self, error: PartError) -> None:
+        """To be called on all ranks."""
+        self.error = error
 
     def _see(self, number: int, frame: FrameType | None) -> None:
         del frame

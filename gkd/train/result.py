@@ -57,10 +57,10 @@ def export(
     origin: str,
     probe_ids: Sequence[int],
     end_token_ids: Sequence[int],
-    heldout: Mapping[str, tuple[float, float]],
     is_main: bool,
 ) -> None:
-    """The student into `folder`, with what else its model needs from the folder `origin`, proven by a probe.
+    """The student into `folder`, with what else its model needs from the folder `origin`, proven by a probe. Its card
+    tells no measurements yet.
 
     Every rank scores and streams, as gathering is collective; the main rank writes and proves.
     """
@@ -70,7 +70,21 @@ def export(
         for _ in itertools.chain(weights, adapter):
             pass
         return
-    card = ModelCard(
+    save_final(
+        folder,
+        weights,
+        origin,
+        config.student.dtype,
+        model_card(config),
+        probe=probe,
+        adapter=adapter,
+        end_token_ids=end_token_ids,
+    )
+
+
+def model_card(config: Config, heldout: Mapping[str, tuple[float, float]] | None = None) -> ModelCard:
+    """`heldout` is (before, after) of each measure."""
+    return ModelCard(
         teacher=", ".join(teacher.model for teacher in config.teachers.values()),
         student=config.student.model or f"{config.student.init} of the teacher",
         objective=config.objective.model_dump(mode="json"),
@@ -80,11 +94,13 @@ def export(
         steps=config.run.steps,
         versions=library_versions(),
         lora=config.student.lora,
-        heldout=heldout,
+        heldout=heldout or {},
     )
-    save_final(
-        folder, weights, origin, config.student.dtype, card, probe=probe, adapter=adapter, end_token_ids=end_token_ids
-    )
+
+
+def resume_command(files: RunFiles) -> str:
+    """For a shell."""
+    return shlex.join([_command(), "train", str(files.config), "--resume"])
 
 
 def _command() -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from gkd.config import Config, Launch
-from gkd.errors import RunInterruptedError, StepRefusedError
-from gkd.files import write_json
+from gkd.errors import PartError, RunInterruptedError, StepRefusedError
+from gkd.files import write_atomically, write_json
 from gkd.monitor import Monitor, RunSummary, read_metrics
 from gkd.run_files import RunFiles
 from gkd.teacher.base import Teacher
@@ -19,7 +19,7 @@ from gkd.train.engine import StudentEngine
 from gkd.train.interruption import Interruption
 from gkd.train.loop import Metrics, train_loop
 from gkd.train.placements import Placements
-from gkd.train.result import export, summarise
+from gkd.train.result import export, model_card, resume_command, summarise
 from gkd.train.run_folder import check_inputs
 from gkd.train.settings import TrainingSettings
 from gkd.train.snapshots import read_snapshot
@@ -53,6 +53,7 @@ class Run:
         distributed.initialize(launch)
         parts.check_precision(TrainingSettings.of(config), launch.world_size)
         self.start_step = parts.resume_step(config, folder, launch, _log.warning) if resume else 0
+        self.steps_done = self.start_step
         self.models = parts.locate_models(config, folder, launch, placements)
         self.prompts = parts.load_data(config, self.models)
         begin()
@@ -66,9 +67,14 @@ class Run:
         with self.monitor:
             self.monitor.note(self.prompts.description)
             self.build()
-            self.start()
-            self.loop()
-            return self.finish(started)
+            try:
+                self.start()
+                self.loop()
+                return self.finish(started)
+            except PartError as error:
+                if self.config.has_servers or self.launch.world_size == 1:  # else it may be on this rank alone
+                    self.stop(error)
+                raise
 
     # ---- parts
 
@@ -123,6 +129,8 @@ class Run:
 
     def loop(self) -> None:
         rollouts = parts.build_rollouts(self.config, self.models, self.sampler, self.texts, self.data)
+        if self.config.has_servers:
+            rollouts = parts.SharedRollouts(rollouts, self.interruption.because_of)
         try:
             train_loop(
                 data=self.data,
@@ -143,8 +151,19 @@ class Run:
             raise
 
     def finish(self, started: float) -> RunSummary:
-        """Measures the student as it is now, writes it and the summary, and stops the sampler."""
+        """Writes the student, measures it as it is now, writes the summary, and stops the sampler."""
         config, folder, is_main = self.config, self.folder, self.launch.is_main
+        export(  # before anything else can fail
+            config,
+            folder.final,
+            self.student,
+            origin=self.models.student_path,
+            probe_ids=parts.probe_ids(self.prompts),
+            end_token_ids=self.models.stop_token_ids,
+            is_main=is_main,
+        )
+        if self.interruption.error is not None:
+            raise self.interruption.error
         after = self.snapshots.take(config.run.steps, folder.tokens_after)
         summary = summarise(
             config,
@@ -155,22 +174,29 @@ class Run:
             shown=parts.shown_texts(config, self.models, self.prompts, self.texts),
             wall_s=time.monotonic() - started,
         )
-        export(
-            config,
-            folder.final,
-            self.student,
-            origin=self.models.student_path,
-            probe_ids=parts.probe_ids(self.prompts),
-            end_token_ids=self.models.stop_token_ids,
-            heldout=summary.heldout,
-            is_main=is_main,
-        )
         if is_main:
+            write_atomically(folder.final / "README.md", model_card(config, summary.heldout).render().encode())
             summary.write_summary_json(folder.summary)
             summary.write_samples_markdown(folder.samples)
         self.snapshots.close()
         self.sampler.close()
         return summary
+
+    def stop(self, error: PartError | None = None) -> NoReturn:
+        """Saves what was trained and raises RunInterruptedError, with the command that goes on; or `error`, if that
+        is for good. Collective."""
+        done = self.steps_done
+        saved = "nothing was trained since the start"
+        if done > self.start_step:
+            saved = f"saved in {self.checkpoints.save(done)}"
+        reason = f" ({error})" if error is not None else ""
+        if error is not None and not error.is_temporary:
+            error.add_note(f"stopped after step {done}, {saved}")
+            raise error
+        launcher = "" if self.launch.world_size == 1 else " under the same launcher"
+        raise RunInterruptedError(
+            f"stopped after step {done}{reason}, {saved}; go on{launcher} with: {resume_command(self.folder)}"
+        ) from error
 
     # ---- what the loop calls beside the parts
 
@@ -181,8 +207,15 @@ class Run:
     def evaluate(self, steps_done: int) -> Metrics:
         """The held-out divergences where they are due; those of the start and the end are in the summary."""
         every = self.config.eval.every
-        due = every and steps_done % every == 0 and steps_done < self.config.run.steps
-        return self._observed(self.snapshots.heldout(steps_done)) if due else {}
+        if not (every and steps_done % every == 0 and steps_done < self.config.run.steps):
+            return {}
+        try:
+            return self._observed(self.snapshots.heldout(steps_done))
+        except PartError as error:
+            if not self.config.has_servers:
+                raise
+            self.interruption.because_of(error)
+            return {}
 
     def _observed(self, metrics: Metrics) -> Metrics:
         """What is logged of a step besides the student's own metrics: schedules may follow it."""
@@ -190,8 +223,10 @@ class Run:
         return metrics
 
     def save(self, steps_done: int) -> None:
-        """A checkpoint where one is due. Raises RunInterruptedError after one if the run was asked to stop."""
+        """A checkpoint where one is due. Stops after one if the run was asked to."""
+        self.steps_done = steps_done
         if steps_done < self.config.run.steps and self.interruption.is_requested():
-            saved = self.checkpoints.save(steps_done)
-            raise RunInterruptedError(f"stopped after step {steps_done}, saved in {saved}; go on with --resume")
+            if self.interruption.error is not None:
+                raise self.interruption.error
+            self.stop()
         self.checkpoints.maybe_save(steps_done)

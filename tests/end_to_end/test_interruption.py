@@ -78,3 +78,36 @@ def test_a_failing_rank_says_who_and_where(make_run_config: MakeConfig, tmp_path
     assert "the planted fault" in (logs / "rank_1.log").read_text()
     other = (logs / "rank_0.log").read_text()
     assert "step 1: score" in other and "step 2" not in other
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_a_teacher_that_is_away_for_one_rank_stops_both_with_their_work_saved(
+    make_run_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_run_config("away", deepspeed={"zero_stage": 2})
+    script = tmp_path / "away.py"
+    script.write_text(  # it scores held-out texts, answers, step 0, step 1
+        "from gkd.cli.main import main\n"
+        "from gkd.config import Config\n"
+        "from gkd.errors import TeacherError\n"
+        "from gkd.train.parts.together import SharedTeacher\n"
+        "from gkd.train.run import Run\n"
+        "class Away:\n"
+        "    def __init__(self, teacher, rank):\n"
+        "        self.teacher, self.rank, self.calls = teacher, rank, 0\n"
+        "    def score(self, rollouts):\n"
+        "        self.calls += 1\n"
+        "        if self.calls == 4 and self.rank == 1:\n"
+        "            raise TeacherError('nobody answers', is_temporary=True)\n"
+        "        return self.teacher.score(rollouts)\n"
+        "build = Run.build_teacher\n"
+        "Run.build_teacher = lambda run: SharedTeacher(Away(build(run), run.launch.rank))\n"
+        "Config.has_servers = property(lambda config: True)\n"
+        "main()\n"
+    )
+    result = torchrun(2, [script, "train", config, "optim.micro_batch_size=2"], timeout_s=240)
+    assert result.returncode != 0
+    assert f"(rank 1: nobody answers), saved in {tmp_path}/away/checkpoints/step_1; go on under the" in result.stderr
+    check(torchrun(2, [*("-m", "gkd", "train"), config, "optim.micro_batch_size=2", "--resume"], timeout_s=240))
+    assert [record["step"] for record in read_metrics(tmp_path / "away")] == [0, 1, 2]

@@ -68,7 +68,8 @@ class Servers:
                 "student": {"model": str(self.model), "dtype": "float32"},
                 "data": {"train": "d", "max_prompt_tokens": 64},
                 "rollout": {"placement": "served", "addresses": [server.address for server in servers],
-                            "token_file": str(self.folder / "token"), "timeout_s": timeout_s} | rollout,
+                            "token_file": str(self.folder / "token"), "timeout_s": timeout_s,
+                            "retry_s": 0} | rollout,
             }
         )  # fmt: skip
 

@@ -62,7 +62,7 @@ def make_server() -> Iterator[MakeServer]:
 
 def config(*servers: FakeServer, **rollout: Any) -> Any:
     keys = {"placement": "served", "addresses": [server.address for server in servers], "timeout_s": 0.5,
-            "max_new_tokens": 8} | rollout  # fmt: skip
+            "retry_s": 0, "max_new_tokens": 8} | rollout  # fmt: skip
     return make_config(
         {"teacher": {"model": "t"}, "student": {"model": "s", "dtype": "float32"},
          "data": {"train": "d", "max_prompt_tokens": 16}, "rollout": keys}

@@ -117,12 +117,12 @@ def test_a_run_that_samples_ahead_stops_on_a_signal_and_begins_anew(servers: Ser
 
 @pytest.mark.fault
 @pytest.mark.long
-def test_a_sampler_that_dies_in_the_middle_is_one_clear_error(servers: Servers, tmp_path: Path) -> None:
+def test_a_sampler_that_dies_in_the_middle_costs_no_step(servers: Servers, tmp_path: Path) -> None:
     doomed = servers.start_sampler().wait_until_ready(240)
-    config = servers.config(tmp_path, "dying", doomed, run={"steps": 500}, rollout={"staleness": 1})
+    sections = {"run": {"steps": 500}, "rollout": {"staleness": 1, "retry_s": 3}}
+    config = servers.config(tmp_path, "dying", doomed, **sections)
     process = start_run(config, tmp_path / "dying" / "metrics.jsonl")
     doomed.process.kill()
     stderr = process.communicate(timeout=60)[1]
-    assert process.returncode == 1 and "Traceback" not in stderr, stderr[-3000:]
-    assert doomed.address in stderr and ("SamplerError: " in stderr or "WeightSyncError: " in stderr)
-    assert "rank 0, step " in stderr
+    assert process.returncode == 75 and "Traceback" not in stderr, stderr[-3000:]
+    assert doomed.address in stderr and "saved in" in stderr and "--resume" in stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -130,6 +131,31 @@ class DeafSampler:
 
     def accept_weights(self) -> None:
         raise AssertionError("weights that are not proven were accepted")
+
+
+class AwaySampler(DeafSampler):
+    """Takes no update for a second."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        super().__init__(sampler, [])
+        self._back = time.monotonic() + 1.0
+        self.accept_weights = sampler.accept_weights
+
+    def update_weights(self, weights: Pairs, version: int) -> None:
+        if time.monotonic() < self._back:
+            raise WeightSyncError("no served sampler took the weights", is_temporary=True)
+        self._sampler.update_weights(weights, version)
+
+
+@pytest.mark.fault
+def test_an_update_that_nobody_takes_is_sent_again(sampler: Sampler, model: PreTrainedModel) -> None:
+    with pytest.raises(WeightSyncError, match="took the weights"):
+        SyncedSampler(AwaySampler(sampler), probe_ids=PROBE, tolerance=1e-3, retry_s=0.2).load_weights(
+            ModelWeights(model), version=1
+        )
+    synced = SyncedSampler(AwaySampler(sampler), probe_ids=PROBE, tolerance=1e-3, retry_s=20)
+    synced.load_weights(ModelWeights(model), version=1)
+    assert synced.weights_version == 1
 
 
 def test_a_fault_on_another_rank_stops_this_one(sampler: Sampler, model: PreTrainedModel) -> None:

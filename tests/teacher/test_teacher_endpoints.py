@@ -48,7 +48,7 @@ ONE_MODEL = models({"id": "name", "root": "/model", "max_model_len": 9})
 
 def config(*addresses: str) -> TeacherConfig:
     return TeacherConfig.model_validate(
-        {"model": "m", "placement": "topk", "addresses": list(addresses), "top_k": 2, "timeout_s": 1}
+        {"model": "m", "placement": "topk", "addresses": list(addresses), "top_k": 2, "timeout_s": 1, "retry_s": 0}
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -56,7 +57,7 @@ def make_server() -> Iterator[MakeServer]:
 
 
 def config(*servers: FakeServer, **keys: Any) -> TeacherConfig:
-    values = {"model": "m", "dtype": "float32", "placement": "served", "timeout_s": 0.5}
+    values = {"model": "m", "dtype": "float32", "placement": "served", "timeout_s": 0.5, "retry_s": 0}
     return TeacherConfig.model_validate(values | {"addresses": [server.address for server in servers]} | keys)
 
 
@@ -109,7 +110,7 @@ def test_a_lie_stops_the_run_at_once_and_names_the_sample(
         ((503, {}, b""), "status 503"),
     ],
 )
-def test_a_failure_goes_once_to_another_server(make_server: MakeServer, answer: Answer, reason: str) -> None:
+def test_a_failure_goes_to_another_server(make_server: MakeServer, answer: Answer, reason: str) -> None:
     broken, good = make_server(answer=answer), make_server()
     subject = teacher(broken, good)
     for _ in range(3):
@@ -122,6 +123,13 @@ def test_a_failure_goes_once_to_another_server(make_server: MakeServer, answer: 
     with pytest.raises(TeacherError, match=f"{alone.address}: .*{reason}.*; then {alone.address}: "):
         teacher(alone).score([ROLLOUT])
     assert alone.requests.count("/hidden_states") == 2
+
+
+@pytest.mark.fault
+def test_a_head_that_cannot_be_had_at_once_is_asked_for_again(make_server: MakeServer) -> None:
+    server = make_server(head=(503, {}, b""))
+    threading.Timer(1.0, server.answers.update, [{"/head": (200, {}, HEAD)}]).start()
+    ServedTeacher(Replicas(config(server, retry_s=20)), device=torch.device("cpu"))
 
 
 @pytest.mark.fault

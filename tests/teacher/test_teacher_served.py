@@ -51,7 +51,8 @@ class Servers:
     def config(self, *addresses: str, dtype: str = "float32", concurrency: int = 4) -> TeacherConfig:
         return TeacherConfig.model_validate(
             {"model": "teacher", "dtype": dtype, "placement": "served", "addresses": list(addresses),
-             "token_file": str(self.folder / "token"), "max_concurrency": concurrency, "timeout_s": 60}
+             "token_file": str(self.folder / "token"), "max_concurrency": concurrency, "timeout_s": 60,
+             "retry_s": 0}
         )  # fmt: skip
 
     def teacher(self, *addresses: str, dtype: str = "float32", concurrency: int = 4) -> ServedTeacher:

@@ -61,7 +61,7 @@ def server(folder: Path, model: Path) -> Iterator[TeacherServer]:
 def config(folder: Path, address: str, **keys: object) -> TeacherConfig:
     return TeacherConfig.model_validate(
         {"model": str(folder / "teacher"), "placement": "topk", "addresses": [address], "top_k": 7,
-         "token_file": str(folder / "token"), "max_concurrency": 4, "timeout_s": 60, **keys}
+         "token_file": str(folder / "token"), "max_concurrency": 4, "timeout_s": 60, "retry_s": 0, **keys}
     )  # fmt: skip
 
 

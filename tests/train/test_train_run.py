@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -10,15 +12,18 @@ from typing import Any
 
 import pytest
 
-from gkd.config import Config, Launch, make_config
-from gkd.errors import InputError
+from gkd.config import Config, Launch, load_config, make_config
+from gkd.errors import InputError, RunInterruptedError, TeacherError, WeightSyncError
+from gkd.monitor import RunSummary, read_metrics
+from gkd.rollout.sync import SyncedSampler
 from gkd.run_files import RunFiles
 from gkd.teacher.base import Teacher
+from gkd.train.checkpoint import saved_steps
 from gkd.train.distiller import Distiller
 from gkd.train.placements import ask_placements
 from gkd.train.run import Run
 from gkd.train.run_folder import claimed_folder
-from gkd.types import Rollout, TeacherScores
+from gkd.types import Rollout, TeacherScores, WeightStream
 
 STEPS = 2
 
@@ -124,3 +129,99 @@ def test_a_start_that_fails_costs_nobody_anything(
     with pytest.raises(InputError, match=message):
         Distiller(make_config({**values, section: {**values[section], **keys}})).train(overwrite=True)
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+class Failing:
+    """A teacher that is away, for good or not, from its `calls`th call on."""
+
+    def __init__(self, teacher: Teacher, calls: int, *, is_temporary: bool) -> None:
+        self._teacher, self._left, self._is_temporary = teacher, calls, is_temporary
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScores]:
+        self._left -= 1
+        if self._left < 0:
+            raise TeacherError("nobody answers at http://127.0.0.1:8300", is_temporary=self._is_temporary)
+        return self._teacher.score(rollouts)
+
+
+def train(config: Config, *, calls: int = 999, is_temporary: bool = True, resume: bool = False) -> RunSummary:
+    """Of a run whose teacher answers so many calls: held-out and answers before, one a step, and the same after."""
+
+    class Doomed(Run):
+        def build_teacher(self) -> Teacher:
+            return Failing(super().build_teacher(), calls, is_temporary=is_temporary)
+
+    with closing(ask_placements(config)) as placements, claimed_folder(config, Launch(), resume=resume) as folder:
+        run = Doomed(config, Launch(), folder, placements, begin=folder.begin, resume=resume)
+        return run.train(time.monotonic())
+
+
+def with_heldout(config: Config, name: str) -> Config:
+    values = config.model_dump(mode="json", exclude_unset=True)
+    run = {"dir": str(config.run.folder.with_name(name)), "steps": 3}
+    return make_config({**values, "run": run, "data": {**values["data"], "heldout": values["data"]["train"]}})
+
+
+def losses(config: Config) -> list[float]:
+    return [record["loss"] for record in read_metrics(config.run.folder / "metrics.jsonl")]
+
+
+@pytest.mark.fault
+@pytest.mark.slow
+def test_a_teacher_that_stays_away_costs_no_step(config: Config) -> None:
+    """The run never saves by itself."""
+    whole, cut = with_heldout(config, "whole"), with_heldout(config, "cut")
+    train(whole)
+    with pytest.raises(
+        RunInterruptedError, match=r"stopped after step 2 \(nobody answers at .*saved in .*step_2; go on"
+    ) as e:
+        train(cut, calls=4)
+    command = shlex.split(str(e.value).rpartition("with: ")[2])
+    assert (
+        command[-3:] == ["train", str(cut.run.folder / "config.resolved.json"), "--resume"] and e.value.exit_code == 75
+    )
+    again = load_config(command[-2])
+    assert again == cut
+    train(again, resume=True)
+    assert losses(cut) == losses(whole)
+
+
+@pytest.mark.fault
+def test_a_teacher_that_lies_costs_no_step_either(config: Config) -> None:
+    cut = with_heldout(config, "cut")
+    with pytest.raises(TeacherError, match="nobody answers") as caught:
+        train(cut, calls=4, is_temporary=False)
+    assert "stopped after step 2, saved in" in caught.value.__notes__[-1]
+    assert saved_steps(RunFiles(cut.run.folder).checkpoints) == [2]
+
+
+@pytest.mark.fault
+def test_a_teacher_that_dies_in_the_last_evaluation_loses_nothing(config: Config) -> None:
+    cut = with_heldout(config, "cut")
+    files = RunFiles(cut.run.folder)
+    with pytest.raises(RunInterruptedError, match="stopped after step 3"):
+        train(cut, calls=5)
+    assert (files.final / "model.safetensors").exists() and not files.summary.exists()
+    summary = train(cut, resume=True)
+    assert len(losses(cut)) == 3 and files.summary.exists()
+    before, after = summary.heldout["heldout_forward_kl"]
+    card = (files.final / "README.md").read_text()
+    assert f"| heldout_forward_kl | {before:.4g} | {after:.4g} |" in card
+
+
+@pytest.mark.fault
+def test_a_sync_that_fails_ends_the_run_after_its_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is logged and saved."""
+    cut = with_heldout(config, "cut")
+    load = SyncedSampler.load_weights
+
+    def fails(self: SyncedSampler, weights: WeightStream, version: int) -> dict[str, float]:
+        if version == 2:
+            raise WeightSyncError("no served sampler took the weights of version 2", is_temporary=True)
+        return load(self, weights, version)
+
+    monkeypatch.setattr(SyncedSampler, "load_weights", fails)
+    monkeypatch.setattr(Config, "has_servers", True)
+    with pytest.raises(RunInterruptedError, match=r"stopped after step 2 \(no served sampler took"):
+        train(cut)
+    assert len(losses(cut)) == 2 and saved_steps(RunFiles(cut.run.folder).checkpoints) == [2]

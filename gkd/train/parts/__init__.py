@@ -10,12 +10,14 @@ from gkd.train.parts.settings import sampler_spec, sampling_settings
 from gkd.train.parts.student import build_checkpoints, build_student, checkpoint_layout, resume_step
 from gkd.train.parts.teachers import build_teacher
 from gkd.train.parts.texts import TeacherTexts, teacher_texts
+from gkd.train.parts.together import SharedRollouts
 
 __all__ = [
     "Models",
     "Pack",
     "Prompts",
     "Reduction",
+    "SharedRollouts",
     "TeacherTexts",
     "build_checkpoints",
     "build_heldout",

@@ -29,6 +29,7 @@ def build_sampler(
         probe_ids=probe_ids(prompts),
         tolerance=config.sync_tolerance,
         max_over_ranks=max_over_ranks,
+        retry_s=config.rollout.retry_s if config.rollout.placement == "served" else 0.0,
     )
 
 

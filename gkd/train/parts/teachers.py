@@ -11,6 +11,7 @@ from gkd.teacher.placements import Site
 from gkd.teacher.routed import RoutedTeacher
 from gkd.train.distributed import compute_device, from_main, largest_count
 from gkd.train.parts.models import Models
+from gkd.train.parts.together import SharedTeacher
 from gkd.train.placements import Placements
 
 
@@ -22,10 +23,12 @@ def build_teacher(config: Config, models: Models, launch: Launch, placements: Pl
         placement, path = placements.teachers[name], models.teacher_paths[name]
         make = partial(placement.build, path, site)
         if teacher.cache_gib == 0:
-            teachers[name] = make()
-            continue
-        folder = from_main(placement.scores_key(path) if launch.is_main else None)
-        teachers[name] = CachedTeacher(
-            make, cache_folder() / "scores" / folder, limit_bytes=round(teacher.cache_gib * 2**30), device=site.device
-        )
+            scorer = make()
+        else:
+            folder = from_main(placement.scores_key(path) if launch.is_main else None)
+            limit_bytes = round(teacher.cache_gib * 2**30)
+            scorer = CachedTeacher(
+                make, cache_folder() / "scores" / folder, limit_bytes=limit_bytes, device=site.device
+            )
+        teachers[name] = SharedTeacher(scorer) if teacher.has_servers else scorer
     return RoutedTeacher(teachers) if config.other_teachers else teachers[MAIN_TEACHER]
