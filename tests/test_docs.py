@@ -125,17 +125,18 @@ def block_before(command: str) -> str:
 
 def test_every_config_that_recipes_link_to_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    linked = re.findall(r"\(\.\./(configs/\S+\.yaml)\)", (DOCS / "recipes.md").read_text())
+    linked = re.findall(r"\(\.\./(configs/[^/\s]+\.yaml)\)", (DOCS / "recipes.md").read_text())
     assert {"configs/quickstart.yaml", "configs/served.yaml", "configs/lora.yaml"} <= set(linked)
     for path in linked:
         load_config(path)
 
 
-def test_the_quick_tours_snippet_runs() -> None:
+@pytest.mark.parametrize(("page", "name"), [("index.md", "student_logits"), ("../README.md", "student_head")])
+def test_a_pages_snippet_runs(page: str, name: str) -> None:
     namespace: dict[str, Any] = {}
-    (snippet,) = snippets("index.md")
+    (snippet,) = snippets(page)
     exec(snippet, namespace)
-    assert namespace["student_logits"].grad.abs().sum() > 0
+    assert namespace[name].grad.abs().sum() > 0
 
 
 def test_every_test_that_reliability_names_is_there() -> None:
