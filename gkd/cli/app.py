@@ -11,6 +11,7 @@ from gkd.cli.bench import bench_app
 from gkd.cli.config import config_command
 from gkd.cli.eval import eval_command
 from gkd.cli.generate import generate_command
+from gkd.cli.init import init_command
 from gkd.cli.plan import plan_command
 from gkd.cli.report import report_command
 from gkd.cli.serve_sampler import serve_sampler_command
@@ -26,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.command("init")(init_command)
 app.command("train")(train_command)
 app.command("eval")(eval_command)
 app.command("generate")(generate_command)

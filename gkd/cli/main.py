@@ -16,6 +16,7 @@ from gkd.errors import GkdError, MissingPackageError
 
 # the extra that each command needs, in the order of the help
 COMMANDS = {
+    "init": "cli",
     "train": "train",
     "eval": "train",
     "generate": "train",

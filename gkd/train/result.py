@@ -45,6 +45,7 @@ def summarise(
             shlex.join([gkd, "generate", str(files.final), "--prompt", "List three uses for a paper clip."]),
             shlex.join([gkd, "eval", str(files.config), "--student", str(files.final)]),
             shlex.join(["less", str(files.samples)]),
+            shlex.join([gkd, "init", config.teacher.model, "your_prompts.jsonl", "--student", "your_student"]),
         ),
     )
 
