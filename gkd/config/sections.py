@@ -16,6 +16,7 @@ from gkd.schedules import CountSchedule, largest, value_at
 from gkd.schema import Fraction, Section
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+LayerRule = Literal["even", "divergence", "block_influence"]
 Droppable = Literal["developer", "tool", "system", "think"]
 DROPPABLE: tuple[Droppable, ...] = get_args(Droppable)
 _ROUNDING = 1e-6  # of fractions that add up
@@ -129,9 +130,47 @@ class OtherTeacherConfig(TeacherConfig):
 
 
 class StudentInit(Section):
-    layers: int | list[int] = Field(
-        description="number of layers kept, evenly spaced with both ends, or the list of layers"
+    layers: int | list[int] = Field(description="number of layers kept, or the list of layers")
+    choose: LayerRule = Field(
+        "even",
+        description="which layers a number keeps: even = evenly spaced with both ends; divergence = all but those that "
+        "a greedy search removes at the least forward KL; block_influence = those that turn their input most",
     )
+    calibration_tokens: int = Field(
+        256, ge=16, description="divergence, block_influence: tokens of data.train's prompts that they are measured on"
+    )
+
+    @model_validator(mode="after")
+    def _chosen_once(self) -> StudentInit:
+        if self.is_measured and not isinstance(self.layers, int):
+            raise ValueError(f"choose: {self.choose} chooses as many layers as layers says; give a number, not a list")
+        return self
+
+    @property
+    def count(self) -> int:
+        """Layers of the student."""
+        return self.layers if isinstance(self.layers, int) else len(self.layers)
+
+    def check_fits(self, available: int) -> None:
+        """Raises ConfigError unless a model of `available` layers can be cut to so many."""
+        most = available - 1 if self.is_measured else available
+        if not 1 <= self.count <= most:
+            removed = f", some of which student.init.choose: {self.choose} removes" if self.is_measured else ""
+            raise ConfigError(
+                f"student.init.layers: {self.count} of a model of {available} layers{removed}; must be 1 to {most}"
+            )
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the layers are known only once the model was measured."""
+        return self.choose != "even"
+
+    def describe(self) -> str:
+        """`20 of its layers, evenly spaced`, of a model that was named."""
+        if isinstance(self.layers, int):
+            measured = f"chosen by {self.choose} on {self.calibration_tokens} tokens of data.train's prompts"
+            return f"{self.layers} of its layers, {measured if self.is_measured else 'evenly spaced'}"
+        return f"its layers {', '.join(map(str, self.layers))}"
 
 
 class LoraConfig(Section):
@@ -367,6 +406,12 @@ class Config(Section):
             raise ValueError(
                 f"optim.warmup_steps: {optim.warmup_steps} leaves nothing of run.steps = {self.run.steps} for the "
                 f"{optim.schedule} decay; at most {self.run.steps - 1}"
+            )
+        init = self.student.init
+        if init is not None and init.is_measured and rollout.placement == "served":
+            raise ValueError(
+                f"student.init.choose: {init.choose} is measured when the run starts, but a served sampler has to know "
+                "the layers before; list them in student.init.layers (student_init/student_init.json of a run has them)"
             )
         if rollout.lora_sync == "adapter" and self.student.lora is None:
             raise ValueError("rollout.lora_sync: adapter needs student.lora, which is null; set it to auto")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gkd.data.formats import Row, read_rows
-    from gkd.data.order import PromptData
+    from gkd.data.order import PromptData, calibration_texts
     from gkd.data.packing import pack
     from gkd.data.prompts import PromptSet, load_prompts, render_message
 
@@ -18,13 +18,14 @@ _HOME_OF = {
     "Row": "formats",
     "read_rows": "formats",
     "PromptData": "order",
+    "calibration_texts": "order",
     "pack": "packing",
     "PromptSet": "prompts",
     "load_prompts": "prompts",
     "render_message": "prompts",
 }
 
-__all__ = ["PromptData", "PromptSet", "Row", "load_prompts", "pack", "read_rows", "render_message"]
+__all__ = ["PromptData", "PromptSet", "Row", "calibration_texts", "load_prompts", "pack", "read_rows", "render_message"]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,25 @@ def longest_first(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lambda place: -lengths[place])
 
 
+def calibration_texts(prompts: Sequence[Prompt], tokens: int) -> list[tuple[int, ...]]:
+    """Prompts of `tokens` token ids together, the last one cut short, to measure a model on.
+
+    Which ones depends on their rows' numbers alone: not on the run's seed, the ranks or the order of training.
+    Raises DataError for prompts with fewer tokens.
+    """
+    texts: list[tuple[int, ...]] = []
+    missing = tokens
+    for prompt in sorted(prompts, key=lambda prompt: derive_seed(0, "calibration", prompt.index)):
+        texts.append(prompt.token_ids[:missing])
+        missing -= len(texts[-1])
+        if not missing:
+            return texts
+    raise DataError(
+        f"student.init.calibration_tokens: {tokens}, but the prompts of data.train have {tokens - missing}; "
+        "at most that many"
+    )
+
+
 class PromptData:
     """The prompts in an order fixed by the seed: epoch after epoch, each prompt once an epoch.
 

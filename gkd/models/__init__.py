@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gkd.models.export import save_final
     from gkd.models.fingerprint import model_fingerprint
     from gkd.models.heads import backbone_of, head_logits, head_settings, output_head, verify_head
+    from gkd.models.layer_choice import LayerChoice, choose_by_measure
     from gkd.models.load import (
         empty_model,
         load_causal_lm,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from gkd.models.packed import packed_inputs, use_packed_attention
     from gkd.models.proof import Probe
     from gkd.models.resolve import local_folder, resolve_model
-    from gkd.models.subset import choose_layers, config_of_layers, make_student_from_layers
+    from gkd.models.subset import choose_layers, config_of_layers, make_student_from_layers, recorded_choice
     from gkd.models.tokenizer_pair import check_tokenizer_pair
     from gkd.models.weights import file_tensors
 
@@ -45,6 +46,7 @@ _HOMES = {
     "end_tokens": ("Closing", "describe_sides", "end_token_ids", "union_of_ends"),
     "export": ("save_final",),
     "heads": ("backbone_of", "head_logits", "head_settings", "output_head", "verify_head"),
+    "layer_choice": ("LayerChoice", "choose_by_measure"),
     "load": (
         "empty_model", "load_causal_lm", "load_tokenizer", "owns_head", "pad_token_id",
         "read_config", "read_generation_config",
@@ -58,7 +60,7 @@ _HOMES = {
     "packed": ("packed_inputs", "use_packed_attention"),
     "fingerprint": ("model_fingerprint",),
     "resolve": ("local_folder", "resolve_model"),
-    "subset": ("choose_layers", "config_of_layers", "make_student_from_layers"),
+    "subset": ("choose_layers", "config_of_layers", "make_student_from_layers", "recorded_choice"),
     "tokenizer_pair": ("check_tokenizer_pair",),
     "weights": ("file_tensors",),
 }  # fmt: skip
@@ -66,12 +68,14 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Closing",
+    "LayerChoice",
     "ModelCard",
     "Probe",
     "adapter_parameters",
     "adapter_weights",
     "backbone_of",
     "check_tokenizer_pair",
+    "choose_by_measure",
     "choose_layers",
     "config_of_layers",
     "describe_sides",
@@ -93,6 +97,7 @@ __all__ = [
     "pad_token_id",
     "read_config",
     "read_generation_config",
+    "recorded_choice",
     "resolve_model",
     "save_adapter",
     "save_final",

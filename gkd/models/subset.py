@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,9 @@ from gkd.models.weights import read_tensors, write_weights
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
+
+    from gkd.models.layer_choice import LayerChoice
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +64,17 @@ def choose_layers(layers: int | Sequence[int], available: int) -> list[int]:
 
 
 def make_student_from_layers(
-    teacher_folder: str | Path, layers: int | Sequence[int], out_folder: str | Path, *, revision: str | None = None
+    teacher_folder: str | Path,
+    layers: int | Sequence[int],
+    out_folder: str | Path,
+    *,
+    revision: str | None = None,
+    chosen: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a model of some layers of `teacher_folder`, tokenizer included, to `out_folder` and returns it.
 
-    `teacher_folder` may also be a hub name, then with its `revision`.
+    `teacher_folder` may also be a hub name, then with its `revision`. `chosen` says for the record how the layers were
+    chosen, in plain values.
     The kept layers are renumbered; embeddings, final norm and head are the teacher's, in the dtype of its files.
     A folder that an earlier call made from the same teacher and layers is returned as it is.
     Raises ModelError if the layers do not fit (see `choose_layers`), if the architecture cannot be cut, or if
@@ -76,6 +84,7 @@ def make_student_from_layers(
     available = read_config(str(source), key=_KEY).get_text_config().num_hidden_layers
     kept = choose_layers(layers, available)
     record = {"source_fingerprint": model_fingerprint(source, key=_KEY), "layers": kept, "of_layers": available}
+    record |= {} if chosen is None else {"chosen": dict(chosen)}
     if _is_made(target, record):
         return target
     logger.info("making a student of layers %s of %d: %s", kept, available, target)
@@ -103,6 +112,17 @@ def config_of_layers(
         config = read_config(folder, key=_KEY)
     _check_layers(source, config, kept)
     return config
+
+
+def recorded_choice(folder: Path, rule: Mapping[str, Any]) -> LayerChoice | None:
+    """The choice that the student in `folder` was made by, if that was by `rule`."""
+    from gkd.models.layer_choice import LayerChoice
+
+    try:
+        chosen = json.loads((folder / _RECORD_FILE).read_text(encoding="utf-8"))["chosen"]
+        return LayerChoice.from_record(chosen) if rule.items() <= chosen.items() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # made by no choice, or damaged
+        return None
 
 
 def _is_made(target: Path, record: dict[str, Any]) -> bool:
@@ -170,10 +190,12 @@ def _check_layers(source: Path, student_config: PreTrainedConfig, kept: list[int
     Raises ModelError if the student builds another kind of layer where a teacher's layer was put. Returns a warning
     for each layer that only behaves differently there (a sliding window that depends on its position, say).
     """
+    from gkd.models.layer_stack import layers_of
+
     teacher_config = read_config(str(source), key=_KEY)
-    teacher_layers = _layers_of(empty_model(teacher_config), teacher_config)
+    teacher_layers = layers_of(empty_model(teacher_config), teacher_config, _KEY)
     warnings: list[str] = []
-    student_layers = _layers_of(empty_model(student_config), student_config)
+    student_layers = layers_of(empty_model(student_config), student_config, _KEY)
     for new, layer in enumerate(kept):
         teacher_shapes = {name: tuple(p.shape) for name, p in teacher_layers[layer].named_parameters()}
         student_shapes = {name: tuple(p.shape) for name, p in student_layers[new].named_parameters()}
@@ -186,18 +208,6 @@ def _check_layers(source: Path, student_config: PreTrainedConfig, kept: list[int
         for difference in _differences(teacher_layers[layer], student_layers[new], layer - new):
             warnings.append(f"{_KEY}: layer {layer} becomes layer {new} and changes {difference}")
     return warnings
-
-
-def _layers_of(model: PreTrainedModel, config: PreTrainedConfig) -> nn.ModuleList:
-    from torch import nn
-
-    from gkd.models.heads import backbone_of
-
-    count = config.get_text_config().num_hidden_layers
-    for module in backbone_of(model).modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ModelError(f"{_KEY}: {type(model).__name__} has no list of {count} layers; give a student.model instead")
 
 
 def _differences(teacher_layer: nn.Module, student_layer: nn.Module, shift: int) -> Iterator[str]:

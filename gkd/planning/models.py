@@ -259,11 +259,9 @@ def architectures(
     if config.student.model is not None or student_config is not None:
         student = _find(config.student.model or config.teacher.model, student_config, "student.model")
     if config.student.init is not None and student_config is None:
-        kept = config.student.init.layers
-        count = kept if isinstance(kept, int) else len(kept)
-        if not 1 <= count <= student.layers:
-            raise ModelError(f"student.init.layers: {count} of a model of {student.layers} layers")
-        student = student.cut_to(count)
+        init = config.student.init
+        init.check_fits(student.layers)
+        student = student.cut_to(init.count)
     return student, teacher
 
 

@@ -76,7 +76,7 @@ class Distiller:
 
     def _describe_models(self) -> list[str]:
         """Nothing of models on the hub, which are not asked for here."""
-        from gkd.models import Closing, describe_sides, resolve_model
+        from gkd.models import Closing, describe_sides, read_config, resolve_model
         from gkd.models.hub import is_hub_name
         from gkd.models.resolve import WHEEL_PREFIX
 
@@ -91,7 +91,12 @@ class Distiller:
         if paths.keys() != names.keys():
             return []
         sides = {key: Closing.of(path, key=key) for key, path in paths.items()}
-        return describe_sides(sides, self.config.rollout.stop_token_ids)
+        lines = describe_sides(sides, self.config.rollout.stop_token_ids)
+        if (init := self.config.student.init) is not None:
+            available = read_config(paths["student.model"]).get_text_config().num_hidden_layers
+            init.check_fits(available)
+            lines.append(f"student: {names['student.model']} of {available} layers: {init.describe()}")
+        return lines
 
     def _check_packages(self) -> None:
         rollout = self.config.rollout

@@ -87,7 +87,7 @@ def model_card(config: Config, heldout: Mapping[str, tuple[float, float]] | None
     """`heldout` is (before, after) of each measure."""
     return ModelCard(
         teacher=", ".join(teacher.model for teacher in config.teachers.values()),
-        student=config.student.model or f"{config.student.init} of the teacher",
+        student=_made_from(config),
         objective=config.objective.model_dump(mode="json"),
         objective_text=config.objective.describe(),
         mixture=config.mixture.model_dump(mode="json"),
@@ -102,6 +102,11 @@ def model_card(config: Config, heldout: Mapping[str, tuple[float, float]] | None
 def resume_command(files: RunFiles) -> str:
     """For a shell."""
     return shlex.join([_command(), "train", str(files.config), "--resume"])
+
+
+def _made_from(config: Config) -> str:
+    model = config.student.model or config.teacher.model
+    return model if config.student.init is None else f"{model}: {config.student.init.describe()}"
 
 
 def _command() -> str:

@@ -57,7 +57,7 @@ class Run:
         self.models = parts.locate_models(config, folder, launch, placements)
         self.prompts = parts.load_data(config, self.models)
         begin()
-        parts.make_student(config, self.models, launch)
+        parts.make_student(config, self.models, self.prompts, launch)
         if launch.is_main:
             check_inputs(folder, parts.run_inputs(config, self.models, self.prompts), resume=resume)
         self.monitor = self.build_monitor()

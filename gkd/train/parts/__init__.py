@@ -1,10 +1,11 @@
 """The one place where a config chooses the parts. Everything expensive starts here, cheap checks first."""
 
 from gkd.train.deepspeed_config import check_precision
+from gkd.train.parts.cut import make_student
 from gkd.train.parts.data import Pack, Prompts, Reduction, load_data, packer, prompt_data
 from gkd.train.parts.inputs import run_inputs
 from gkd.train.parts.measures import build_heldout, build_snapshots, describe_samples, shown_texts
-from gkd.train.parts.models import Models, locate_models, make_student
+from gkd.train.parts.models import Models, locate_models
 from gkd.train.parts.sampling import build_rollouts, build_sampler, probe_ids
 from gkd.train.parts.settings import sampler_spec, sampling_settings
 from gkd.train.parts.student import build_checkpoints, build_student, checkpoint_layout, resume_step

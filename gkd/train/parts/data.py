@@ -8,7 +8,7 @@ from functools import partial
 from typing import Literal
 
 from gkd.config import Config, Launch
-from gkd.data import PromptData, PromptSet, load_prompts, pack
+from gkd.data import PromptData, PromptSet, calibration_texts, load_prompts, pack
 from gkd.data.routing import check_teacher_names, draw_teachers
 from gkd.errors import DataError
 from gkd.measures.heldout import Pack
@@ -36,7 +36,7 @@ def _describe(counts: Mapping[str, int]) -> str:
 
 
 def load_data(config: Config, models: Models) -> Prompts:
-    """Raises DataError, also where the mixture needs completions that rows do not have."""
+    """Raises DataError, also where the mixture needs completions that rows do not have, or the cut more prompts."""
     train = load_prompts(
         config.data.train,
         config.data.train_split,
@@ -45,6 +45,9 @@ def load_data(config: Config, models: Models) -> Prompts:
         max_completion_tokens=config.rollout.most_new_tokens if config.mixture.uses("dataset") else None,
     )
     train = _with_teachers(config, train, "train")
+    init = config.student.init
+    if init is not None and init.is_measured:
+        calibration_texts(train.prompts, init.calibration_tokens)
     if config.mixture.uses("dataset"):
         bare = next((prompt for prompt in train.prompts if prompt.completion_ids is None), None)
         if bare is not None:

@@ -16,14 +16,13 @@ from gkd.models import (
     describe_sides,
     empty_model,
     lora_targets,
-    make_student_from_layers,
     pad_token_id,
     read_config,
     resolve_model,
     union_of_ends,
 )
 from gkd.run_files import RunFiles
-from gkd.train.distributed import barrier, from_main
+from gkd.train.distributed import from_main
 from gkd.train.placements import Placements
 
 if TYPE_CHECKING:
@@ -72,7 +71,10 @@ def locate_models(config: Config, folder: RunFiles, launch: Launch, placements: 
     revision, init = source_revision(config), config.student.init
     student_config = read_config(source, revision=revision)
     if init is not None:
-        student_config = config_of_layers(source, init.layers, revision=revision)
+        init.check_fits(student_config.get_text_config().num_hidden_layers)
+        # which ones it will be is measured later; the first ones are certainly of the kinds that stand there
+        layers = range(init.count) if init.is_measured else init.layers
+        student_config = config_of_layers(source, layers, revision=revision)
     if launch.is_main:
         placements.sampler.check_student(student_config)
     if config.student.lora is not None:
@@ -115,17 +117,6 @@ def _check_teacher(
     teacher_config = read_config(path, revision=revision, key=key)
     _check_context(key, teacher_config, config.longest_sequence)
     return check_tokenizer_pair(student_tokenizer, teacher_tokenizer, student_rows, _vocabulary_rows(teacher_config))
-
-
-def make_student(config: Config, models: Models, launch: Launch) -> None:
-    """Cuts the student from layers, where the config says so. Raises ModelError. Collective."""
-    if config.student.init is None:
-        return
-    if launch.is_main:
-        make_student_from_layers(
-            models.student_source, config.student.init.layers, models.student_path, revision=source_revision(config)
-        )
-    barrier()
 
 
 def _student_source(config: Config, teacher_path: str) -> str:
