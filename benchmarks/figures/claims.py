@@ -28,10 +28,10 @@ from gkd.bench.tables import BASELINE, GREEDY, SAMPLED
 
 README, BENCHMARKS, TOUR = ("README.md",), ("docs/benchmarks.md",), ("docs/index.md",)
 BOTH_PAGES = (*README, *BENCHMARKS)
-SERVING, TABLE = ("docs/serving.md",), ("docs/table.md",)
+SERVING, TABLE, RECIPES = ("docs/serving.md",), ("docs/table.md",), ("docs/recipes.md",)
 QUICKSTART, VERSUS_TRL, PACKING = "quickstart.json", "versus_trl_cpu.json", "packing_cpu.json"
 DIVERGENCE, LINEAR, SCORING = "divergence_cpu.csv", "linear_divergence_cpu.csv", "teacher_scoring_cpu.json"
-GKD_TABLE, OVERLAP = "gkd_table_cpu.json", "overlap_cpu.json"
+GKD_TABLE, OVERLAP, CUT = "gkd_table_cpu.json", "overlap_cpu.json", "cut_cpu.json"
 NO_BOUND = float("inf")
 
 
@@ -158,6 +158,25 @@ QUICKSTART_TIMES = [
         ("time/other_s", r"rest of the steps +(\S+s) "),
     )
 ] + [Claim("quickstart: rest", r"load, evaluate, save +(\S+s) ", Figure(QUICKSTART, load_evaluate_save_s), pages=TOUR)]
+
+CUT_CLAIMS = [
+    Claim(
+        f"cut by {rule}: forward KL before training",
+        rf"\| {rule} \| ([\d.]+) \|",
+        of(CUT, "rules", rule, "heldout/forward_kl"),
+        Again("cut", 0.95, 1.05, "the teacher's answers are sampled by another build"),
+        RECIPES,
+    )
+    for rule in ("even", "block_influence", "divergence")
+] + [
+    Claim(
+        "cut by divergence: processor seconds",
+        r"\| divergence \| [\d.]+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \| ([\d.]+) \|",
+        of(CUT, "rules", "divergence", "processor_seconds"),
+        Again("cut", 0.0, 3.0, "another machine, another hour"),
+        RECIPES,
+    )
+]
 
 LOSS_CLAIMS = [
     *(
@@ -325,6 +344,7 @@ TABLE_CLAIMS = [
 CLAIMS = [
     *QUICKSTART_CLAIMS,
     *QUICKSTART_TIMES,
+    *CUT_CLAIMS,
     *LOSS_CLAIMS,
     *WHOLE_RUN_CLAIMS,
     *SERVING_CLAIMS,

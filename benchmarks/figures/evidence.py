@@ -101,6 +101,7 @@ def runs(results: Path, work: Path) -> list[Run]:
               "--repeats 3 --shapes 256x576x576x49152 "
               "--only torch_plain trl_chunked liger_chunked liger_chunked_compiled bare_gemms"),
         Run("quickstart", quickstart, "quickstart.json", 480),
+        small("cut", "cut_cpu.json", 300, "benchmarks.runs.cut --work", work / "cut"),
         # three rounds: their median outlives a slow minute
         small("versus_trl", "versus_trl_cpu.json", 840, "benchmarks.runs.versus_trl --no-trials --rounds 3 --steps 4 "
               "--batch 8 --new-tokens 24 --folder", work / "versus_trl"),

@@ -5,7 +5,7 @@
 A file says where a table goes: what stands between the lines <!-- begin: NAME --> and <!-- end: NAME --> is replaced.
 The names are divergence (medians of value and gradient, one line a shape), divergence-full (a table for each case),
 linear_divergence, terms, before_and_after, versus_trl (whole runs), versus_trl-profile (a step of gkd), quickstart,
-packing, teacher_scoring, overlap, scaling, gkd_table, gkd_table-tasks, -grid, -temperature, -ratios, -sweep and
+cut, packing, teacher_scoring, overlap, scaling, gkd_table, gkd_table-tasks, -grid, -temperature, -ratios, -sweep and
 -verdict (docs/table.md), and plan-links, -phases, -overlap, -limits, -verdicts, -errors and
 -error-sentence (docs/scaling.md; all but the errors are what the planner says today).
 Every CSV or JSON in benchmarks/results/ whose name begins so is part of it. --check changes nothing and fails if a
@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.figures.sections.cut import cut_section
 from benchmarks.figures.sections.gkd_table import GKD_TABLE_SECTIONS
 from benchmarks.figures.sections.losses import divergence_section, full_section
 from benchmarks.figures.sections.overlap import overlap_section
@@ -35,6 +36,7 @@ from benchmarks.records import RESULTS
 
 SECTIONS: dict[str, Callable[[Path], str]] = {
     "quickstart": quickstart_section,
+    "cut": cut_section,
     "versus_trl": versus_trl_section,
     "versus_trl-profile": versus_trl_profile_section,
     "packing": packing_section,
