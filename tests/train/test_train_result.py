@@ -19,7 +19,8 @@ def test_next_commands_are_quoted(tmp_path: Path, name: str) -> None:
     files = RunFiles(tmp_path / name)
     nothing = Snapshot({}, [])
     summary = summarise(config, files, records=[], before=nothing, after=nothing, shown=[], wall_s=0.0)
-    generate, evaluate, less = map(shlex.split, summary.next_commands)
+    generate, evaluate, less, start = map(shlex.split, summary.next_commands)
     assert generate[1:3] == ["generate", str(files.final)] and generate[3] == "--prompt" and len(generate) == 5
     assert evaluate[1:] == ["eval", str(files.config), "--student", str(files.final)]
     assert less == ["less", str(files.samples)]
+    assert start[1:] == ["init", "t", "your_prompts.jsonl", "--student", "your_student"]
