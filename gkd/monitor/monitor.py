@@ -16,6 +16,7 @@ from gkd.config import Config, Launch
 from gkd.files import write_atomically
 from gkd.monitor.first_batch import first_batch_text, render_first_batch, scored_tokens
 from gkd.monitor.metrics import MetricValue, merge_metrics
+from gkd.monitor.pulse import Pulse
 from gkd.monitor.sinks import JsonlSink, MetricSink, OptionalSink, TensorBoardSink, WandbSink
 from gkd.monitor.terminal import QuietProgress, RunProgress, TerminalProgress
 from gkd.monitor.timing import PhaseTimer
@@ -54,6 +55,7 @@ class Monitor:
         self._progress: RunProgress = (
             TerminalProgress(config.run.steps, start_step, console) if is_main else QuietProgress()
         )
+        self._pulse = Pulse(self._progress.note)
         self._sinks: list[MetricSink] = self._make_sinks() if is_main else []
 
     def steps(self) -> Iterator[int]:
@@ -72,6 +74,7 @@ class Monitor:
         """Times a block as one of `timing.PHASES`. An error says in which of them it came, and on which rank."""
         _log.debug("step %d: %s", self._step, name)
         self._progress.phase(name)
+        self._pulse.task(f"step {self._step + 1}, {name}")
         try:
             with self._timer.phase(name):
                 yield
@@ -101,11 +104,14 @@ class Monitor:
         for sink in self._sinks:
             sink.log(step, record)
         self._progress.update(step, record)
+        self._pulse.heard()
         return record
 
     def note(self, text: str | Text) -> None:
         """Says something on the main rank, above the bar or as a line. A string is plain text, never markup."""
         self._progress.note(text)
+        self._pulse.task(str(text))
+        self._pulse.heard()
 
     def first_batch(self, rollouts: Sequence[Rollout], micro_batches: Sequence[TokenBatch]) -> None:
         """Shows the first batch that it is given, once, and keeps it in samples/first_batch.txt.
@@ -129,12 +135,15 @@ class Monitor:
 
     def close(self) -> None:
         """Ends the progress and closes all sinks; may be called twice."""
+        self._pulse.stop()
         self._progress.stop()
         sinks, self._sinks = self._sinks, []
         for sink in sinks:
             sink.close()
 
     def __enter__(self) -> Monitor:
+        if isinstance(self._progress, TerminalProgress) and not self._progress.console.is_terminal:
+            self._pulse.start()
         return self
 
     def __exit__(

@@ -123,6 +123,7 @@ class Run:
             start_step=self.start_step,
         )
         if self.start_step == 0:
+            self.monitor.note("measuring the student before the first step")
             before = self.snapshots.take(0, self.folder.tokens_before)
             if self.launch.is_main:
                 write_json(self.folder.before, before._asdict())
@@ -153,6 +154,7 @@ class Run:
     def finish(self, started: float) -> RunSummary:
         """Writes the student, measures it as it is now, writes the summary, and stops the sampler."""
         config, folder, is_main = self.config, self.folder, self.launch.is_main
+        self.monitor.note(f"writing the student to {folder.final}, and measuring it")
         export(  # before anything else can fail
             config,
             folder.final,
