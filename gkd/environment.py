@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 _DEFAULTS = {
     # Threads that wait for one another sleep instead of spinning. Where any other process wants a core too, spinning
@@ -35,6 +39,18 @@ def local_rank_taken_back() -> Iterator[None]:
     finally:
         if not was_there:
             os.environ.pop("LOCAL_RANK", None)
+
+
+def die_with_parent(parent_pid: int, number: int = signal.SIGKILL) -> None:
+    """Linux sends this process that signal when the one that started it ends, however it does. Elsewhere it lives on.
+
+    `parent_pid` is that one's own, as it may have ended already. The thread of it that started this process has to
+    live as long as it does.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent_pid:
+        os._exit(1)
 
 
 def prepare_process() -> None:

@@ -1,7 +1,7 @@
 """The names of what lies in the folder of a run: the run writes it, `gkd report` and `gkd watch` read it.
 
 config.resolved.json  environment.json  inputs.json  metrics.jsonl  heldout_positions.jsonl  samples.md  summary.json
-samples/first_batch.txt  samples/tokens_before.json  samples/tokens_after.json  logs/rank_N.log
+exit.json  samples/first_batch.txt  samples/tokens_before.json  samples/tokens_after.json  logs/rank_N.log
 checkpoints/step_N  final/  previous/ (the run before, in the same names)
 """
 
@@ -28,6 +28,7 @@ class RunFiles:
         self.before = path / "before.json"
         self.positions = path / "heldout_positions.jsonl"
         self.summary = path / "summary.json"
+        self.exit = path / "exit.json"
         self.samples = path / "samples.md"
         self.samples_folder = path / "samples"
         self.first_batch = self.samples_folder / "first_batch.txt"
@@ -55,6 +56,7 @@ class RunFiles:
             self.before,
             self.positions,
             self.summary,
+            self.exit,
             self.samples,
             self.samples_folder,
             self.logs,

@@ -12,6 +12,7 @@ from gkd.cli.config import config_command
 from gkd.cli.eval import eval_command
 from gkd.cli.generate import generate_command
 from gkd.cli.init import init_command
+from gkd.cli.launch import launch_command
 from gkd.cli.plan import plan_command
 from gkd.cli.report import report_command
 from gkd.cli.serve_sampler import serve_sampler_command
@@ -33,6 +34,7 @@ app.command("eval")(eval_command)
 app.command("generate")(generate_command)
 app.command("serve-teacher")(serve_teacher_command)
 app.command("serve-sampler")(serve_sampler_command)
+app.command("launch")(launch_command)
 app.command("watch")(watch_command)
 app.command("report")(report_command)
 app.command("plan")(plan_command)

@@ -6,13 +6,14 @@ Only the standard library here, and what of gkd imports no more. The commands ar
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 import gkd
 from gkd import extras
 from gkd.environment import adopt_slurm_launch, prepare_process
-from gkd.errors import GkdError, MissingPackageError
+from gkd.errors import GkdError, MissingPackageError, RunInterruptedError
 
 # the extra that each command needs, in the order of the help
 COMMANDS = {
@@ -22,6 +23,7 @@ COMMANDS = {
     "generate": "train",
     "serve-teacher": "train",
     "serve-sampler": "train",
+    "launch": "cli",
     "watch": "cli",
     "report": "cli",
     "plan": "cli",
@@ -36,6 +38,8 @@ def main() -> None:
     prepare_process()
     adopt_slurm_launch()
     arguments = sys.argv[1:]
+    if _command(arguments) == "train":
+        signal.signal(signal.SIGUSR1, _stop_before_the_start)
     try:
         if _answered_by_the_core(arguments):
             return
@@ -46,6 +50,13 @@ def main() -> None:
     except GkdError as error:
         _say(error)
         sys.exit(error.exit_code)
+
+
+def _stop_before_the_start(number: int, frame: object) -> None:
+    """Nothing has begun that would have to be cleaned up, and an exception in the middle of an import can crash."""
+    del number, frame
+    os.write(2, b"gkd: SIGUSR1 before the run has begun\n")
+    os._exit(RunInterruptedError.exit_code)
 
 
 def check_packages(arguments: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ Every error is a `ConfigError` whose message starts with the path of the key.
 from gkd.config.files import describe_keys, load_config, make_config
 from gkd.config.mixture import MixtureConfig
 from gkd.config.objective import ObjectiveConfig, ObjectiveSection, default_objective
-from gkd.config.process import Launch, cache_folder
+from gkd.config.process import Launch, cache_folder, exit_copy
 from gkd.config.sections import (
     DROPPABLE,
     ENDPOINT_PORT,
@@ -51,6 +51,7 @@ __all__ = [
     "cache_folder",
     "default_objective",
     "describe_keys",
+    "exit_copy",
     "load_config",
     "make_config",
 ]

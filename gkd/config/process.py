@@ -32,6 +32,11 @@ class Launch(BaseModel):
         return self.rank == 0
 
 
+def exit_copy() -> Path | None:
+    """Where `gkd launch` looks for how the run has ended: $GKD_EXIT_FILE."""
+    return Path(os.environ["GKD_EXIT_FILE"]) if os.environ.get("GKD_EXIT_FILE") else None
+
+
 def cache_folder() -> Path:
     """Where converted models and teacher completions are kept: $GKD_CACHE, else ~/.cache/gkd."""
     return Path(os.environ.get("GKD_CACHE") or Path.home() / ".cache" / "gkd")

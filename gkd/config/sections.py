@@ -51,6 +51,10 @@ class RunConfig(Section):
     save_every: int = Field(0, ge=0, description="steps between checkpoints; 0 = never")
     keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay on disk")
 
+    term_grace_s: float = Field(
+        20.0, ge=0.0, description="after SIGTERM: how long a rank waits for all to finish the step; then it ends"
+    )
+
     @model_validator(mode="after")
     def _name_is_a_folder_name(self) -> RunConfig:
         if not re.fullmatch(r"\w[\w.-]{0,99}", self.name):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd.engines.sampling import SamplerSpec, VllmSampler
-from gkd.environment import prepare_process, without_launcher
+from gkd.environment import die_with_parent, prepare_process, without_launcher
 from gkd.errors import SamplerError
 from gkd.models import local_folder
 from gkd.rollout.base import Sampler
@@ -73,6 +74,7 @@ def complete(
         return
     note(f"sampling {count} {whose} completions with {spec.engine}, once; they are kept in the cache")
     plan = {
+        "parent_pid": os.getpid(),
         "spec": asdict(alone(spec)),
         "jobs": [
             {"folder": str(c.folder), "settings": asdict(s), "requests": [asdict(r) for r in requests]}
@@ -104,5 +106,7 @@ def _run(plan: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    job = json.loads(Path(sys.argv[1]).read_text())
+    die_with_parent(job["parent_pid"])
     prepare_process()
-    _run(json.loads(Path(sys.argv[1]).read_text()))
+    _run(job)

@@ -16,6 +16,7 @@ from gkd.extras import require_vllm
 from gkd.monitor import RunSummary
 from gkd.train.placements import ask_placements
 from gkd.train.run_folder import claimed_folder
+from gkd.train.signals import Signals
 
 
 class Distiller:
@@ -40,7 +41,7 @@ class Distiller:
         `resume` goes on from the newest checkpoint of the run folder, `overwrite` moves the run that it holds to
         `<run folder>/previous`.
         Raises a `gkd.errors.GkdError`: InputError before anything expensive has started, RunError after. On SIGUSR1
-        it finishes the step, saves a checkpoint and raises RunInterruptedError.
+        and SIGTERM it finishes the step, saves a checkpoint and raises RunInterruptedError.
         """
         started = time.monotonic()
         prepare_process()
@@ -51,10 +52,13 @@ class Distiller:
             closing(ask_placements(config)) as placements,
             claimed_folder(config, launch, resume=resume, overwrite=overwrite) as folder,
             local_rank_taken_back(),
+            (signals := Signals(config.run.term_grace_s, folder.write_exit)).heeded(),
         ):
             from gkd.train.run import Run  # torch and DeepSpeed load here, after the cheap checks
 
-            return Run(config, launch, folder, placements, begin=folder.begin, resume=resume).train(started)
+            return Run(config, launch, folder, placements, begin=folder.begin, signals=signals, resume=resume).train(
+                started
+            )
 
     def end_process(self) -> None:
         """Leaves the process group, after a last barrier. One rank of several does not return from this."""

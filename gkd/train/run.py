@@ -22,6 +22,7 @@ from gkd.train.placements import Placements
 from gkd.train.result import export, model_card, resume_command, summarise
 from gkd.train.run_folder import check_inputs
 from gkd.train.settings import TrainingSettings
+from gkd.train.signals import Signals
 from gkd.train.snapshots import read_snapshot
 from gkd.types import Rollout
 
@@ -43,12 +44,15 @@ class Run:
         placements: Placements,
         *,
         begin: Callable[[], None] = lambda: None,
+        signals: Signals | None = None,
         resume: bool = False,
     ) -> None:
         """Finds checkpoint and models and reads the data; loads no weights. Raises InputError. Collective.
 
-        `begin` is called when all of that is known to be good, before anything is written into `folder`.
+        `begin` is called when all of that is known to be good, before anything is written into `folder`. `signals` are
+        those that stop it.
         """
+        self.signals = signals or Signals(config.run.term_grace_s)
         self.config, self.launch, self.folder, self.placements = config, launch, folder, placements
         distributed.initialize(launch)
         parts.check_precision(TrainingSettings.of(config), launch.world_size)
@@ -89,7 +93,7 @@ class Run:
         self.teacher = self.build_teacher()
         self.pack = parts.packer(config, models, config.objective.reduction)
         self.checkpoints = parts.build_checkpoints(config, self.folder, launch, self.student)
-        self.interruption = Interruption()
+        self.interruption = Interruption(self.signals)
         if self.start_step:
             self.checkpoints.load(self.start_step)
             self.monitor.note(f"resumed at step {self.start_step}")
@@ -133,17 +137,18 @@ class Run:
         if self.config.has_servers:
             rollouts = parts.SharedRollouts(rollouts, self.interruption.because_of)
         try:
-            train_loop(
-                data=self.data,
-                rollout=rollouts,
-                teacher=self.teacher if self.config.objective.needs_teacher else Unasked(),
-                student=self.student,
-                pack=self.pack,
-                measure=self.measure,
-                evaluate=self.evaluate,
-                monitor=self.monitor,
-                save=self.save,
-            )
+            with self.signals.deferred():
+                train_loop(
+                    data=self.data,
+                    rollout=rollouts,
+                    teacher=self.teacher if self.config.objective.needs_teacher else Unasked(),
+                    student=self.student,
+                    pack=self.pack,
+                    measure=self.measure,
+                    evaluate=self.evaluate,
+                    monitor=self.monitor,
+                    save=self.save,
+                )
         except BaseException as error:
             rollouts.close()  # or it would go on sampling for later steps
             if isinstance(error, StepRefusedError) and error.step > self.start_step:
@@ -227,8 +232,11 @@ class Run:
     def save(self, steps_done: int) -> None:
         """A checkpoint where one is due. Stops after one if the run was asked to."""
         self.steps_done = steps_done
-        if steps_done < self.config.run.steps and self.interruption.is_requested():
-            if self.interruption.error is not None:
-                raise self.interruption.error
+        if not self.interruption.is_requested():
+            self.checkpoints.maybe_save(steps_done)
+        elif steps_done == self.config.run.steps:
+            self.checkpoints.save(steps_done)  # and the end goes on, as long as there is time
+        elif self.interruption.error is not None:
+            raise self.interruption.error
+        else:
             self.stop()
-        self.checkpoints.maybe_save(steps_done)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import gkd
-from gkd.config import Config, Launch
-from gkd.errors import RunFolderError
+from gkd.config import Config, Launch, exit_copy
+from gkd.errors import GkdError, RunFolderError, one_line
 from gkd.files import flatten, write_json
 from gkd.run_files import RunFiles
 from gkd.train.rank_log import rank_log
@@ -26,7 +26,7 @@ from gkd.train.rank_log import rank_log
 # Keys that may change between a run and its resume. None of them alters what a step computes, but that a schedule that
 # decays does so over the new run.steps; servers may have moved with their cluster's job.
 _FREE_ON_RESUME = (
-    "run.steps", "run.save_every", "run.keep_checkpoints", "run.dir", "eval.every", "log.",
+    "run.steps", "run.save_every", "run.keep_checkpoints", "run.dir", "run.term_grace_s", "eval.every", "log.",
     "rollout.max_mismatch", "optim.max_skipped_steps",
 )  # fmt: skip
 _FREE_WHEREVER = (".addresses", ".token_file", ".timeout_s", ".retry_s", ".max_concurrency")
@@ -49,6 +49,7 @@ class RunFolder(RunFiles):
         self._config, self._is_main, self._write_log = config, launch.is_main, write_log
         self._resume, self._overwrite = resume, overwrite
         self._lock: Any = None
+        self._is_begun = False
 
     @property
     def is_used(self) -> bool:
@@ -81,6 +82,9 @@ class RunFolder(RunFiles):
         self._write_log(self.logs)
 
     def _prepare(self) -> None:
+        self._is_begun = True
+        for unfinished in (*self.path.glob(".*.partial"), *self.checkpoints.glob(".step_*.tmp")):
+            _remove(unfinished)  # of a process that was killed
         if not self._resume:
             if self.is_used:
                 self._move_aside()
@@ -91,6 +95,13 @@ class RunFolder(RunFiles):
         self._lock.flush()
         write_json(self.config, self._config.model_dump(mode="json"))
         write_json(self.environment, _environment())
+
+    def write_exit(self, status: int, reason: str = "") -> None:
+        """How the run ended, for whoever has only its launcher's exit code: a launcher may turn all into 1."""
+        if self._is_main and self._is_begun:
+            write_json(self.exit, {"status": status, "reason": reason})
+            if (copy := exit_copy()) is not None:
+                write_json(copy, {"status": status})
 
     def close(self) -> None:
         """Gives the folder free for other processes."""
@@ -118,6 +129,8 @@ class RunFolder(RunFiles):
             raise RunFolderError(f"run.dir: {self.path} is in use by another process") from None
         if self._resume:
             self._check_resume()
+            self._is_begun = True  # the run is its own already
+            self.exit.unlink(missing_ok=True)
         elif self.is_used and not self._overwrite:
             raise RunFolderError(
                 f"run.dir: {self.path} holds a run; continue it with --resume, start anew with --overwrite, which "
@@ -166,7 +179,19 @@ def claimed_folder(
         with closing(folder):
             if launch.is_main:
                 folder.claim()
-            yield folder
+            try:
+                yield folder
+            except BaseException as error:
+                folder.write_exit(_status_of(error), one_line(str(error)))
+                raise
+            folder.write_exit(0)
+
+
+def _status_of(error: BaseException) -> int:
+    """What the process ends with."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    return error.exit_code if isinstance(error, GkdError) else 1
 
 
 def check_inputs(folder: RunFiles, inputs: Mapping[str, Any], *, resume: bool) -> None:

@@ -35,7 +35,7 @@ def test_version() -> None:
 
 def test_help_names_every_command() -> None:
     text = check(run_gkd(["--help"])).stdout
-    for command in ("train", "eval", "generate", "serve-teacher", "watch", "report", "plan", "config"):
+    for command in ("train", "eval", "generate", "serve-teacher", "launch", "watch", "report", "plan", "config"):
         assert command in text
         assert "--help" in check(run_gkd([command, "--help"])).stdout
 

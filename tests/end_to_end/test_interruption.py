@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -49,6 +50,26 @@ def test_a_signal_saves_and_a_resume_ends_as_if_nothing_had_happened(
     assert f"resumed at step {steps}" in resumed.stdout
     losses = [[r["loss"] for r in read_metrics(run)] for run in (whole, tmp_path / "stopped")]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_a_launcher_hands_the_signal_on_and_the_exit_code_back(make_run_config: MakeConfig, tmp_path: Path) -> None:
+    """torchrun itself ends on SIGUSR1 and leaves its ranks, and turns 75 into 1."""
+    run = tmp_path / "launched"
+    config = make_run_config("launched", run={"steps": 500}, deepspeed={"zero_stage": 2})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    train = [*torchrun, "-m", "gkd", "train", config, "optim.micro_batch_size=2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gkd", "launch", "--", *train],
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for_steps(run, 2, process)
+    process.send_signal(signal.SIGTERM)
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, stderr[-3000:]
+    steps = len(read_metrics(run))
+    assert (run / "checkpoints" / f"step_{steps}" / "manifest.json").exists()
+    assert json.loads((run / "exit.json").read_text())["status"] == 75
 
 
 @pytest.mark.slow

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
+from launching import environment
 
 from gkd.engines.sampling import SamplerSpec
 from gkd.errors import SamplerError
 from gkd.rollout.offline import cache_for, complete, start_sampler
 from gkd.types import SampleRequest, SamplingSettings
 
+T = TypeVar("T")
 SETTINGS = SamplingSettings(6, stop_token_ids=(2,))
 GREEDY = SamplingSettings(3, temperature=0.0)
 REQUESTS = [SampleRequest((1, 80 + i), i) for i in range(3)]
@@ -40,6 +48,39 @@ def test_a_failing_child_is_an_error(tmp_path: Path) -> None:
     spec = SamplerSpec("transformers", str(tmp_path / "missing"), "float32", 64, pad_token_id=0)
     with pytest.raises(SamplerError, match="its process ended with 1"):
         complete(spec, [(cache_for(tmp_path, spec, "f", SETTINGS), SETTINGS, REQUESTS)], lambda text: None)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_child_ends_with_its_parent(tiny_student: Path, tmp_path: Path, number: signal.Signals) -> None:
+    script = (
+        "import sys\n"
+        "from gkd.engines.sampling import SamplerSpec\n"
+        "from gkd.rollout.offline import cache_for, complete\n"
+        "from gkd.types import SampleRequest, SamplingSettings\n"
+        "spec = SamplerSpec('transformers', sys.argv[1], 'float32', 100_000, pad_token_id=0)\n"
+        "settings = SamplingSettings(50_000)\n"
+        "jobs = [(cache_for(__import__('pathlib').Path(sys.argv[2]), spec, 'f', settings), settings, "
+        "[SampleRequest((1, 87), 0)])]\n"
+        "complete(spec, jobs, print)\n"
+    )
+    words = [sys.executable, "-c", script, str(tiny_student), str(tmp_path)]
+    parent = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    tasks = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    child = int(wait_for(lambda: tasks.read_text().strip()))
+    wait_for(lambda: b"gkd.rollout.offline" in Path(f"/proc/{child}/cmdline").read_bytes())
+    time.sleep(0.5)  # it has begun
+    parent.send_signal(number)
+    parent.wait(20)
+    wait_for(lambda: not Path(f"/proc/{child}").exists(), timeout_s=5)
+
+
+def wait_for(found: Callable[[], T], timeout_s: float = 60) -> T:
+    deadline = time.monotonic() + timeout_s
+    while not (result := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return result
 
 
 def test_a_hub_models_revision_is_the_samplers_too(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gkd.config import Config, Launch, make_config
-from gkd.errors import ModelError, RunFolderError
+from gkd.errors import ModelError, RunFolderError, RunInterruptedError
 from gkd.run_files import RunFiles
 from gkd.train.run_folder import check_inputs, claimed_folder
 
@@ -176,3 +177,42 @@ def test_who_is_refused_leaves_the_folder_free(tmp_path: Path) -> None:
         begin(config(tmp_path))
     except RunFolderError:
         begin(config(tmp_path), overwrite=True)  # the error, and with it the folder, is still there
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(None, 0), (RunInterruptedError("stopped"), 75), (ModelError("x"), 2), (OSError("x"), 1), (SystemExit(143), 143)],
+)
+def test_how_a_run_ended_stands_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException | None, status: int
+) -> None:
+    """And where `gkd launch` looks."""
+    monkeypatch.setenv("GKD_EXIT_FILE", str(tmp_path / "copy.json"))
+    with suppress(BaseException), claimed_folder(config(tmp_path / "run"), Launch()) as folder:
+        folder.begin()
+        if error is not None:
+            raise error
+    for file in (tmp_path / "run" / "exit.json", tmp_path / "copy.json"):
+        assert json.loads(file.read_text())["status"] == status
+
+
+@pytest.mark.fault
+def test_who_is_refused_says_nothing_in_anothers_folder(tmp_path: Path) -> None:
+    used(tmp_path).checkpoints.mkdir()
+    before = contents(tmp_path)
+    with pytest.raises(RunFolderError):
+        begin(config(tmp_path))
+    assert contents(tmp_path) == before
+    begin(config(tmp_path), resume=True)
+    with pytest.raises(ModelError), claimed_folder(config(tmp_path), Launch(), resume=True):
+        raise ModelError("x")
+    assert json.loads((tmp_path / "exit.json").read_text())["status"] == 2, "not the end of the run before"
+
+
+@pytest.mark.fault
+def test_what_a_killed_process_left_unfinished_is_gone_with_the_next(tmp_path: Path) -> None:
+    files = used(tmp_path)
+    for name in (".final.0123abcd.partial", ".student_init.0123abcd.partial", "checkpoints/.step_4.tmp"):
+        (tmp_path / name).mkdir(parents=True)
+    begin(config(tmp_path), resume=True)
+    assert not list(tmp_path.rglob(".*.partial")) and not list(files.checkpoints.iterdir())
