@@ -175,7 +175,13 @@ CUT_CLAIMS = [
         of(CUT, "rules", "divergence", "processor_seconds"),
         Again("cut", 0.0, 3.0, "another machine, another hour"),
         RECIPES,
-    )
+    ),
+    Claim(
+        "cut by divergence: processor seconds with AVX2 alone",
+        r"\| divergence \| – \| – \| – \| \d+ \| ([\d.]+) \|",
+        of("cut_cpu_avx2.json", "rules", "divergence", "processor_seconds"),
+        pages=RECIPES,
+    ),
 ]
 
 LOSS_CLAIMS = [
