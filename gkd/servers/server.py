@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gkd.errors import InputError, RunError
 from gkd.servers.app import LoopbackGuard, TokenGuard, is_loopback
@@ -20,6 +24,9 @@ if TYPE_CHECKING:
 
 _KEEP_ALIVE_S = 120  # longer than clients keep an idle connection, so that they are the ones who close it
 _GRACE_S = 10
+_LARGEST_HEAD_BYTES = 1 << 16
+_HEAD_TIMEOUT_S = 10.0
+_MOST_CONNECTIONS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ def serve(settings: ServerSettings, start: Callable[[Callable[[], None]], Servic
             f"set {TOKEN_VARIABLE}"
         )
     _on_stop(lambda *_: os._exit(0))  # while it loads: an exception in the middle of an import can crash
+    _allow_connections()
     with _listener(settings.host, settings.port) as listener:
         _serve(settings, start, listener)
 
@@ -89,6 +97,43 @@ def _serve(settings: ServerSettings, start: Callable[[Callable[[], None]], Servi
         service.close()
 
 
+class _Protocol(H11Protocol):
+    """Ends connections on which no whole head of a request comes in time; uvicorn would keep them."""
+
+    _patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        super().connection_made(transport)
+        self._patience = self.loop.call_later(_HEAD_TIMEOUT_S, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._mind_the_head()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._mind_the_head()
+
+    def _mind_the_head(self) -> None:
+        is_half = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
+        if self._patience is not None and not is_half:
+            self._patience.cancel()
+            self._patience = None
+        elif self._patience is None and is_half:
+            self._patience = self.loop.call_later(_HEAD_TIMEOUT_S, self.transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._patience is not None:
+            self._patience.cancel()
+
+
+def _allow_connections() -> None:
+    """As many as the system lets this process have: a thousand is the usual start, and silent ones would fill it."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(now, min(most, _MOST_CONNECTIONS)), most))
+
+
 class _Server(uvicorn.Server):
     """uvicorn that says `ready` once it listens."""
 
@@ -101,6 +146,8 @@ class _Server(uvicorn.Server):
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=_GRACE_S,
                 ws="none",
+                http=_Protocol,  # httptools takes headers of any size, and before the token is looked at
+                h11_max_incomplete_event_size=_LARGEST_HEAD_BYTES,
                 server_header=False,
                 proxy_headers=False,
             )

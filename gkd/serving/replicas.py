@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from gkd.errors import ConfigError
+from gkd.serving.deadline import DeadlineTransport
 from gkd.serving.patience import Patience
 from gkd.serving.protocol import TOKEN_ID_FORMAT, TOKEN_VARIABLE, Description, read_token
 
@@ -97,10 +98,12 @@ class ReplicaPool:
         self.replicas = [Replica(address.rstrip("/")) for address in config.addresses or ()]
         self._changed = threading.Condition()
         self._said_that_it_waits = False  # since the last answer
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=_IDLE_CONNECTION_S)
+        self._transport = DeadlineTransport(limits)
         self._client = httpx.Client(
+            transport=self._transport,
             headers={"accept-encoding": "identity"} | ({"authorization": f"Bearer {token}"} if token else {}),
             timeout=httpx.Timeout(config.timeout_s, connect=CONNECT_TIMEOUT_S),
-            limits=httpx.Limits(max_connections=None, keepalive_expiry=_IDLE_CONNECTION_S),
             trust_env=False,  # a proxy for the internet does not know the machines of this network
         )
 
@@ -187,7 +190,8 @@ class ReplicaPool:
     # ---- requests
 
     def get(self, replica: Replica, path: str) -> httpx.Response:
-        return self._client.get(replica.address + path)
+        with self._transport.within(self._config.timeout_s):
+            return self._client.get(replica.address + path)
 
     def post_token_ids(
         self, replica: Replica, path: str, params: dict[str, str], token_ids: Sequence[int], limit_bytes: int
@@ -197,14 +201,18 @@ class ReplicaPool:
         Raises ServerFailedError for status 5xx, ServerRefusedError for any other that is not 200, httpx.HTTPError.
         """
         content = np.asarray(token_ids, TOKEN_ID_FORMAT).tobytes()
-        with self._client.stream("POST", replica.address + path, params=params, content=content) as response:
+        with (
+            self._transport.within(self._config.timeout_s),
+            self._client.stream("POST", replica.address + path, params=params, content=content) as response,
+        ):
             if response.status_code != httpx.codes.OK:
                 raise _refusal_error(response.status_code, _read(response, _LARGEST_ERROR_BYTES))
             return response.headers, _read(response, limit_bytes)
 
     def post_json(self, replica: Replica, path: str, values: object) -> bytes:
         """The answer's body. Raises as `post_token_ids` does."""
-        response = self._client.post(replica.address + path, json=values)
+        with self._transport.within(self._config.timeout_s):
+            response = self._client.post(replica.address + path, json=values)
         if response.status_code != httpx.codes.OK:
             raise _refusal_error(response.status_code, response.content)
         return response.content
@@ -266,8 +274,10 @@ class ReplicaPool:
                     )
 
     def _ask(self, replica: Replica, timeout_s: float | None = None) -> tuple[int, bytearray]:
+        address = replica.address + self._role.description_path
+        limit_s = self._config.timeout_s if timeout_s is None else timeout_s
         timeout = self._client.timeout if timeout_s is None else httpx.Timeout(timeout_s)
-        with self._client.stream("GET", replica.address + self._role.description_path, timeout=timeout) as response:
+        with self._transport.within(limit_s), self._client.stream("GET", address, timeout=timeout) as response:
             return response.status_code, _read(response, _LARGEST_DESCRIPTION_BYTES)
 
 

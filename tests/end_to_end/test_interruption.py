@@ -37,14 +37,14 @@ def test_a_signal_saves_and_a_resume_ends_as_if_nothing_had_happened(
         text=True,
     )
     wait_for_steps(tmp_path / "stopped", 2, process)
-    os.kill(process.pid, signal.SIGUSR1)
+    os.kill(process.pid, signal.SIGTERM)
     stderr = process.communicate(timeout=120)[1]
     assert process.returncode == 75, stderr
     steps = len(read_metrics(tmp_path / "stopped"))
     assert 2 <= steps < 12
     assert f"stopped after step {steps}, saved in" in stderr and "--resume" in stderr
     log = (tmp_path / "stopped" / "logs" / "rank_0.log").read_text()
-    assert "SIGUSR1: the run stops after this step" in log and f"step {steps - 1}: sample" in log
+    assert "SIGTERM: the run stops after this step" in log and f"step {steps - 1}: sample" in log
 
     resumed = check(run_gkd(["train", stopped, "--resume"]))
     assert f"resumed at step {steps}" in resumed.stdout
@@ -64,7 +64,7 @@ def test_a_launcher_hands_the_signal_on_and_the_exit_code_back(make_run_config: 
         env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_for_steps(run, 2, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGUSR1)
     stderr = process.communicate(timeout=120)[1]
     assert process.returncode == 75, stderr[-3000:]
     steps = len(read_metrics(run))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
+import httpx
 import pytest
 
 from gkd.config import TeacherConfig
@@ -86,3 +91,46 @@ def test_nobody_waits_for_what_does_not_come_back() -> None:
     with pytest.raises(NoServerLeftError, match=r"409.*; then .*409"):
         pool(2, retry_s=60).attempt(restarted)
     assert time.monotonic() - started < 5
+
+
+@pytest.fixture
+def dripping() -> Iterator[Callable[[bytes], str]]:
+    """Addresses of servers that send what they are given, and then a byte every tenth of a second."""
+    listeners: list[socket.socket] = []
+
+    def drip(listener: socket.socket, start: bytes) -> None:
+        with suppress(OSError):
+            client, _ = listener.accept()
+            client.sendall(start)
+            while True:
+                client.sendall(b"x")
+                time.sleep(0.1)
+
+    def start(begin: bytes) -> str:
+        listeners.append(socket.create_server(("127.0.0.1", 0)))
+        threading.Thread(target=drip, args=(listeners[-1], begin), daemon=True).start()
+        return f"http://127.0.0.1:{listeners[-1].getsockname()[1]}"
+
+    yield start
+    for listener in listeners:
+        listener.close()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "start",
+    [b"HTTP/1.1 200 OK\r\nx-slow: ", b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n"],
+    ids=["head", "body"],
+)
+def test_a_time_limit_is_for_the_whole_answer(dripping: Callable[[bytes], str], start: bytes) -> None:
+    for call in ("get", "post_json", "post_token_ids"):
+        config = TeacherConfig.model_validate(
+            {"model": "m", "placement": "served", "addresses": [dripping(start)], "timeout_s": 0.7}
+        )
+        subject = ReplicaPool(config, ROLE, cool_down_s=60)
+        further = {"get": (), "post_json": ({},), "post_token_ids": ({}, [1, 2], 1 << 20)}[call]
+        began = time.monotonic()
+        with pytest.raises(httpx.ReadTimeout) as caught:
+            getattr(subject, call)(subject.replicas[0], "/x", *further)
+        assert time.monotonic() - began < 3
+        assert subject.reason(caught.value) == "no answer within teacher.timeout_s"

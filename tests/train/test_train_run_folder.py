@@ -204,7 +204,8 @@ def test_who_is_refused_says_nothing_in_anothers_folder(tmp_path: Path) -> None:
         begin(config(tmp_path))
     assert contents(tmp_path) == before
     begin(config(tmp_path), resume=True)
-    with pytest.raises(ModelError), claimed_folder(config(tmp_path), Launch(), resume=True):
+    with pytest.raises(ModelError), claimed_folder(config(tmp_path), Launch(), resume=True) as folder:
+        assert not folder.exit.exists(), "this one may be killed"
         raise ModelError("x")
     assert json.loads((tmp_path / "exit.json").read_text())["status"] == 2, "not the end of the run before"
 
