@@ -71,9 +71,10 @@ test-all: test
 
 # What depends on the instruction set, held to AVX2: oneDNN, torch's own kernels and ours.
 AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 GKD_CPU_ISA=avx2
-AVX2_TESTS := $(addprefix tests/,objectives ops models/test_models_attention.py models/test_models_packed.py \
-	planning/test_planning_command.py::test_measuring_this_machine benchmarks/test_end_to_end.py \
-	end_to_end/test_precision_and_schedule.py)
+AVX2_TESTS := $(addprefix tests/,objectives ops test_processor.py test_precision.py models/test_models_attention.py \
+	models/test_models_packed.py planning/test_planning_command.py::test_measuring_this_machine \
+	benchmarks/test_end_to_end.py end_to_end/test_precision_and_schedule.py end_to_end/test_dtype_auto.py \
+	cli/test_generate_command.py servers/test_servers_dtype.py train/test_train_dtypes.py)
 test-avx2: $(KERNELS)
 	$(AVX2) $(PYTEST) -m "not long" $(AVX2_TESTS) $(ARGS)
 

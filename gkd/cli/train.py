@@ -31,12 +31,12 @@ def train_command(
     """
     from gkd.train.distiller import Distiller
 
-    resolved = load_config(config, overrides or ())
-    distiller = Distiller(resolved)
+    distiller = Distiller(load_config(config, overrides or ()))
     if dry_run:
-        for line in distiller.check():
+        for line in distiller.check(resume=resume):
             typer.echo(line, err=True)
-        typer.echo(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False), nl=False)
+        checked = distiller.settle(resume=resume).config
+        typer.echo(yaml.safe_dump(checked.model_dump(mode="json"), sort_keys=False), nl=False)
         return
     summary = distiller.train(resume=resume, overwrite=overwrite)
     if Launch.from_environment().is_main:

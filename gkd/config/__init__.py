@@ -7,7 +7,8 @@ Every error is a `ConfigError` whose message starts with the path of the key.
 from gkd.config.files import describe_keys, load_config, make_config
 from gkd.config.mixture import MixtureConfig
 from gkd.config.objective import ObjectiveConfig, ObjectiveSection, default_objective
-from gkd.config.process import Launch, cache_folder, exit_copy
+from gkd.config.precision import Settled, dtypes_of, fastest_here, settle, settled_option
+from gkd.config.process import Launch, cache_folder, exit_copy, instruction_limits
 from gkd.config.sections import (
     DROPPABLE,
     ENDPOINT_PORT,
@@ -19,6 +20,7 @@ from gkd.config.sections import (
     DataConfig,
     DeepSpeedConfig,
     Dtype,
+    DtypeOrAuto,
     LayerRule,
     LoraConfig,
     OptimConfig,
@@ -38,6 +40,7 @@ __all__ = [
     "DataConfig",
     "DeepSpeedConfig",
     "Dtype",
+    "DtypeOrAuto",
     "Launch",
     "LayerRule",
     "LoraConfig",
@@ -46,12 +49,18 @@ __all__ = [
     "ObjectiveSection",
     "OptimConfig",
     "RolloutConfig",
+    "Settled",
     "StudentInit",
     "TeacherConfig",
     "cache_folder",
     "default_objective",
     "describe_keys",
+    "dtypes_of",
     "exit_copy",
+    "fastest_here",
+    "instruction_limits",
     "load_config",
     "make_config",
+    "settle",
+    "settled_option",
 ]

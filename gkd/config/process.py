@@ -40,3 +40,9 @@ def exit_copy() -> Path | None:
 def cache_folder() -> Path:
     """Where converted models and teacher completions are kept: $GKD_CACHE, else ~/.cache/gkd."""
     return Path(os.environ.get("GKD_CACHE") or Path.home() / ".cache" / "gkd")
+
+
+def instruction_limits() -> dict[str, str]:
+    """What is set of the variables that hold libraries to fewer instructions than the CPU has."""
+    names = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+    return {name: os.environ[name] for name in names if name in os.environ}

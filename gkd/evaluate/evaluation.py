@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from gkd.config import Config, Launch, cache_folder
+from gkd.config import Config, Launch, cache_folder, fastest_here, settle
 from gkd.data import load_prompts, render_message
 from gkd.engines.sampling import SamplerSpec
 from gkd.errors import ConfigError, RunFolderError
@@ -37,6 +37,7 @@ from gkd.train import parts
 from gkd.train.distributed import compute_device
 from gkd.train.parts import Models
 from gkd.train.placements import Placements, ask_placements
+from gkd.train.run_folder import started_with
 from gkd.types import Completion, Prompt, PromptDraw, Rollout, SampleRequest, SamplingSettings
 
 _log = logging.getLogger(__name__)
@@ -102,7 +103,9 @@ def _guarded(name: str, measure: Callable[[_Contest], Axis], contest: _Contest) 
 
 
 def _prepare(config: Config, student: str | None, axes: Sequence[str]) -> _Contest:
-    config = _with_whole_teacher(config)
+    settled = settle(config, fastest_here(), started_with(config))
+    settled.say()
+    config = _with_whole_teacher(settled.config)
     asks_task = "task" in axes
     if asks_task and config.data.heldout is None:
         raise ConfigError(

@@ -20,7 +20,7 @@ def assumptions(setup: Setup) -> list[Assumption]:
     device, eff = setup.device, setup.device.efficiency
     origin = "fitted to one run" if device.is_cpu else "assumed, never measured"
     own = "within its efficiency" if device.is_cpu else origin
-    slowdown = time.FLOAT32_SLOWDOWN["cpu" if device.is_cpu else "gpu"]
+    slowdown = "assumed; no TF32" if device.float32_flops_per_s is None else "measured"
     peak = "measured" if device.is_cpu else "data sheet"
     return [
         Assumption("device: bf16 rate", device.bf16_flops_per_s / 1e12, "TFLOP/s", f"{peak}, dense"),
@@ -42,7 +42,7 @@ def assumptions(setup: Setup) -> list[Assumption]:
         Assumption("efficiency: sync", eff.sync, "of bandwidth", origin),
         Assumption("efficiency: links", eff.link, "of bandwidth", "assumed; no transfer is hidden"),
         Assumption("a ring passes a node in", devices.RING_LATENCY_S * 1e6, "us", "assumed, each collective"),
-        Assumption("float32 instead of bf16", slowdown, "x slower", "assumed; no TF32"),
+        Assumption("float32 instead of bf16", device.float32_slowdown, "x slower", slowdown),
         Assumption("merging adapters", time.MERGE_BYTES, "B a parameter", "counted: float32, at every sync"),
         Assumption("offloaded optimizer", devices.HOST_BANDWIDTH_BYTES_PER_S / 1e9, "GB/s a device", "assumed"),
         Assumption("loss, memory traffic", time.LOSS_PAIR_BYTES, "B a pair", "counted: token x vocabulary"),

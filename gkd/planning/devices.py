@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gkd.errors import ConfigError
+from gkd.processor import ChosenDtype
 
 GB = 1e9
+FAST_BFLOAT16 = ChosenDtype("bfloat16", "planned for a GPU with tensor cores for it")
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,27 @@ class Device:
     efficiency: Efficiency
     decode_eager_s: float  # a sampler's own time a step, apart from weights and cache: launches and scheduling
     decode_graph_s: float  # the same with captured graphs
+    fastest_dtype: ChosenDtype = FAST_BFLOAT16  # what `dtype: auto` is there
+    float32_flops_per_s: float | None = None  # None: assumed, FLOAT32_SLOWDOWN
 
     @property
     def is_cpu(self) -> bool:
         return self.name == "cpu"
 
     @property
+    def float32_slowdown(self) -> float:
+        """Seconds of a product in float32 by those in bfloat16."""
+        if self.float32_flops_per_s is None:
+            return FLOAT32_SLOWDOWN["cpu" if self.is_cpu else "gpu"]
+        return self.bf16_flops_per_s / self.float32_flops_per_s
+
+    @property
     def torch_type(self) -> str:
         """What torch calls such a device."""
         return "cpu" if self.is_cpu else "cuda"
 
+
+FLOAT32_SLOWDOWN = {"cpu": 4.0, "gpu": 16.0}  # ASSUMPTION: bf16 peak by float32 peak (A100: 312 / 19.5)
 
 # ASSUMPTION: of an eager transformers model under autocast (train, score), vLLM's decode (sample), AdamW fused
 # (optimizer), copies in one device (sync), NCCL's large messages (link). Not measured with this engine.
@@ -86,7 +99,8 @@ DEVICES: dict[str, Device] = {
                    GPU_EFFICIENCY, GPU_DECODE_EAGER_S, GPU_DECODE_GRAPH_S),
     # A virtual machine with 24 GiB. One machine is one device. ASSUMPTION: 10 Gb/s of network.
     "cpu": Device("cpu", CPU_BF16_FLOPS_PER_S, 25.7 * GB, CPU_BANDWIDTH_BYTES_PER_S, 1.25 * GB, 1.25 * GB,
-                  CPU_BANDWIDTH_BYTES_PER_S, 1, 25.7 * GB, CPU_EFFICIENCY, 0.0, 0.0),
+                  CPU_BANDWIDTH_BYTES_PER_S, 1, 25.7 * GB, CPU_EFFICIENCY, 0.0, 0.0,
+                  ChosenDtype("bfloat16", "planned for a CPU with AMX; --measure plans for this machine's")),
 }  # fmt: skip
 
 # Tiers of a machine's life that no data sheet tells. All ASSUMPTIONS, printed with every plan.

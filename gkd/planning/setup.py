@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gkd.chunks import loss_chunk_bytes
-from gkd.config import Config
+from gkd.config import Config, settle
 from gkd.errors import ConfigError
 from gkd.planning.devices import Device
 from gkd.planning.models import DTYPE_BYTES, Architecture
@@ -56,6 +56,7 @@ class Setup:
     staleness: int = 0  # steps that a served sampler works ahead of training
     adapter_parameters: int = 0  # of LoRA, beside a frozen student; 0: all of the student is trained
     sampler_applies_adapter: bool = False  # and is sent nothing else; otherwise merged weights
+    dtype_lines: tuple[str, ...] = ()  # what auto became and why, and what is slow
 
     @property
     def longest_tokens(self) -> int:
@@ -143,13 +144,16 @@ def make_setup(
     teacher_devices: int = 0,
     sampler_replicas: int | None = None,
 ) -> Setup:
-    """`sampler_replicas`: servers of a served sampler; None: as many as the config has addresses.
+    """`sampler_replicas`: servers of a served sampler; None: as many as the config has addresses. `dtype: auto` is what
+    a run on the planned devices would make of it.
 
     Raises ConfigError for a batch that does not divide, or lengths beyond the config's limits.
     """
     if devices < 1:
         raise ConfigError(f"--gpus: {devices} must be at least 1")
     config.check_world_size(devices)
+    settled = settle(config, device.fastest_dtype, slowdown=lambda: 1 / device.float32_slowdown)
+    config = settled.config
     settings = deepspeed_config(TrainingSettings.of(config), devices)
     zero = settings["zero_optimization"]
     offload = [_offloads(zero, name) for name in ("offload_optimizer", "offload_param")]
@@ -195,6 +199,7 @@ def make_setup(
         staleness=config.rollout.staleness,
         adapter_parameters=0 if lora is None else student.adapter_parameters(lora),
         sampler_applies_adapter=not sampler_replicas and _sampler_applies_adapter(config, device),
+        dtype_lines=(*settled.notes, *settled.warnings),
     )
 
 

@@ -21,7 +21,6 @@ from gkd.planning.setup import Setup
 from gkd.planning.teachers import teacher_place
 
 PADDING = 1.2  # ASSUMPTION: tokens of a padded micro-batch by its real tokens
-FLOAT32_SLOWDOWN = {"cpu": 4.0, "gpu": 16.0}  # ASSUMPTION: bf16 peak by float32 peak (A100: 312 / 19.5)
 # Bytes of a pair (token, vocabulary entry) in the fused loss: two float32 logits written and read twice, a bf16
 # gradient written and read twice.
 LOSS_PAIR_BYTES = 4 * 2 * 3 + 2 * 3
@@ -206,7 +205,7 @@ def syncing_s(setup: Setup) -> Seconds:
 
 
 def _flops_per_s(setup: Setup, dtype: str) -> float:
-    slower = FLOAT32_SLOWDOWN["cpu" if setup.device.is_cpu else "gpu"] if dtype == "float32" else 1.0
+    slower = setup.device.float32_slowdown if dtype == "float32" else 1.0
     return setup.device.bf16_flops_per_s / slower
 
 

@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from gkd.config import settled_option
 from gkd.engines.sampling import SamplerSpec
 from gkd.engines.updated import NotHeldError, SamplerEngine
 from gkd.errors import InputError
@@ -68,13 +69,14 @@ def _start(
         path = _model_folder(spec, layers, cleaning)
         config = read_config(path, key=_KEY)
         check_context(config, spec.max_model_tokens, path)
-        engine = SamplerEngine(replace(spec, model_folder=path, revision=None), backend, on_failure=stop)
+        dtype = settled_option(spec.dtype)
+        engine = SamplerEngine(replace(spec, model_folder=path, revision=None, dtype=dtype), backend, on_failure=stop)
     folder = _weights_folder(backend, transfer, engine)
     served = ServedSamplerModel(
         protocol=protocol.PROTOCOL_VERSION,
         model=spec.model_folder,
         architecture=architecture_digest(config),
-        dtype=spec.dtype,  # pyright: ignore[reportArgumentType]
+        dtype=dtype,  # pyright: ignore[reportArgumentType]
         vocabulary_rows=config.get_text_config().vocab_size,
         max_tokens=engine.max_tokens,
         weight_transfer=backend,

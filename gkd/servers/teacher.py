@@ -9,12 +9,14 @@ import asyncio
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from gkd.config import settled_option
 from gkd.engines.prefill import PrefillEngine, PrefillSettings
 from gkd.models import load_causal_lm, model_fingerprint, output_head, read_config, resolve_model, verify_head
 from gkd.models.head_bytes import head_to_bytes
@@ -39,6 +41,7 @@ def serve_teacher(model: str, revision: str | None, engine: PrefillSettings, ser
 def _start(model: str, revision: str | None, settings: PrefillSettings, stop: Callable[[], None]) -> Service:
     path = resolve_model(model, revision=revision, key=_KEY)
     check_context(read_config(path, revision=revision, key=_KEY), settings.max_model_tokens, path)
+    settings = replace(settings, dtype=settled_option(settings.dtype))
     head = _load_head(path, settings.dtype, revision)
     head_bytes = head_to_bytes(head)
     engine = PrefillEngine(path, settings, revision=revision, on_failure=stop)

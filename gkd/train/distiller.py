@@ -8,14 +8,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from gkd.config import Config, Launch, load_config, make_config
+from gkd.config import Config, Launch, Settled, fastest_here, load_config, make_config, settle
 from gkd.data.formats import JSON_SUFFIXES, read_rows
 from gkd.data.routing import check_teacher_names
 from gkd.environment import local_rank_taken_back, prepare_process
 from gkd.extras import require_vllm
 from gkd.monitor import RunSummary
 from gkd.train.placements import ask_placements
-from gkd.train.run_folder import claimed_folder
+from gkd.train.run_folder import claimed_folder, started_with
 from gkd.train.signals import Signals
 
 
@@ -47,18 +47,28 @@ class Distiller:
         prepare_process()
         self._check_packages()
         self._check_data()
-        config, launch = self.config, self._launch
+        settled, launch = self.settle(resume=resume), self._launch
+        config = settled.config
         with (
             closing(ask_placements(config)) as placements,
             claimed_folder(config, launch, resume=resume, overwrite=overwrite) as folder,
             local_rank_taken_back(),
             (signals := Signals(config.run.term_grace_s, folder.write_exit)).heeded(),
         ):
-            from gkd.train.run import Run  # torch and DeepSpeed load here, after the cheap checks
+            from gkd.train.run import Run  # DeepSpeed loads here, after the cheap checks
 
-            return Run(config, launch, folder, placements, begin=folder.begin, signals=signals, resume=resume).train(
-                started
-            )
+            if launch.is_main:
+                settled.say()
+            run = Run(config, launch, folder, placements, begin=folder.begin, signals=signals, resume=resume)
+            return run.train(started)
+
+    def settle(self, *, resume: bool = False) -> Settled:
+        """The config without `dtype: auto`: what the run that is resumed was started with, else what suits the device.
+
+        Loads torch, which knows what GPUs there are.
+        """
+        kept = started_with(self.config) if resume else {}
+        return settle(self.config, fastest_here(self._launch.local_rank), kept)
 
     def end_process(self) -> None:
         """Leaves the process group, after a last barrier. One rank of several does not return from this."""
@@ -66,17 +76,18 @@ class Distiller:
 
         distributed.end_process()
 
-    def check(self) -> list[str]:
+    def check(self, *, resume: bool = False) -> list[str]:
         """Checks what can be checked without loading weights: that vLLM is there if it samples, the data files, the
-        servers of a served teacher or sampler, and the folders of models that are here. Returns lines about the
-        latter: what ends a completion, and whether the sides' chat templates differ.
+        servers of a served teacher or sampler, and the folders of models that are here. Returns lines: which dtypes
+        `auto` is, what ends a completion, and whether the sides' chat templates differ.
 
         Raises MissingPackageError, DataError with file:line, ConfigError, or ModelError.
         """
         self._check_packages()
         self._check_data()
-        ask_placements(self.config).close()
-        return self._describe_models()
+        config, notes, warnings = self.settle(resume=resume)
+        ask_placements(config).close()
+        return [*notes, *warnings, *self._describe_models()]
 
     def _describe_models(self) -> list[str]:
         """Nothing of models on the hub, which are not asked for here."""

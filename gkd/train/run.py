@@ -55,6 +55,7 @@ class Run:
         self.signals = signals or Signals(config.run.term_grace_s)
         self.config, self.launch, self.folder, self.placements = config, launch, folder, placements
         distributed.initialize(launch)
+        parts.check_same_dtypes(config)
         parts.check_precision(TrainingSettings.of(config), launch.world_size)
         self.start_step = parts.resume_step(config, folder, launch, _log.warning) if resume else 0
         self.steps_done = self.start_step

@@ -74,7 +74,7 @@ class RunFolder(RunFiles):
 
         From then on each rank logs there. Collective.
         """
-        from gkd.train.distributed import barrier  # torch, which nobody waits for before the folder is claimed
+        from gkd.train.distributed import barrier  # torch, which is slow to load
 
         if self._is_main:
             self._prepare()
@@ -192,6 +192,14 @@ def _status_of(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     return error.exit_code if isinstance(error, GkdError) else 1
+
+
+def started_with(config: Config) -> dict[str, Any]:
+    """Key -> value of the config that the run in this config's folder was started with; nothing if there is none."""
+    try:
+        return flatten(json.loads(RunFiles(config.run.folder).config.read_text()))
+    except (OSError, ValueError):
+        return {}
 
 
 def check_inputs(folder: RunFiles, inputs: Mapping[str, Any], *, resume: bool) -> None:

@@ -22,7 +22,7 @@ class TrainingSettings(Section):
     def of(cls, config: Config) -> Self:
         return cls(
             steps=config.run.steps,
-            dtype=config.student.dtype,
+            dtype=config.student.dtype,  # pyright: ignore[reportArgumentType]  # of a settled config; anything else raises
             gradient_checkpointing=config.student.gradient_checkpointing,
             objective=config.objective,
             optim=config.optim,

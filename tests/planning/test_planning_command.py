@@ -10,6 +10,9 @@ import pytest
 from launching import check, run_gkd, run_python
 from planned import PLANNED, REPOSITORY
 
+from gkd.config import instruction_limits
+from gkd.processor import fastest_dtype, this_cpu
+
 KEYS = {
     "": "format student teacher setup fits faults memory suggestion time links sweeps comparison assumptions",
     "student": "name family layers hidden vocabulary parameters active_parameters forward_flops_a_token "
@@ -44,6 +47,7 @@ def test_large_runs_are_planned_with_every_assumption(name: str, devices: int, s
     assert "does not fit" in text and "the smallest change that fits" in text
     assert "planned for, not built" not in text
     assert "a million tokens at 2.5" in text
+    assert "teacher.dtype, student.dtype: bfloat16, by auto: " in text
     listed = plan_json(config, "--gpus", str(devices))["assumptions"]
     assert len(listed) > 20
     for assumption in listed:
@@ -86,6 +90,9 @@ def test_measuring_this_machine() -> None:
         "TFLOP/s; a busy processor without bfloat16 has a few thousandths of 1"
     )
     assert 0.1 < values["device: memory bandwidth"] < 1e4
+    assert 1e-3 < values["float32 instead of bf16"] < 100, "measured too"
+    here = fastest_dtype(this_cpu(instruction_limits())).dtype
+    assert result["setup"]["student_dtype"] == result["setup"]["teacher_dtype"] == here, "what a run here would choose"
 
 
 def test_a_plot(tmp_path: Path) -> None:

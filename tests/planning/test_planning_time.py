@@ -21,6 +21,7 @@ from gkd.planning.models import architectures
 from gkd.planning.setup import Setup, make_setup
 from gkd.planning.sweep import sweep
 from gkd.planning.time import time_plan
+from gkd.processor import ChosenDtype
 
 SMALL, HUGE = "qwen3_8b_to_1.7b", "qwen3_235b_to_8b"
 
@@ -141,6 +142,23 @@ def test_a_machine_of_half_the_rates_takes_twice_as_long() -> None:
     )
     plan, twice = time_plan(setup), time_plan(replace(setup, device=slower))
     assert [twice.phase_s(phase) for phase in PHASES] == pytest.approx([2 * plan.phase_s(phase) for phase in PHASES])
+
+
+def test_auto_is_what_a_run_there_would_choose() -> None:
+    """The rates of a CPU held to AVX2: a product in bfloat16 takes 6 times as long as in float32."""
+    cpu = device_named("cpu")
+    slow = replace(
+        cpu, bf16_flops_per_s=1e10, float32_flops_per_s=6e10, fastest_dtype=ChosenDtype("float32", "it has AVX2 alone")
+    )
+    overrides = ("run.name=x",), ("teacher.dtype=bfloat16", "student.dtype=bfloat16")
+    configs = [load_config(REPOSITORY / "configs" / "quickstart.yaml", words) for words in overrides]
+    auto, half = (make_setup(config, *architectures(config), slow, 1) for config in configs)
+    assert (auto.teacher_dtype, auto.student_dtype) == ("float32", "float32")
+    assert auto.dtype_lines == ("teacher.dtype, student.dtype: float32, by auto: it has AVX2 alone",)
+    assert half.dtype_lines[0].startswith("teacher.dtype, student.dtype: a product in bfloat16 takes 6.0 times as long")
+    seconds = [time_plan(setup).phases["forward_backward"]["layers, compute"] for setup in (auto, half)]
+    assert seconds[1] == pytest.approx(6 * seconds[0])
+    assert make_setup(configs[0], *architectures(configs[0]), cpu, 1).student_dtype == "bfloat16"
 
 
 # ---- a served sampler

@@ -3,6 +3,7 @@
 from gkd.train.deepspeed_config import check_precision
 from gkd.train.parts.cut import make_student
 from gkd.train.parts.data import Pack, Prompts, Reduction, load_data, packer, prompt_data
+from gkd.train.parts.dtypes import check_same_dtypes
 from gkd.train.parts.inputs import run_inputs
 from gkd.train.parts.measures import build_heldout, build_snapshots, describe_samples, shown_texts
 from gkd.train.parts.models import Models, locate_models
@@ -28,6 +29,7 @@ __all__ = [
     "build_student",
     "build_teacher",
     "check_precision",
+    "check_same_dtypes",
     "checkpoint_layout",
     "describe_samples",
     "load_data",
