@@ -194,3 +194,7 @@ class WeightStream(Protocol):
     def token_logprobs(self, token_ids: Sequence[int], start: int) -> list[float]:
         """The trainer's own log-probabilities of `token_ids[start:]`, each given all before it."""
         ...
+
+    def exact_logprobs(self, token_ids: Sequence[int], start: int) -> list[float] | None:
+        """The same computed in float32, whatever dtype the trainer computes in; None where its weights are not."""
+        ...

@@ -273,8 +273,8 @@ class RolloutConfig(Section):
     sync_tolerance: float | None = Field(
         None,
         gt=0.0,
-        description="largest mean |log-probability| difference between trainer and sampler on the probe; "
-        "null = 1e-3 in float32, 0.5 in bfloat16 and float16",
+        description="nats: largest mean |log-probability| difference between trainer and sampler on the probe; "
+        "null = 1e-3 in float32, else by the trainer's own rounding, measured",
     )
     max_mismatch: float = Field(
         5.0,
@@ -500,12 +500,6 @@ class Config(Section):
     def longest_sampled(self) -> int:
         """Tokens that the student's sampler has to take: a sequence, or the probe of a sync."""
         return max(self.longest_sequence, PROBE_TOKENS + 1)  # vLLM draws a token after whatever it scores
-
-    @property
-    def sync_tolerance(self) -> float:
-        if self.rollout.sync_tolerance is not None:
-            return self.rollout.sync_tolerance
-        return 1e-3 if self.student.dtype == "float32" else 0.5
 
 
 def _nearest(value: int, unit: int) -> int:

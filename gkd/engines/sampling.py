@@ -15,6 +15,7 @@ from gkd.engines.vllm import (
     completion_of,
     drop_prefix_cache,
     engine_arguments,
+    held_in,
     importing_vllm,
     probed_logprobs,
     refresh_tied_head,
@@ -26,6 +27,7 @@ from gkd.engines.vllm import (
 )
 from gkd.errors import SamplerError
 from gkd.models import save_adapter
+from gkd.models.held import WeightChecksums
 from gkd.types import Completion, SampleRequest, SamplingSettings
 
 if TYPE_CHECKING:
@@ -148,6 +150,12 @@ class VllmSampler:
             self._llm.wake_up(["kv_cache"])  # no sooner: gathering the weights takes memory too
             self._is_asleep = False
         drop_prefix_cache(self._llm)
+
+    def held_weights(self, version: int) -> list[WeightChecksums]:
+        """None of an adapter, which vLLM keeps in a form of its own."""
+        if self._lora is not None:
+            return [WeightChecksums()]
+        return [held_in(self._llm, version)]
 
     def accept_weights(self) -> None:
         """Nobody else has to know."""

@@ -13,6 +13,7 @@ from gkd.engines.vllm import (
     VllmRequest,
     completion_of,
     drop_prefix_cache,
+    held_in,
     importing_vllm,
     probed_logprobs,
     refresh_tied_head,
@@ -21,6 +22,7 @@ from gkd.engines.vllm import (
     without_dynamo_on_cpu,
 )
 from gkd.errors import SamplerError
+from gkd.models.held import WeightChecksums
 from gkd.serving.sampler_protocol import CompletionQuery, Transfer
 from gkd.types import Completion, SampleRequest
 
@@ -87,6 +89,15 @@ class SamplerEngine:
             return vllm_probe(token_ids)
 
         return self._thread.submit(prepare, lambda output: _versioned(output, probed_logprobs(output)))
+
+    def held_weights(self, version: int) -> Future[WeightChecksums]:
+        """As `Sampler.held_weights`. Fails with NotHeldError as `probe` does."""
+
+        def look(engine: Any) -> WeightChecksums:
+            self._check_held(version, must_be_accepted=False)
+            return held_in(engine, version)
+
+        return self._thread.run_alone(look)
 
     def _check_held(self, version: int, *, must_be_accepted: bool) -> None:
         held = self._weights

@@ -9,10 +9,12 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from gkd.errors import ModelError, SamplerError
 from gkd.models import owns_head
+from gkd.models.held import WeightChecksums
 from gkd.types import Completion, SampleRequest, SamplingSettings
 
 VllmRequest = tuple[Any, Any]  # vLLM's prompt and sampling parameters
@@ -172,6 +174,14 @@ def drop_prefix_cache(engine: Any) -> None:
     """Forgets the states of old weights in `engine`, a vLLM LLM or LLMEngine. Raises SamplerError if it refuses."""
     if not engine.reset_prefix_cache():
         raise SamplerError("vLLM could not drop the prefix cache of the old weights")
+
+
+def held_in(engine: Any, version: int) -> WeightChecksums:
+    """Of the weights that `engine`, a vLLM LLM or LLMEngine, has held since its update to `version`."""
+    from gkd.engines.held import held_weights
+
+    with without_dynamo_on_cpu():
+        return engine.apply_model(partial(held_weights, version=version))[0]
 
 
 def refresh_tied_head(model: Any) -> None:

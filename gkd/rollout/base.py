@@ -10,6 +10,8 @@ from gkd.types import Completion, SampleRequest, SamplingSettings
 if TYPE_CHECKING:
     import torch
 
+    from gkd.models.held import WeightChecksums
+
 
 class Sampler(Protocol):
     """Generates completions with one model's weights, and can be given new ones: one engine, or several alike."""
@@ -33,6 +35,13 @@ class Sampler(Protocol):
 
         The natural log-probabilities of `token_ids[1:]`, each given all before it. Raises SamplerError if an engine
         still holds anything computed from older weights.
+        """
+        ...
+
+    def held_weights(self, version: int) -> list[WeightChecksums]:
+        """Of what every engine there is holds since the last update, which was to `version`. Collective.
+
+        Tensors that an engine keeps in no comparable form are left out.
         """
         ...
 

@@ -19,6 +19,7 @@ from transformers import (
 
 from gkd.config import LoraConfig
 from gkd.models import adapter_parameters, inject_lora, load_causal_lm
+from gkd.models.held import WeightChecksums
 from gkd.types import Completion, SampleRequest, SamplingSettings
 
 
@@ -111,8 +112,16 @@ class HfSampler:
     @torch.no_grad()
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         own = {**dict(self._model.named_parameters(remove_duplicate=False)), **adapter_parameters(self._model)}
+        self._held: dict[str, torch.Tensor] = {}
         for name, tensor in weights:
             own[name].copy_(tensor)
+            self._held[name] = own[name]
+
+    def held_weights(self, version: int) -> list[WeightChecksums]:
+        checksums = WeightChecksums()
+        for name, parameter in self._held.items():
+            checksums.add(name, parameter, version, ("whole",))
+        return [checksums]
 
     def accept_weights(self) -> None:
         """Nobody else has to know."""

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx
+from pydantic import ValidationError
 
 from gkd.errors import SamplerError, WeightSyncError
+from gkd.models.held import WeightChecksums
 from gkd.rollout.replicas import SamplerReplicas
 from gkd.serving import sampler_protocol as protocol
 from gkd.serving.replicas import NoServerLeftError, Replica, ServerFailedError, ServerLostError, ServerRefusedError
-from gkd.serving.sampler_protocol import CompletionQuery, ProbeQuery
+from gkd.serving.sampler_protocol import CompletionQuery, HeldWeights, ProbeQuery
 from gkd.serving.threads import map_in_threads
 from gkd.types import Completion, SampleRequest, SamplingSettings
 
@@ -71,19 +73,25 @@ class ServedSampler:
 
         Raises SamplerError, on all ranks, if one answers something else than was asked, or if none answers.
         """
-        mine = self._probe_all(token_ids) if self._is_main else None
-        answers, reason, is_temporary = self._from_main(mine)
+        return self._ask_holding(lambda replica: self._probe(replica, token_ids))
+
+    def held_weights(self, version: int) -> list[WeightChecksums]:
+        """As `probe` does."""
+        return self._ask_holding(lambda replica: self._held(replica, version))
+
+    def _ask_holding(self, ask: Callable[[Replica], T]) -> list[T]:
+        answers, reason, is_temporary = self._from_main(self._ask_each(ask) if self._is_main else None)
         if not answers:
             raise SamplerError(f"no served sampler could be probed: {reason}", is_temporary=is_temporary)
         return answers
 
-    def _probe_all(self, token_ids: Sequence[int]) -> tuple[list[Sequence[float]], str, bool]:
+    def _ask_each(self, ask: Callable[[Replica], T]) -> tuple[list[T], str, bool]:
         """The answers; or none, why, and whether that may change: the other ranks have to know it too."""
-        answers: list[Sequence[float]] = []
+        answers: list[T] = []
         reasons: list[str] = []
         for replica in list(self._holding):
             try:
-                answers.append(self._probe(replica, token_ids))
+                answers.append(ask(replica))
             except (httpx.HTTPError, ServerFailedError) as error:
                 reasons.append(f"{replica.address}: {self._pool.reason(error)}")
                 self._pool.set_down(replica, reasons[-1])
@@ -143,6 +151,18 @@ class ServedSampler:
             return protocol.logprobs_from_bytes(body)
 
         return self._ask(replica, protocol.PROBE_PATH, query, token_ids, size_bytes, read)
+
+    def _held(self, replica: Replica, version: int) -> WeightChecksums:
+        try:
+            body = self._pool.post_json(replica, protocol.HELD_PATH, {"weights_version": version})
+            held = HeldWeights.model_validate_json(body)
+        except ServerRefusedError as error:
+            raise ServerFailedError(str(error)) from None
+        except ValidationError:
+            raise SamplerError(f"{replica.address}: its answer holds no checksums of its weights") from None
+        return WeightChecksums(
+            held.whole, held.columns, origin=replica.address, may_be_reordered=frozenset(held.may_be_reordered)
+        )
 
     def _ask(
         self,

@@ -12,6 +12,8 @@ from gkd.types import Completion, SampleRequest, SamplingSettings
 if TYPE_CHECKING:
     import torch
 
+    from gkd.models.held import WeightChecksums
+
 
 class TensorParallelSampler:
     """Implements `Sampler` with this rank's share of an engine that works only when all of its ranks do.
@@ -35,6 +37,9 @@ class TensorParallelSampler:
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         self._share.update_weights(weights, version)
+
+    def held_weights(self, version: int) -> list[WeightChecksums]:
+        return self._share.held_weights(version)
 
     def accept_weights(self) -> None:
         self._share.accept_weights()

@@ -1,4 +1,4 @@
-"""`gkd serve-sampler`: completions from weights that a trainer sends, by eight routes."""
+"""`gkd serve-sampler`: completions from weights that a trainer sends, by nine routes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from gkd.models import local_folder, make_student_from_layers, read_config, reso
 from gkd.servers.app import bad_request, bytes_response, make_app, read_body, read_token_ids
 from gkd.servers.server import ServerSettings, Service, check_context, serve
 from gkd.serving import sampler_protocol as protocol
-from gkd.serving.sampler_protocol import ServedSamplerModel, Transfer, architecture_digest
+from gkd.serving.sampler_protocol import HeldWeights, ServedSamplerModel, Transfer, architecture_digest
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -143,6 +143,15 @@ def make_sampler_app(served: ServedSamplerModel, engine: SamplerEngine) -> ASGIA
         made = await _result(engine.probe(token_ids, query.weights_version))
         return _versioned_bytes(protocol.logprobs_to_bytes(made.answer), made.weights_version, {})
 
+    async def held(request: Request) -> Response:
+        message = await _message(request, protocol.WhichWeights)
+        found = await _result(engine.held_weights(message.weights_version))
+        return JSONResponse(
+            HeldWeights(
+                whole=found.whole, columns=found.columns, may_be_reordered=sorted(found.may_be_reordered)
+            ).model_dump()
+        )
+
     async def connect(request: Request) -> Response:
         return await _done(engine.connect(await _connection(request, served)))
 
@@ -164,6 +173,7 @@ def make_sampler_app(served: ServedSamplerModel, engine: SamplerEngine) -> ASGIA
     posts = {
         protocol.COMPLETIONS_PATH: completions,
         protocol.PROBE_PATH: probe,
+        protocol.HELD_PATH: held,
         protocol.CONNECT_PATH: connect,
         protocol.START_PATH: start,
         protocol.PIECE_PATH: piece,

@@ -5,6 +5,7 @@ POST /completions?...      the token ids of a prompt, how to complete it as a `C
                            completion: its n ids, then their n log-probabilities in little-endian float32
 POST /probe?weights_version=V   the token ids of a text; the answer is the log-probabilities of its second token and all
                            after it, as above
+POST /weights/held     {"weights_version": V}: the answer is a `HeldWeights` as JSON
 POST /weights/connect      {"info": {...}}: what the weight-transfer engine has to know of the trainer, once; then, for
                            each update:
 POST /weights/start        {"update": ID, "version": V}
@@ -28,10 +29,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from gkd.serving.protocol import TOKEN_ID_FORMAT, Description
 from gkd.types import Completion, SamplingSettings
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 DESCRIPTION_PATH = "/sampler"
 COMPLETIONS_PATH = "/completions"
 PROBE_PATH = "/probe"
+HELD_PATH = "/weights/held"
 CONNECT_PATH = "/weights/connect"
 START_PATH = "/weights/start"
 PIECE_PATH = "/weights/piece"
@@ -110,6 +112,10 @@ class Connection(_Message):
     info: dict[str, Any]
 
 
+class WhichWeights(_Message):
+    weights_version: int = Field(ge=0)
+
+
 class UpdateAccept(_Message):
     update: str
 
@@ -127,6 +133,14 @@ class UpdatePiece(_Message):
 class UpdateFinish(_Message):
     update: str
     pieces: int = Field(ge=1)
+
+
+class HeldWeights(_Message):
+    """`gkd.models.held.WeightChecksums` of what a server holds."""
+
+    whole: dict[str, str]
+    columns: dict[str, str]
+    may_be_reordered: list[str]
 
 
 def architecture_digest(config: Any) -> str:

@@ -159,9 +159,18 @@ class StudentEngine:
         self._engine.eval()
         return token_measures(self._engine, micro_batches, objective, self._device)
 
-    @torch.no_grad()
     def token_logprobs(self, token_ids: Sequence[int], start: int) -> list[float]:
         """Natural log-probabilities of `token_ids[start:]`, each given everything before it."""
+        return self._logprobs(token_ids, start, is_exact=False)
+
+    def exact_logprobs(self, token_ids: Sequence[int], start: int) -> list[float] | None:
+        """The same in float32; None where weights are in another dtype."""
+        if any(parameter.dtype != torch.float32 for parameter in self._engine.module.parameters()):
+            return None
+        return self._logprobs(token_ids, start, is_exact=True)
+
+    @torch.no_grad()
+    def _logprobs(self, token_ids: Sequence[int], start: int, *, is_exact: bool) -> list[float]:
         self._engine.eval()
         batch = TokenBatch(
             input_ids=torch.tensor([token_ids]),
@@ -175,7 +184,7 @@ class StudentEngine:
             sources=("probe",),
             completion_lengths=(len(token_ids) - start,),
         )
-        return self._engine(batch.to(self._device), None).tolist()
+        return self._engine(batch.to(self._device), None, is_exact=is_exact).tolist()
 
     # ---- weights and state
 
@@ -220,7 +229,7 @@ class _EngineWeights:
         self._engine = engine
         self._weights = weights
         self.shapes = {name: weight.shape for name, weight in weights.items()}
-        self.token_logprobs = engine.token_logprobs
+        self.token_logprobs, self.exact_logprobs = engine.token_logprobs, engine.exact_logprobs
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return self._engine.stream(self._weights)

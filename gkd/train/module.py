@@ -57,11 +57,11 @@ class ObjectiveHead(nn.Module):
         self._dtype = dtype
 
     def forward(
-        self, hidden: torch.Tensor, batch: TokenBatch, objective: Objective | None
+        self, hidden: torch.Tensor, batch: TokenBatch, objective: Objective | None, dtype: torch.dtype | None = None
     ) -> ObjectiveSums | torch.Tensor:
-        """`hidden` is [N, H]; see `StudentModule.forward`."""
+        """`hidden` is [N, H]; see `StudentModule.forward`. `dtype`: of log-probabilities, other than the module's."""
         if objective is None:
-            return self._logprobs(hidden, batch.labels)
+            return self._logprobs(hidden, batch.labels, dtype)
         assert batch.teacher is not None
         acts = objective.acts(batch.sources, batch.completion_lengths)
         scores = linear_terms(
@@ -105,9 +105,9 @@ class ObjectiveHead(nn.Module):
     def _own_head(self) -> OutputHead:
         return replace(self._head, weight=self.weight, bias=self.bias)
 
-    def _logprobs(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _logprobs(self, hidden: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Natural log-probabilities [N] of `labels` [N], over the student's whole vocabulary."""
-        return token_logprobs(hidden, self._own_head(), labels, compute_dtype=self._dtype)
+        return token_logprobs(hidden, self._own_head(), labels, compute_dtype=dtype or self._dtype)
 
 
 def _weighted_loss(term: ActiveTerm, batch: TokenBatch, sequences: SequenceMeasures | None) -> WeightedLoss:
@@ -152,13 +152,24 @@ class StudentModule(nn.Module):
         self.objective_head = ObjectiveHead(output_head(model), valid_vocab, dtype)
         self.register_state_dict_post_hook(_without_frozen)
 
-    def forward(self, batch: TokenBatch, objective: Objective | None) -> ObjectiveSums | torch.Tensor:
-        """The sums of an objective, or with None the scored tokens' log-probabilities [N]."""
+    def forward(
+        self, batch: TokenBatch, objective: Objective | None, *, is_exact: bool = False
+    ) -> ObjectiveSums | torch.Tensor:
+        """The sums of an objective, or with None the scored tokens' log-probabilities [N]; `is_exact`: those in
+        float32, of float32 weights."""
+        if is_exact:
+            with torch.autocast(batch.input_ids.device.type, enabled=False):
+                return self._forward(batch, None, torch.float32)
+        return self._forward(batch, objective)
+
+    def _forward(
+        self, batch: TokenBatch, objective: Objective | None, dtype: torch.dtype | None = None
+    ) -> ObjectiveSums | torch.Tensor:
         packed = {} if batch.sequence_lengths is None else packed_inputs(batch.sequence_lengths, batch.input_ids.device)
         backbone = backbone_of(self.model)
         states = backbone(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state  # [B, T, H]
         hidden = states.flatten(0, 1)[batch.score_index]  # [N, H]
-        return self.objective_head(hidden, batch, objective)
+        return self.objective_head(hidden, batch, objective, dtype)
 
 
 def token_measures(

@@ -57,6 +57,7 @@ def export(
     *,
     origin: str,
     probe_ids: Sequence[int],
+    tolerance: float,
     end_token_ids: Sequence[int],
     is_main: bool,
 ) -> None:
@@ -65,7 +66,7 @@ def export(
 
     Every rank scores and streams, as gathering is collective; the main rank writes and proves.
     """
-    probe = Probe(probe_ids, student.token_logprobs(probe_ids, 1), config.sync_tolerance)
+    probe = Probe(probe_ids, student.token_logprobs(probe_ids, 1), tolerance)
     weights, adapter = student.whole_weights(), student.adapter_weights()
     if not is_main:
         for _ in itertools.chain(weights, adapter):

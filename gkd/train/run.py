@@ -166,7 +166,8 @@ class Run:
             folder.final,
             self.student,
             origin=self.models.student_path,
-            probe_ids=parts.probe_ids(self.prompts),
+            probe_ids=parts.probe_texts(config, self.models, self.prompts)(config.run.steps),
+            tolerance=self.sampler.tolerance,
             end_token_ids=self.models.stop_token_ids,
             is_main=is_main,
         )
@@ -217,6 +218,7 @@ class Run:
         every = self.config.eval.every
         if not (every and steps_done % every == 0 and steps_done < self.config.run.steps):
             return {}
+        self.sampler.measure_rounding(self.student.weights(), steps_done)
         try:
             return self._observed(self.snapshots.heldout(steps_done))
         except PartError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from gkd.models import load_causal_lm
 from gkd.objectives.objective import divergence_objective
 from gkd.rollout.mixture import MixtureRollouts
 from gkd.rollout.offline import start_sampler
-from gkd.rollout.sync import SyncedSampler, probe_prompt
+from gkd.rollout.sync import SyncedSampler, Tolerance, probe_text
 from gkd.teacher.local import LocalTeacher
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
@@ -43,8 +44,8 @@ def main() -> None:
     prompts = [Prompt(i, tuple(3 + (i * 7 + j) % 250 for j in range(4 + 3 * i)), "") for i in range(6)]
     sampler = SyncedSampler(
         start_sampler(SamplerSpec("vllm", folder, "float32", 256, 0)),
-        probe_ids=probe_prompt(p.token_ids for p in prompts),
-        tolerance=1e-3,
+        probe_ids=partial(probe_text, [p.token_ids for p in prompts], 259, 0),
+        tolerance=Tolerance(1e-3),
     )
     sampler.load_weights(student.weights(), version=0)
     rollouts = MixtureRollouts(

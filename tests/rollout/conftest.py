@@ -12,8 +12,8 @@ from gkd.rollout.base import Sampler
 from gkd.rollout.offline import start_sampler
 
 
-def start_tiny(engine: str, folder: Path) -> Sampler:
-    return start_sampler(SamplerSpec(engine, str(folder), "float32", max_model_tokens=256, pad_token_id=0))
+def start_tiny(engine: str, folder: Path, dtype: str = "float32") -> Sampler:
+    return start_sampler(SamplerSpec(engine, str(folder), dtype, max_model_tokens=256, pad_token_id=0))
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +26,11 @@ def vllm_sampler(tiny_student: Path) -> Iterator[Sampler]:
 @pytest.fixture(scope="session")
 def hf_sampler(tiny_student: Path) -> Sampler:
     return start_tiny("transformers", tiny_student)
+
+
+@pytest.fixture(scope="session")
+def hf_half_sampler(tiny_student: Path) -> Sampler:
+    return start_tiny("transformers", tiny_student, "bfloat16")
 
 
 @pytest.fixture(params=["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from gkd.errors import SamplerError
 from gkd.rollout.ahead import SampleAhead
 from gkd.rollout.base import Sampler
 from gkd.rollout.mixture import MixtureRollouts
-from gkd.rollout.sync import SyncedSampler, probe_prompt
+from gkd.rollout.sync import SyncedSampler, Tolerance, probe_text
 from gkd.types import Completion, Prompt, PromptDraw, SampleRequest, SamplingSettings
 
 LAST_STEP = 5
@@ -47,7 +48,7 @@ class Watched:
         self.may_go_on = threading.Event()
         self.batches = 0
         self.probe, self.accept_weights, self.close = sampler.probe, sampler.accept_weights, lambda: None
-        self.update_weights, self.sleep = sampler.update_weights, sampler.sleep
+        self.update_weights, self.held_weights, self.sleep = sampler.update_weights, sampler.held_weights, sampler.sleep
 
     def generate(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[Completion]:
         if self.batches >= self.held_up_at:
@@ -67,7 +68,9 @@ class Run:
 
     def __init__(self, sampler: Sampler, model: PreTrainedModel, staleness: int) -> None:
         self.watched, self.weights = Watched(sampler), Weights(model)
-        self.synced = SyncedSampler(self.watched, probe_ids=probe_prompt([[1, 40, 41]]), tolerance=1e-3)
+        self.synced = SyncedSampler(
+            self.watched, probe_ids=partial(probe_text, [[1, 40, 41]], 259, 0), tolerance=Tolerance(1e-3)
+        )
         self.synced.load_weights(self.weights, 0)
         rollouts = MixtureRollouts(
             self.synced, mixture=MIXTURE, settings=lambda step: SamplingSettings(4), seed=3, staleness=staleness,

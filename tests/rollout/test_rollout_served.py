@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +20,11 @@ from gkd.config import Config, make_config
 from gkd.errors import ConfigError, SamplerError, WeightSyncError
 from gkd.rollout.replicas import SamplerReplicas
 from gkd.rollout.served import ServedSampler
-from gkd.rollout.sync import SyncedSampler, probe_prompt
+from gkd.rollout.sync import SyncedSampler, Tolerance, probe_text
 from gkd.types import SampleRequest, SamplingSettings
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-PROBE = probe_prompt([[1, 40, 41], [1, 50, 51, 52], list(range(3, 250))])
+PROBES = partial(probe_text, [[1, 40, 41], [1, 50, 51, 52], list(range(3, 250))], 259, 0)
 SETTINGS = SamplingSettings(12, stop_token_ids=(2,))
 REQUESTS = [SampleRequest(tuple(range(3 + i, 20 + 2 * i)), 1000 + i) for i in range(16)]
 
@@ -78,7 +79,7 @@ class Servers:
             SamplerReplicas(self.config(*servers, **options)), is_main=True, from_main=lambda value: value
         )
         self.opened.append(served)
-        return SyncedSampler(served, probe_ids=PROBE, tolerance=1e-3), served
+        return SyncedSampler(served, probe_ids=PROBES, tolerance=Tolerance(1e-3)), served
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,7 @@ def test_nccl(tiny_student: Path, weights: Weights, tmp_path: Path) -> None:
         servers = SimpleNamespace(folder=tmp_path, model=tiny_student)
         replicas = SamplerReplicas(Servers.config(servers, server))  # pyright: ignore
         served = ServedSampler(replicas, is_main=True, from_main=lambda value: value)
-        synced = SyncedSampler(served, probe_ids=PROBE, tolerance=1e-2)
+        synced = SyncedSampler(served, probe_ids=PROBES, tolerance=Tolerance(1e-2))
         for version in (0, 1):
             assert synced.load_weights(weights.train(), version)["sync/mean_logprob_error"] < 1e-2
             assert len(synced.generate(REQUESTS, SETTINGS)) == len(REQUESTS)

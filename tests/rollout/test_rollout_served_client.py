@@ -160,7 +160,7 @@ def test_a_server_that_fails_gets_no_further_work(make_server: MakeServer, compl
     [
         ((200, {}, b"<html>"), "is no gkd sampler"),
         (description(weight_transfer="pigeon"), "is no gkd sampler"),
-        (description(protocol=2), "version 2 of the protocol"),
+        (description(protocol=9), "version 9 of the protocol"),
         (description(dtype="bfloat16"), "samples in bfloat16, but student.dtype is float32"),
         (description(max_tokens=160), "a probe can reach 161; start it with --max-model-tokens 161"),
         (description(weight_transfer="file", weights_folder="/no/such"), "cannot be written here"),

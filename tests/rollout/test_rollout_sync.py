@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gkd.errors import WeightSyncError
 from gkd.rollout.base import Sampler
-from gkd.rollout.sync import PROBE_TOKENS, SyncedSampler, probe_prompt
+from gkd.rollout.sync import PROBE_TOKENS, SyncedSampler, Tolerance, probe_text
 from gkd.types import SampleRequest, SamplingSettings
 
 Pairs = Iterator[tuple[str, torch.Tensor]]
 SETTINGS = SamplingSettings(4)
-PROBE = probe_prompt([[1, 40, 41], [1, 50, 51, 52], list(range(3, 250))])
+PROMPTS = [[1, 40, 41], [1, 50, 51, 52], list(range(3, 250))]
+PROBES = partial(probe_text, PROMPTS, 259, 0)
 REQUEST = SampleRequest((1, 87, 85), 0)
 
 
@@ -36,6 +38,9 @@ class ModelWeights:
         logprobs = self.model(torch.tensor([token_ids])).logits[0].log_softmax(-1)
         return [logprobs[i - 1, token_ids[i]].item() for i in range(start, len(token_ids))]
 
+    def exact_logprobs(self, token_ids: Sequence[int], start: int) -> list[float] | None:
+        return self.token_logprobs(token_ids, start)
+
 
 @pytest.fixture
 def model(tiny_student: Path) -> PreTrainedModel:
@@ -49,7 +54,7 @@ def model(tiny_student: Path) -> PreTrainedModel:
 
 @pytest.fixture
 def synced(sampler: Sampler) -> SyncedSampler:
-    return SyncedSampler(sampler, probe_ids=PROBE, tolerance=1e-3)
+    return SyncedSampler(sampler, probe_ids=PROBES, tolerance=Tolerance(1e-3))
 
 
 def test_a_sync_sets_the_version_and_its_errors_are_tiny(synced: SyncedSampler, model: PreTrainedModel) -> None:
@@ -106,42 +111,122 @@ def test_faults_are_caught_before_the_next_generation(
     assert synced.weights_version == 3
 
 
-@pytest.mark.fault
-def test_a_sampler_that_keeps_its_old_weights_is_caught(synced: SyncedSampler, model: PreTrainedModel) -> None:
-    synced.load_weights(ModelWeights(model), version=1)
-    synced._sampler = DeafSampler(synced._sampler, [(name, p.clone()) for name, p in ModelWeights(model)])
-    with torch.no_grad():
-        model.get_parameter(Q_PROJ).mul_(1.5)
-    with pytest.raises(WeightSyncError, match="differ from the trainer's by"):
-        synced.load_weights(ModelWeights(model), version=2)
+class Between:
+    """A sampler that gets something else than it was sent."""
 
-
-class DeafSampler:
-    """Takes weights and keeps its own."""
-
-    def __init__(self, sampler: Sampler, own: list[tuple[str, torch.Tensor]]) -> None:
+    def __init__(self, sampler: Sampler, change: Callable[[Pairs], Iterable[tuple[str, torch.Tensor]]]) -> None:
         self.generate, self.probe, self.close = sampler.generate, sampler.probe, sampler.close
-        self.sleep = sampler.sleep
-        self._sampler, self._own = sampler, own
+        self.held_weights, self.sleep = sampler.held_weights, sampler.sleep
+        self._sampler, self._change = sampler, change
 
-    def update_weights(self, weights: Pairs, version: int) -> None:
-        for _ in weights:
-            pass
-        self._sampler.update_weights(self._own, version)
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        self._sampler.update_weights(self._change(iter(list(weights))), version)
 
     def accept_weights(self) -> None:
         raise AssertionError("weights that are not proven were accepted")
 
 
-class AwaySampler(DeafSampler):
+def shuffled_outside_the_probe(version: int) -> Callable[[Pairs], Pairs]:
+    def shuffle(embedding: torch.Tensor) -> torch.Tensor:
+        rows = [i for i in range(len(embedding)) if i not in PROBES(version)][:2]
+        changed = embedding.clone()
+        changed[rows] = embedding[rows[::-1]]
+        return changed
+
+    return changed(EMBED, shuffle)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("lr", [1e-5, 1e-4, 1e-3])
+def test_a_version_behind_in_bfloat16_is_caught(lr: float, model: PreTrainedModel, hf_half_sampler: Sampler) -> None:
+    """The probe's log-probabilities are within what rounding does: the contents are not."""
+    sampler = hf_half_sampler
+    synced = SyncedSampler(sampler, probe_ids=PROBES, tolerance=Tolerance(0.5), sent_dtype="bfloat16")
+    synced.load_weights(ModelWeights(model), version=1)
+    old = [(name, p.detach().bfloat16()) for name, p in model.named_parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += lr * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)).sign()  # Adam's
+    synced._sampler = Between(sampler, lambda pairs: old)
+    with pytest.raises(
+        WeightSyncError, match=r"holds other weights than it was sent, in \d+ tensors, the first is model"
+    ):
+        synced.load_weights(ModelWeights(model), version=2)
+
+
+@pytest.mark.fault
+def test_rows_of_the_embedding_that_no_probe_reads(synced: SyncedSampler, model: PreTrainedModel) -> None:
+    synced.load_weights(ModelWeights(model), version=1)
+    synced._sampler = Between(synced._sampler, shuffled_outside_the_probe(2))
+    with pytest.raises(WeightSyncError, match=f"other weights than it was sent, in 1 tensors, the first is {EMBED}"):
+        synced.load_weights(ModelWeights(model), version=2)
+
+
+@pytest.mark.fault
+@pytest.mark.vllm
+def test_a_tied_head_that_stays_on_its_old_packed_weights(
+    vllm_sampler: Sampler, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = SyncedSampler(vllm_sampler, probe_ids=PROBES, tolerance=Tolerance(0.5))
+    synced.load_weights(ModelWeights(model), version=1)
+    with torch.no_grad():
+        model.get_parameter(EMBED).mul_(1 + 1e-6)
+    with monkeypatch.context() as without:
+        without.setattr("gkd.engines.sampling.refresh_tied_head", lambda model: None)
+        with pytest.raises(WeightSyncError, match=f"in 1 tensors, the first is {EMBED}"):
+            synced.load_weights(ModelWeights(model), version=2)
+    synced.load_weights(ModelWeights(model), version=3)
+
+
+def test_the_tolerance_follows_the_trainers_own_rounding(hf_sampler: Sampler, model: PreTrainedModel) -> None:
+    """What differs by rounding alone passes; the same difference with a trainer that rounds less does not."""
+
+    class Rounding(ModelWeights):
+        nats = 0.4
+
+        def exact_logprobs(self, token_ids: Sequence[int], start: int) -> list[float] | None:
+            return [value + self.nats for value in self.token_logprobs(token_ids, start)]
+
+    class Rounds(Between):
+        def accept_weights(self) -> None: ...
+
+    rounding = Rounds(hf_sampler, lambda pairs: pairs)
+    rounding.probe = lambda token_ids: [[value - 0.8 for value in hf_sampler.probe(token_ids)[0]]]
+    half = Tolerance.of(None, "bfloat16")
+    synced = SyncedSampler(rounding, probe_ids=PROBES, tolerance=half)
+    synced.load_weights(Rounding(model), version=1)
+    assert synced.tolerance == pytest.approx(4 * 0.4)
+    Rounding.nats = 0.01
+    synced.load_weights(Rounding(model), version=2)  # not measured at each sync
+    synced.measure_rounding(Rounding(model), 2)
+    with pytest.raises(WeightSyncError, match=r"differ from the trainer's by 0\.8 .* the tolerance is 0\.05"):
+        synced.load_weights(Rounding(model), version=3)
+    assert Tolerance.of(0.3, "bfloat16").limit(9.0) == 0.3 and Tolerance.of(None, "float32").limit(None) == 1e-3
+
+
+@pytest.mark.fault
+@pytest.mark.vllm
+def test_which_form_of_a_tensor_is_compared(
+    vllm_sampler: Sampler, hf_sampler: Sampler, model: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All of them in one form at least: a matrix that vLLM packs by its columns, the rest bit by bit."""
+    for sampler in (vllm_sampler, hf_sampler):
+        sampler.update_weights(iter(ModelWeights(model)), 1)
+        (held,) = sampler.held_weights(1)
+        assert held.whole.keys() | held.columns.keys() == dict(model.named_parameters()).keys()
+        SyncedSampler(sampler, probe_ids=PROBES, tolerance=Tolerance(1e-3)).load_weights(ModelWeights(model), 2)
+    assert not caplog.messages, "nothing is left to the probe alone"
+
+
+class AwaySampler(Between):
     """Takes no update for a second."""
 
     def __init__(self, sampler: Sampler) -> None:
-        super().__init__(sampler, [])
+        super().__init__(sampler, lambda pairs: pairs)
         self._back = time.monotonic() + 1.0
         self.accept_weights = sampler.accept_weights
 
-    def update_weights(self, weights: Pairs, version: int) -> None:
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         if time.monotonic() < self._back:
             raise WeightSyncError("no served sampler took the weights", is_temporary=True)
         self._sampler.update_weights(weights, version)
@@ -150,21 +235,26 @@ class AwaySampler(DeafSampler):
 @pytest.mark.fault
 def test_an_update_that_nobody_takes_is_sent_again(sampler: Sampler, model: PreTrainedModel) -> None:
     with pytest.raises(WeightSyncError, match="took the weights"):
-        SyncedSampler(AwaySampler(sampler), probe_ids=PROBE, tolerance=1e-3, retry_s=0.2).load_weights(
+        SyncedSampler(AwaySampler(sampler), probe_ids=PROBES, tolerance=Tolerance(1e-3), retry_s=0.2).load_weights(
             ModelWeights(model), version=1
         )
-    synced = SyncedSampler(AwaySampler(sampler), probe_ids=PROBE, tolerance=1e-3, retry_s=20)
+    synced = SyncedSampler(AwaySampler(sampler), probe_ids=PROBES, tolerance=Tolerance(1e-3), retry_s=20)
     synced.load_weights(ModelWeights(model), version=1)
     assert synced.weights_version == 1
 
 
 def test_a_fault_on_another_rank_stops_this_one(sampler: Sampler, model: PreTrainedModel) -> None:
-    synced = SyncedSampler(sampler, probe_ids=PROBE, tolerance=1e-3, max_over_ranks=lambda value: value + 1.0)
+    synced = SyncedSampler(
+        sampler, probe_ids=PROBES, tolerance=Tolerance(1e-3), max_over_ranks=lambda value: value + 1.0
+    )
     with pytest.raises(WeightSyncError):
         synced.load_weights(ModelWeights(model), version=1)
 
 
-def test_the_probe_is_longer_than_a_cache_block_and_made_of_prompts() -> None:
-    assert len(PROBE) == PROBE_TOKENS > 128
-    assert PROBE[:7] == [1, 40, 41, 1, 50, 51, 52]
-    assert probe_prompt([[5]]) == [5] * PROBE_TOKENS
+def test_a_probe_is_longer_than_a_cache_block_and_another_one_each_time() -> None:
+    probe = PROBES(3)
+    assert len(probe) == PROBE_TOKENS > 128
+    assert probe[:7] in ([*PROMPTS[0], *PROMPTS[1]], [*PROMPTS[1], 3, 4, 5], PROMPTS[2][:7])
+    assert probe == PROBES(3) and probe != PROBES(4) and PROBES(3) != probe_text(PROMPTS, 259, 1, 3)
+    read = {token for version in range(20) for token in PROBES(version)[PROBE_TOKENS // 2 :]}
+    assert len(read) > 250, "all of the vocabulary, in time"

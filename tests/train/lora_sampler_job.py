@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gkd.engines.sampling import SamplerSpec
 from gkd.errors import RunError
 from gkd.models import adapter_parameters
 from gkd.rollout.offline import start_sampler
-from gkd.rollout.sync import SyncedSampler, probe_prompt
+from gkd.rollout.sync import SyncedSampler, Tolerance, probe_text
 from gkd.train import distributed
 from gkd.types import SampleRequest, SamplingSettings, WeightStream
 
@@ -48,8 +49,8 @@ def main() -> None:
     student: Any = new_engine(folder, 0)
     sampler = SyncedSampler(
         start_sampler(SamplerSpec(engine_name, folder, "float32", 256, 0, lora=LoraConfig(**LORA))),
-        probe_ids=probe_prompt([[3 + (7 * j) % 250 for j in range(30)]]),
-        tolerance=1e-3,
+        probe_ids=partial(probe_text, [[3 + (7 * j) % 250 for j in range(30)]], 259, 0),
+        tolerance=Tolerance(1e-3),
     )
     request, settings = SampleRequest((5, 80, 90, 33), 1), SamplingSettings(20)
     errors, completions = [], []

@@ -7,7 +7,7 @@ from gkd.train.parts.dtypes import check_same_dtypes
 from gkd.train.parts.inputs import run_inputs
 from gkd.train.parts.measures import build_heldout, build_snapshots, describe_samples, shown_texts
 from gkd.train.parts.models import Models, locate_models
-from gkd.train.parts.sampling import build_rollouts, build_sampler, probe_ids
+from gkd.train.parts.sampling import build_rollouts, build_sampler, probe_texts
 from gkd.train.parts.settings import sampler_spec, sampling_settings
 from gkd.train.parts.student import build_checkpoints, build_student, checkpoint_layout, resume_step
 from gkd.train.parts.teachers import build_teacher
@@ -36,7 +36,7 @@ __all__ = [
     "locate_models",
     "make_student",
     "packer",
-    "probe_ids",
+    "probe_texts",
     "prompt_data",
     "resume_step",
     "run_inputs",

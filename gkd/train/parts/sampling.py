@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from gkd.config import Config, Launch
@@ -10,7 +10,7 @@ from gkd.data import PromptData
 from gkd.rollout.ahead import SampleAhead
 from gkd.rollout.mixture import MixtureRollouts
 from gkd.rollout.placements import SamplerPlacement, Site
-from gkd.rollout.sync import SyncedSampler, probe_prompt
+from gkd.rollout.sync import SyncedSampler, Tolerance, probe_text
 from gkd.train.distributed import Neighbours, compute_device, from_main, max_over_ranks, sum_all
 from gkd.train.parts.data import Prompts
 from gkd.train.parts.models import Models, student_revision
@@ -24,18 +24,22 @@ def build_sampler(
     """It generates nothing until the student's weights are in it and proven."""
     spec = sampler_spec(config, models, models.student_path, config.student.dtype, student_revision(config))
     site = Site(compute_device(launch).type, launch.is_main, from_main, Neighbours)
+    # an adapter goes as it is, and is applied in float32
+    sent_dtype = config.student.dtype if config.sampler_lora(site.device_type) is None else None
     return SyncedSampler(
         placement.build(spec, site),
-        probe_ids=probe_ids(prompts),
-        tolerance=config.sync_tolerance,
+        probe_ids=probe_texts(config, models, prompts),
+        tolerance=Tolerance.of(config.rollout.sync_tolerance, config.student.dtype),
+        sent_dtype=sent_dtype,
         max_over_ranks=max_over_ranks,
         retry_s=config.rollout.retry_s if config.rollout.placement == "served" else 0.0,
     )
 
 
-def probe_ids(prompts: Prompts) -> Sequence[int]:
-    """The text that proves a student's weights wherever they went."""
-    return probe_prompt(prompt.token_ids for prompt in prompts.train.prompts)
+def probe_texts(config: Config, models: Models, prompts: Prompts) -> Callable[[int], Sequence[int]]:
+    """By version of the student's weights the text that proves them wherever they went."""
+    known = [prompt.token_ids for prompt in prompts.train.prompts]
+    return partial(probe_text, known, models.valid_vocab, config.run.seed)
 
 
 def build_rollouts(
