@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from gkd.config import Config, Launch
+from gkd.config import Config, Dtype, Launch
 from gkd.data import PromptData
 from gkd.rollout.ahead import SampleAhead
 from gkd.rollout.mixture import MixtureRollouts
@@ -25,11 +25,12 @@ def build_sampler(
     spec = sampler_spec(config, models, models.student_path, config.student.dtype, student_revision(config))
     site = Site(compute_device(launch).type, launch.is_main, from_main, Neighbours)
     # an adapter goes as it is, and is applied in float32
-    sent_dtype = config.student.dtype if config.sampler_lora(site.device_type) is None else None
+    dtype: Dtype = config.student.dtype  # pyright: ignore[reportAssignmentType]  # of a settled config
+    sent_dtype = dtype if config.sampler_lora(site.device_type) is None else None
     return SyncedSampler(
         placement.build(spec, site),
         probe_ids=probe_texts(config, models, prompts),
-        tolerance=Tolerance.of(config.rollout.sync_tolerance, config.student.dtype),
+        tolerance=Tolerance.of(config.rollout.sync_tolerance, dtype),
         sent_dtype=sent_dtype,
         max_over_ranks=max_over_ranks,
         retry_s=config.rollout.retry_s if config.rollout.placement == "served" else 0.0,
