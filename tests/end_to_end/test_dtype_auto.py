@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,11 @@ def watched(tmp_path: Path) -> dict[str, str]:
 
 
 def half_precision(tmp_path: Path) -> dict[str, dict[str, int]]:
-    """Of every process, by the first words of its command: operations with a tensor in half precision -> how many."""
-    found = [json.loads(path.read_text()) for path in (tmp_path / "counts").iterdir()]
-    return {" ".join(Path(word).name for word in one["argv"][1:4]): one["counts"] for one in found}
+    """By the first words of a command, of all processes that had it: operations with a tensor in half precision -> how
+    many."""
+    found: dict[str, Counter[str]] = {}
+    for path in (tmp_path / "counts").iterdir():
+        one = json.loads(path.read_text())
+        command = " ".join(Path(word).name for word in one["argv"][1:4])
+        found.setdefault(command, Counter()).update(one["counts"])
+    return {command: dict(counts) for command, counts in found.items()}
