@@ -28,10 +28,10 @@ class PlainEngine:
         self._dtype = getattr(torch, autocast["dtype"]) if autocast.get("enabled") else None
         self._is_boundary = True
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
         device = next(self.module.parameters()).device.type
         with torch.autocast(device, self._dtype, enabled=self._dtype is not None):
-            return self.module(*inputs)
+            return self.module(*inputs, **named)
 
     def train(self) -> None:
         self.module.train()
