@@ -41,6 +41,7 @@ def test_pods_find_the_first_one_by_its_name() -> None:
     assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
     script = pod["spec"]["containers"][0]["args"][0]
     assert f"--master-addr {job['metadata']['name']}-0.{service['metadata']['name']} " in script
+    assert "gkd launch -- torchrun" in script and pod["spec"]["terminationGracePeriodSeconds"] > 500
     assert f"--nnodes {job['spec']['completions']} " in script and job["spec"]["parallelism"] == 2
 
 
