@@ -95,7 +95,9 @@ def starter(
     is_answered = all(_has_answer(row) for row in rows)
     return _STARTER.format(
         teacher=_scalar(teacher),
-        student=f"model: {_scalar(student)}" if student is not None else f"init: {{layers: {layers}}}",
+        student=f"model: {_scalar(student)}"
+        if student is not None
+        else f"init: {{layers: {layers}, choose: divergence}}  # those that are missed most, measured on the prompts",
         student_text=_scalar(student) if student is not None else f"{layers} of its layers",
         train=_scalar(data),
         rows=len(rows),
@@ -104,7 +106,7 @@ def starter(
         name=re.sub(r"[^\w.-]", "_", out.stem),
         out=shlex.quote(str(out)),
         steps=steps,
-        epochs=f"{steps * _BATCH_SIZE / len(rows):.2g} times each row",
+        epochs=f"each row {steps * _BATCH_SIZE / len(rows):.2g} times",
         save_every=max(1, steps // 10),
         warmup=steps // 20,
         eval_every=max(1, steps // 5),

