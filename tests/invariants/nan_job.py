@@ -49,9 +49,9 @@ def step_on_nan(folder: str, stage: int, launch: Launch) -> None:
     try:
         engine.step(batches, step=4)
     except NonFiniteError as error:
-        print(f"{name}: {error}", flush=True)
+        print(f"{name}: {error}\n", end="", flush=True)  # one write: ranks share the pipe
     unchanged = all(torch.equal(old[name], tensor) for name, tensor in engine.whole_weights())
-    print(f"{name}: unchanged {unchanged}", flush=True)
+    print(f"{name}: unchanged {unchanged}\n", end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ for kinds in (((9, 0), (9, 0)), ((9, 0), (7, 5))):
     config = settle(make_config(values), fastest_dtype(Processor("GPU", kinds[launch.rank]))).config
     try:
         parts.check_same_dtypes(config)
-        print(f"rank {launch.rank}: {config.student.dtype}", flush=True)
+        print(f"rank {launch.rank}: {config.student.dtype}\\n", end="", flush=True)  # one write: ranks share the pipe
     except ConfigError as error:
-        print(f"rank {launch.rank}: {error}", flush=True)
+        print(f"rank {launch.rank}: {error}\\n", end="", flush=True)
 distributed.end_process()
 """
 
