@@ -4,6 +4,7 @@ A YAML file with one section a room, in the order of the data's way, plus `secti
 Every error is a `ConfigError` whose message starts with the path of the key.
 """
 
+from gkd.config.config import MAIN_TEACHER, PROBE_TOKENS, Config
 from gkd.config.files import describe_keys, load_config, make_config
 from gkd.config.mixture import MixtureConfig
 from gkd.config.objective import ObjectiveConfig, ObjectiveSection, default_objective
@@ -12,11 +13,8 @@ from gkd.config.process import Launch, cache_folder, exit_copy, instruction_limi
 from gkd.config.sections import (
     DROPPABLE,
     ENDPOINT_PORT,
-    MAIN_TEACHER,
-    PROBE_TOKENS,
     SAMPLER_PORT,
     TEACHER_PORT,
-    Config,
     DataConfig,
     DeepSpeedConfig,
     Dtype,

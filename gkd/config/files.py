@@ -12,12 +12,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from gkd.config.config import Config
 from gkd.config.objective import ObjectiveConfig
-from gkd.config.sections import Config, Section
 from gkd.errors import ConfigError, shown
 from gkd.objectives.terms import TERMS
 from gkd.objectives.token_weights import TOKEN_WEIGHTS
 from gkd.plugins import load_plugins
+from gkd.schema import Section
 
 _MOST_VALUES = 10_000  # of a config; what an alias repeats counts each time
 _MOST_LEVELS = 20

@@ -6,8 +6,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
+from gkd.config.config import Config
 from gkd.config.process import instruction_limits
-from gkd.config.sections import Config, Dtype, DtypeOrAuto
+from gkd.config.sections import Dtype, DtypeOrAuto
 from gkd.processor import ChosenDtype, bfloat16_slowdown, fastest_dtype, this_processor
 
 _log = logging.getLogger(__name__)

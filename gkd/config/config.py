@@ -1,0 +1,165 @@
+"""A run's config as a whole, and what excludes what among its sections."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from gkd.config.mixture import MixtureConfig
+from gkd.config.objective import ObjectiveSection, default_objective
+from gkd.config.sections import (
+    DataConfig,
+    DeepSpeedConfig,
+    EvalConfig,
+    LogConfig,
+    LoraConfig,
+    OptimConfig,
+    OtherTeacherConfig,
+    RolloutConfig,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+)
+from gkd.errors import ConfigError
+from gkd.schema import Section
+
+_ROUNDING = 1e-6  # of fractions that add up
+MAIN_TEACHER = "main"  # name of `teacher`, beside those of `other_teachers`
+PROBE_TOKENS = 160  # of the text that proves a sync: more than a block of vLLM's prefix cache, 128 at most by default
+
+
+class Config(Section):
+    """A whole run."""
+
+    plugins: list[str] = Field(
+        [], description="installed modules that register terms, token weights, divergences, sources or shapes"
+    )
+    run: RunConfig = RunConfig()  # pyright: ignore[reportCallIssue]
+    teacher: TeacherConfig
+    other_teachers: dict[str, OtherTeacherConfig] = Field({}, description="more teachers, by name")
+    student: StudentConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()  # pyright: ignore[reportCallIssue]
+    mixture: MixtureConfig = MixtureConfig()  # pyright: ignore[reportCallIssue]
+    objective: ObjectiveSection = default_objective()
+    optim: OptimConfig = OptimConfig()  # pyright: ignore[reportCallIssue]
+    deepspeed: Annotated[DeepSpeedConfig, BeforeValidator(lambda v: {"config": v} if isinstance(v, str) else v)] = (
+        DeepSpeedConfig()  # pyright: ignore[reportCallIssue]
+    )
+    eval: EvalConfig = EvalConfig()  # pyright: ignore[reportCallIssue]
+    log: LogConfig = LogConfig()  # pyright: ignore[reportCallIssue]
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Config:
+        optim, rollout = self.optim, self.rollout
+        if optim.batch_size % rollout.samples_per_prompt:
+            raise ValueError(
+                f"optim.batch_size: {optim.batch_size} is not a multiple of rollout.samples_per_prompt = "
+                f"{rollout.samples_per_prompt}; the nearest is {_nearest(optim.batch_size, rollout.samples_per_prompt)}"
+            )
+        longest = self.longest_sequence
+        if optim.micro_batch_tokens is not None and optim.micro_batch_tokens < longest:
+            raise ValueError(
+                f"optim.micro_batch_tokens: {optim.micro_batch_tokens} does not hold one sequence of "
+                f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}; at least {longest}"
+            )
+        self.objective.check_sources(self.mixture.shares)
+        if any(teacher.placement == "topk" for teacher in self.teachers.values()):
+            self.objective.check_topk()
+        self._check_routes()
+        if optim.schedule != "constant" and optim.warmup_steps >= self.run.steps:
+            raise ValueError(
+                f"optim.warmup_steps: {optim.warmup_steps} leaves nothing of run.steps = {self.run.steps} for the "
+                f"{optim.schedule} decay; at most {self.run.steps - 1}"
+            )
+        init = self.student.init
+        if init is not None and init.is_measured and rollout.placement == "served":
+            raise ValueError(
+                f"student.init.choose: {init.choose} is measured when the run starts, but a served sampler has to know "
+                "the layers before; list them in student.init.layers (student_init/student_init.json of a run has them)"
+            )
+        if rollout.lora_sync == "adapter" and self.student.lora is None:
+            raise ValueError("rollout.lora_sync: adapter needs student.lora, which is null; set it to auto")
+        if rollout.lora_sync == "adapter" and rollout.placement == "served":
+            raise ValueError("rollout.lora_sync: a served sampler takes merged weights only; set it to auto or merged")
+        if rollout.sleep_level == 2 and self.student.lora is not None and rollout.lora_sync != "merged":
+            raise ValueError(
+                "rollout.sleep_level: 2 drops the frozen student's weights, which a sync of the adapter alone does not "
+                "bring back; set it to 1, or rollout.lora_sync to merged"
+            )
+        if self.deepspeed.config is not None and not Path(self.deepspeed.config).is_file():
+            raise ValueError(f"deepspeed.config: no file {self.deepspeed.config!r}")
+        return self
+
+    @property
+    def teachers(self) -> dict[str, TeacherConfig]:
+        """All of them by name, the main one first."""
+        return {MAIN_TEACHER: self.teacher, **self.other_teachers}
+
+    @property
+    def has_servers(self) -> bool:
+        """Whether a part of the run is in processes that are not the run's own."""
+        return self.rollout.placement == "served" or any(teacher.has_servers for teacher in self.teachers.values())
+
+    @staticmethod
+    def teacher_key(name: str) -> str:
+        """Where a teacher stands in the config."""
+        return "teacher" if name == MAIN_TEACHER else f"other_teachers.{name}"
+
+    def _check_routes(self) -> None:
+        weights = {name: teacher.weight for name, teacher in self.other_teachers.items()}
+        for name, weight in weights.items():
+            if name == MAIN_TEACHER or not re.fullmatch(r"\w[\w.-]*", name):
+                raise ValueError(
+                    f"other_teachers: {name!r} is no name for one: letters, digits, '_', '-' and '.', and not "
+                    f"{MAIN_TEACHER!r}, which is teacher's own"
+                )
+            if (weight > 0) == (self.data.teacher_column is not None):
+                either = "is 0 and data.teacher_column null: it would teach nothing; set one of the two"
+                both = f"is {weight:g}, but data.teacher_column says which rows it teaches; leave out one of the two"
+                raise ValueError(f"other_teachers.{name}.weight: {both if weight > 0 else either}")
+        if sum(weights.values()) > 1.0 + _ROUNDING:
+            raise ValueError(f"other_teachers: the weights add up to {sum(weights.values()):g}, which is more than 1")
+
+    def check_world_size(self, world_size: int) -> None:
+        """Raises ConfigError unless `world_size` ranks divide into samplers, and the global batch into whole
+        micro-batches on them."""
+        optim, ranks = self.optim, self.rollout.tensor_parallel
+        if world_size % ranks:
+            raise ConfigError(f"rollout.tensor_parallel: {ranks} does not divide the number of ranks, {world_size}")
+        packed = optim.micro_batch_tokens is not None
+        unit = world_size if packed else optim.micro_batch_size * world_size
+        if optim.batch_size % unit:
+            meaning = (
+                f"ranks = {world_size}"
+                if packed
+                else (f"optim.micro_batch_size x ranks = {optim.micro_batch_size} x {world_size}")
+            )
+            raise ConfigError(
+                f"optim.batch_size: {optim.batch_size} is not a multiple of {meaning}; "
+                f"the nearest is {_nearest(optim.batch_size, unit)}"
+            )
+
+    def sampler_lora(self, device_type: str) -> LoraConfig | None:
+        """The adapter that the sampler itself applies; None where it is given whole weights."""
+        is_adapter = self.rollout.lora_sync == "adapter"
+        if self.rollout.lora_sync == "auto":  # on a CPU vLLM takes 4 to 5 times as long with an adapter
+            is_adapter = self.rollout.placement == "local" and device_type != "cpu"
+        return self.student.lora if is_adapter else None
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of prompt and completion together."""
+        return self.data.max_prompt_tokens + self.rollout.most_new_tokens
+
+    @property
+    def longest_sampled(self) -> int:
+        """Tokens that the student's sampler has to take: a sequence, or the probe of a sync."""
+        return max(self.longest_sequence, PROBE_TOKENS + 1)  # vLLM draws a token after whatever it scores
+
+
+def _nearest(value: int, unit: int) -> int:
+    return max(unit, round(value / unit) * unit)
