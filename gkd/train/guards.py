@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from gkd.errors import LossScaleError, MismatchError, NonFiniteError
-from gkd.objectives.mismatch import mismatch_means
 from gkd.train.distributed import sum_over_ranks
 
 _log = logging.getLogger(__name__)
@@ -65,9 +64,9 @@ class MismatchGuard:
         """`limit` is rollout.max_mismatch, `advice` what else may help, for messages."""
         self._limit, self._advice, self._has_warned = limit, advice, False
 
-    def check(self, sums: torch.Tensor, step: int) -> None:
-        """`sums` are this rank's `MismatchSums`. Warns once; raises MismatchError on all ranks above the limit."""
-        k3 = mismatch_means(*sum_over_ranks(sums.clone()).tolist()).get("k3", 0.0)
+    def check(self, k3: float, step: int) -> None:
+        """`k3` is the mean of the global batch, so that all ranks do the same: warn once, and raise MismatchError above
+        the limit."""
         found = f"sampler and trainer disagree on the sampled tokens: mismatch/k3 is {k3:.3g} nats on average"
         if not k3 <= self._limit:  # a NaN must not pass
             raise MismatchError(

@@ -41,7 +41,7 @@ class StepSums:
         self.loss = zeros(1)
         self._measures = zeros(2, len(_NAMES))  # sums, and of how many tokens
         self._values = zeros(2, len(self._terms))  # likewise
-        self.mismatch = zeros(len(MismatchSums._fields))
+        self._mismatch = zeros(len(MismatchSums._fields))
         self._largest_log_ratio = zeros(1)
 
     def add(self, sums: ObjectiveSums, batch: TokenBatch) -> None:
@@ -53,12 +53,12 @@ class StepSums:
                 self._measures[1, _NAMES.index(name)] += sums.measured[row].sum()
         self._values[0] += sums.values.double().sum(1)
         self._values[1] += sums.acts.sum(1)
-        self.mismatch += sums.mismatch
+        self._mismatch += sums.mismatch
         self._largest_log_ratio = torch.maximum(self._largest_log_ratio, sums.largest_log_ratio)
 
     def metrics(self, denominator: float) -> dict[str, float]:
         """Of the global batch: collective."""
-        parts = [self.loss, self._measures, self._values, self.mismatch]
+        parts = [self.loss, self._measures, self._values, self._mismatch]
         joined = sum_over_ranks(torch.cat([part.flatten() for part in parts])).cpu()
         loss, measures, values, mismatch_sums = (
             part.reshape(like.shape).tolist()

@@ -17,7 +17,7 @@ from tiny import save_prompts
 
 from gkd.config import Config, Launch, make_config
 from gkd.errors import LossScaleError, MismatchError, NonFiniteError
-from gkd.objectives.mismatch import mismatch_sums
+from gkd.objectives.mismatch import mismatch_means, mismatch_sums
 from gkd.rollout.sync import SyncedSampler
 from gkd.run_files import RunFiles
 from gkd.train.checkpoint import saved_steps
@@ -27,16 +27,17 @@ from gkd.train.run import Run
 from gkd.types import Completion, SampleRequest, SamplingSettings
 
 
-def sums_of(*log_ratios: float) -> torch.Tensor:
+def k3_of(*log_ratios: float) -> float:
     values = torch.tensor(log_ratios, dtype=torch.float64)
-    return torch.stack(mismatch_sums(values, torch.ones(len(values), dtype=torch.bool)))
+    sums = mismatch_sums(values, torch.ones(len(values), dtype=torch.bool))
+    return mismatch_means(*(one.item() for one in sums)).get("k3", 0.0)
 
 
 def test_a_mismatch_warns_once_with_the_key_that_helps(caplog: pytest.LogCaptureFixture) -> None:
     guard = MismatchGuard(5.0, "set student.dtype: float32")
     with caplog.at_level(logging.WARNING, "gkd"):
-        guard.check(sums_of(-1.3), 0)  # k3 0.57
-        guard.check(sums_of(-1.4), 1)
+        guard.check(k3_of(-1.3), 0)  # k3 0.57
+        guard.check(k3_of(-1.4), 1)
     (said,) = caplog.messages
     assert said.startswith("step 0: sampler and trainer disagree on the sampled tokens: mismatch/k3 is 0.573 nats")
     assert "; set student.dtype: float32 (" in said and "rollout.max_mismatch = 5" in said
@@ -44,17 +45,17 @@ def test_a_mismatch_warns_once_with_the_key_that_helps(caplog: pytest.LogCapture
 
 def test_what_rounding_alone_does_is_no_mismatch(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "gkd"):
-        MismatchGuard(5.0).check(sums_of(-1.08, 0.4, 0.0), 0)  # largest k3 of a token 0.42
-        MismatchGuard(5.0).check(torch.zeros(4, dtype=torch.float64), 0)  # nothing was sampled
+        MismatchGuard(5.0).check(k3_of(-1.08, 0.4, 0.0), 0)  # largest k3 of a token 0.42
+        MismatchGuard(5.0).check(k3_of(), 0)  # nothing was sampled
     assert not caplog.messages
 
 
 @pytest.mark.parametrize("log_ratio", [-6.2, 2.2, 800.0, math.nan])
 def test_a_large_mismatch_stops_the_run(log_ratio: float) -> None:
     with pytest.raises(MismatchError, match=r"step 7: .* than rollout\.max_mismatch = 5; the optimizer did not step"):
-        MismatchGuard(5.0).check(sums_of(log_ratio), 7)
+        MismatchGuard(5.0).check(k3_of(log_ratio), 7)
     if math.isfinite(log_ratio):
-        MismatchGuard(math.inf).check(sums_of(log_ratio), 7)
+        MismatchGuard(math.inf).check(k3_of(log_ratio), 7)
 
 
 def test_steps_that_are_left_out_are_counted_in_a_row() -> None:
