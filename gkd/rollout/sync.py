@@ -256,6 +256,6 @@ def probe_text(prompts: Sequence[Sequence[int]], vocabulary: int, seed: int, ver
     `vocabulary` is how many ids there are.
     """
     first = derive_seed(seed, "probe", version) % len(prompts)
-    flowing = itertools.chain.from_iterable(itertools.cycle([*prompts[first:], *prompts[:first]]))
-    known = list(itertools.islice(flowing, PROBE_TOKENS // 2))
+    texts = (prompts[place % len(prompts)] for place in itertools.count(first))
+    known = list(itertools.islice(itertools.chain.from_iterable(texts), PROBE_TOKENS // 2))
     return known + [derive_seed(seed, "probe", version, i) % vocabulary for i in range(PROBE_TOKENS - len(known))]

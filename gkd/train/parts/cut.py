@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from gkd.config import Config, Launch, StudentInit, cache_folder
-from gkd.data import calibration_texts
 from gkd.digests import digest
 from gkd.files import write_json
 from gkd.models import (
@@ -53,7 +52,7 @@ def _make_measured(
     }
     choice = recorded_choice(Path(target), rule)  # of a run that goes on: even if the cache is gone
     if choice is None:
-        choice = _choice(rule, source, calibration_texts(prompts.train.prompts, init.calibration_tokens), launch)
+        choice = _choice(rule, source, prompts.calibration, launch)
     _log.info(
         "%s keeps layers %s of %d: %.3f nats a token from the whole model, on %d tokens of data.train's prompts",
         init.choose, list(choice.layers), len(choice.layers) + len(choice.removed), choice.forward_kl,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -22,6 +22,7 @@ Reduction = Literal["token_mean", "sequence_mean"]
 class Prompts:
     train: PromptSet
     heldout: PromptSet | None
+    calibration: Sequence[tuple[int, ...]] = ()  # texts that a cut is measured on, where the config asks for one
 
     @property
     def description(self) -> str:
@@ -46,8 +47,9 @@ def load_data(config: Config, models: Models) -> Prompts:
     )
     train = _with_teachers(config, train, "train")
     init = config.student.init
+    calibration: Sequence[tuple[int, ...]] = ()
     if init is not None and init.is_measured:
-        calibration_texts(train.prompts, init.calibration_tokens)
+        calibration = calibration_texts(train.prompts, init.calibration_tokens)
     if config.mixture.uses("dataset"):
         bare = next((prompt for prompt in train.prompts if prompt.completion_ids is None), None)
         if bare is not None:
@@ -58,7 +60,7 @@ def load_data(config: Config, models: Models) -> Prompts:
             config.data.heldout, config.data.heldout_split, models.tokenizer, config.data, key="data.heldout"
         )
         heldout = _with_teachers(config, heldout, "heldout")
-    return Prompts(train, heldout)
+    return Prompts(train, heldout, calibration)
 
 
 def _with_teachers(config: Config, prompts: PromptSet, split: str) -> PromptSet:
