@@ -142,7 +142,7 @@ class Monitor:
             sink.close()
 
     def __enter__(self) -> Monitor:
-        if isinstance(self._progress, TerminalProgress) and not self._progress.console.is_terminal:
+        if isinstance(self._progress, TerminalProgress) and not self._progress.draws:
             self._pulse.start()
         return self
 

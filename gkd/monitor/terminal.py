@@ -67,9 +67,14 @@ class TerminalProgress:
         self._step_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._bar: Progress | None = None
 
+    @property
+    def draws(self) -> bool:
+        """Whether there is a terminal for the bar; elsewhere all is lines."""
+        return self.console.is_terminal and not self.console.is_dumb_terminal
+
     def start(self) -> None:
         """Shows the bar, where there is a terminal. `stop` must follow."""
-        if self._bar is not None or not self.console.is_terminal or self.console.is_dumb_terminal:
+        if self._bar is not None or not self.draws:
             return
         self._bar = Progress(
             SpinnerColumn(),

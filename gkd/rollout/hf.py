@@ -69,6 +69,7 @@ class HfSampler:
         if lora is not None:
             inject_lora(self._model, lora, seed=0)  # every update brings all of the adapter
             self._model.eval()
+        self._held: dict[str, torch.Tensor] = {}  # what the last update brought, by its names
         self._model.generation_config = GenerationConfig()  # else its own end tokens and temperature mix in
         self._device = device
         self._pad_token_id = pad_token_id
@@ -112,7 +113,7 @@ class HfSampler:
     @torch.no_grad()
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         own = {**dict(self._model.named_parameters(remove_duplicate=False)), **adapter_parameters(self._model)}
-        self._held: dict[str, torch.Tensor] = {}
+        self._held = {}
         for name, tensor in weights:
             own[name].copy_(tensor)
             self._held[name] = own[name]

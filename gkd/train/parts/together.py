@@ -8,14 +8,11 @@ from typing import Protocol
 from gkd.errors import PartError
 from gkd.teacher.base import Teacher
 from gkd.train.distributed import together
+from gkd.train.loop import Metrics, Rollouts
 from gkd.types import PromptDraw, Rollout, TeacherScores, WeightStream
 
 
-class Closable(Protocol):
-    def sample(self, draws: Sequence[PromptDraw], step: int) -> list[Rollout]: ...
-
-    def load_weights(self, weights: WeightStream, version: int) -> dict[str, float]: ...
-
+class Closable(Rollouts, Protocol):
     def close(self) -> None: ...
 
 
@@ -39,7 +36,7 @@ class SharedRollouts:
     def sample(self, draws: Sequence[PromptDraw], step: int) -> list[Rollout]:
         return together(lambda: self._rollouts.sample(draws, step))
 
-    def load_weights(self, weights: WeightStream, version: int) -> dict[str, float]:
+    def load_weights(self, weights: WeightStream, version: int) -> Metrics:
         try:
             return self._rollouts.load_weights(weights, version)
         except PartError as error:  # raised on all ranks: weights are gathered and proven together
