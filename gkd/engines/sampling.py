@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from gkd.engines.vllm import (
     engine_arguments,
     held_in,
     importing_vllm,
+    own_shared_memory,
     probed_logprobs,
     refresh_tied_head,
     spare_process_groups,
@@ -89,7 +91,8 @@ def start_llm(spec: SamplerSpec, **further: Any) -> Any:
         gpu_memory_utilization=spec.gpu_memory_utilization,
         kv_cache_gib=spec.kv_cache_gib,
     )
-    with vllm_failures(spec.model_folder):
+    shared = own_shared_memory() if spec.tensor_parallel > 1 and not torch.cuda.is_available() else nullcontext()
+    with vllm_failures(spec.model_folder), shared:
         llm = LLM(
             max_num_seqs=spec.max_num_seqs,
             enforce_eager=spec.enforce_eager,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import os
+import uuid
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from gkd.errors import ModelError, SamplerError
@@ -100,6 +102,36 @@ def spare_process_groups(engine: Any) -> None:
     client = engine.engine_core
     client._finalizer.detach()
     weakref.finalize(client, client.engine_core.model_executor.shutdown)
+
+
+@contextmanager
+def own_shared_memory() -> Iterator[None]:
+    """While an engine starts that ranks of a launcher share, on a CPU: its shared memory is met by no other run.
+
+    vLLM 0.32 gives it one name in all such engines of a machine, and frees it in a teardown that a rank does not come
+    to: the next run would fail, and one beside it would mix its sums with ours. Here each group of ranks has a name of
+    its own, which is gone once all of them have opened it.
+    """
+    import torch.distributed as dist
+    from vllm.distributed.device_communicators import cpu_communicator
+
+    of_vllm = cpu_communicator._CPUSHMDistributed
+    original, names = of_vllm.make_group_name, list[str]()
+
+    def own_name(communicator: Any) -> str:
+        name = [f"gkd-{uuid.uuid4().hex}"]
+        dist.broadcast_object_list(name, src=communicator.ranks[0], group=communicator.device_group)
+        names.extend(name)
+        return name[0]
+
+    of_vllm.make_group_name = staticmethod(own_name)
+    try:
+        yield
+    finally:
+        of_vllm.make_group_name = original
+        for name in names:
+            for file in Path("/dev/shm").glob(f"*{name}*"):
+                file.unlink(missing_ok=True)
 
 
 # ---- its requests and outputs
