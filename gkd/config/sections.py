@@ -46,9 +46,11 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, description="every draw of the run derives from it")
     save_every: int = Field(0, ge=0, description="steps between checkpoints; 0 = never")
     keep_checkpoints: int = Field(2, ge=1, description="how many of the newest checkpoints stay on disk")
-
     term_grace_s: float = Field(
         20.0, ge=0.0, description="after SIGTERM: how long a rank waits for all to finish the step; then it ends"
+    )
+    silent_rank_s: float = Field(
+        600.0, gt=0.0, description="of several ranks: one whose process has not run for so long ends the others"
     )
 
     @model_validator(mode="after")

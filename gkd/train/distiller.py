@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,15 @@ class Distiller:
             local_rank_taken_back(),
             (signals := Signals(config.run.term_grace_s, folder.write_exit)).heeded(),
         ):
-            from gkd.train.run import Run  # DeepSpeed loads here, after the cheap checks
+            from gkd.train import distributed  # DeepSpeed loads here, after the cheap checks
+            from gkd.train.run import Run
 
             if launch.is_main:
                 settled.say()
-            run = Run(config, launch, folder, placements, begin=folder.begin, signals=signals, resume=resume)
-            return run.train(started)
+            distributed.initialize(launch)
+            with distributed.ranks_heard(launch, config.run.silent_rank_s, partial(signals.end_process, 1)):
+                run = Run(config, launch, folder, placements, begin=folder.begin, signals=signals, resume=resume)
+                return run.train(started)
 
     def settle(self, *, resume: bool = False) -> Settled:
         """The config without `dtype: auto`: what the run that is resumed was started with, else what suits the device.

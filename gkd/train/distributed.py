@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -16,10 +17,12 @@ import torch.distributed as dist
 
 from gkd.config import Launch
 from gkd.errors import PartError
+from gkd.train.heartbeat import heartbeat
 
 T = TypeVar("T")
 # For what the main rank may do alone for hours: sampling the teacher's texts, hashing a checkpoint. The group of all
-# collectives gives up after minutes, as it should when a rank hangs.
+# collectives gives up after minutes, as it should when a rank hangs; of this one `ranks_heard` finds a rank that does
+# not run.
 _PATIENCE = timedelta(days=7)
 _patient_group: Any = None  # of all ranks; None is the group of all collectives
 
@@ -59,6 +62,19 @@ def initialize(launch: Launch) -> None:
     if launch.world_size > 1:
         global _patient_group
         _patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+
+def ranks_heard(launch: Launch, limit_s: float, on_silence: Callable[[str], None]) -> AbstractContextManager[None]:
+    """Inside, of several ranks, one that does not run for `limit_s` is noticed by another: see `heartbeat`."""
+    if launch.world_size == 1:
+        return nullcontext()
+    return heartbeat(
+        dist.distributed_c10d._get_default_store(),
+        rank=launch.rank,
+        ranks=launch.world_size,
+        limit_s=limit_s,
+        on_silence=on_silence,
+    )
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

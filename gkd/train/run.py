@@ -14,7 +14,7 @@ from gkd.monitor import Monitor, RunSummary, read_metrics
 from gkd.run_files import RunFiles
 from gkd.teacher.base import Teacher
 from gkd.teacher.unasked import Unasked
-from gkd.train import distributed, parts
+from gkd.train import parts
 from gkd.train.engine import StudentEngine
 from gkd.train.interruption import Interruption
 from gkd.train.loop import Metrics, train_loop
@@ -47,14 +47,14 @@ class Run:
         signals: Signals | None = None,
         resume: bool = False,
     ) -> None:
-        """Finds checkpoint and models and reads the data; loads no weights. Raises InputError. Collective.
+        """Finds checkpoint and models and reads the data; loads no weights. Raises InputError. Collective, in the
+        process group that `distributed.initialize` has made.
 
         `begin` is called when all of that is known to be good, before anything is written into `folder`. `signals` are
         those that stop it.
         """
         self.signals = signals or Signals(config.run.term_grace_s)
         self.config, self.launch, self.folder, self.placements = config, launch, folder, placements
-        distributed.initialize(launch)
         parts.check_same_dtypes(config)
         parts.check_precision(TrainingSettings.of(config), launch.world_size)
         self.start_step = parts.resume_step(config, folder, launch, _log.warning) if resume else 0

@@ -26,8 +26,8 @@ from gkd.train.rank_log import rank_log
 # Keys that may change between a run and its resume. None of them alters what a step computes, but that a schedule that
 # decays does so over the new run.steps; servers may have moved with their cluster's job.
 _FREE_ON_RESUME = (
-    "run.steps", "run.save_every", "run.keep_checkpoints", "run.dir", "run.term_grace_s", "eval.every", "log.",
-    "rollout.max_mismatch", "optim.max_skipped_steps",
+    "run.steps", "run.save_every", "run.keep_checkpoints", "run.dir", "run.term_grace_s", "run.silent_rank_s",
+    "eval.every", "log.", "rollout.max_mismatch", "optim.max_skipped_steps",
 )  # fmt: skip
 _FREE_WHEREVER = (".addresses", ".token_file", ".timeout_s", ".retry_s", ".max_concurrency")
 _NAMED_FILES = 5

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 from gkd.errors import RunInterruptedError
 
@@ -31,7 +32,7 @@ class Signals:
     a second one ends the process `grace_s` after SIGTERM, unless `answered` was called; `on_end` is told before.
     """
 
-    def __init__(self, grace_s: float, on_end: Callable[[int], None] = lambda status: None) -> None:
+    def __init__(self, grace_s: float, on_end: Callable[[int, str], None] = lambda status, reason: None) -> None:
         self.is_seen = False
         self._grace_s, self._on_end = grace_s, on_end
         self._is_deferred = False
@@ -70,6 +71,12 @@ class Signals:
             self._answered.set()
             writer.close()
 
+    def end_process(self, status: int, reason: str) -> NoReturn:
+        """From whatever thread, and whatever the main thread waits for: nobody will be told by an exception."""
+        _log.error("%s; this rank ends", reason)
+        self._on_end(status, reason)
+        os._exit(status)
+
     def _see(self, number: int, frame: FrameType | None) -> None:
         del frame
         self.is_seen = True
@@ -85,6 +92,4 @@ class Signals:
         with reader, suppress(OSError):
             while numbers := reader.recv(16):
                 if signal.SIGTERM in numbers and not self._answered.wait(self._grace_s):
-                    _log.error("SIGTERM: not all ranks have answered for %g s; this one ends", self._grace_s)
-                    self._on_end(TERMINATED)
-                    os._exit(TERMINATED)
+                    self.end_process(TERMINATED, f"SIGTERM: not all ranks have answered for {self._grace_s:g} s")

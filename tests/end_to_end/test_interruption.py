@@ -101,6 +101,31 @@ def test_a_failing_rank_says_who_and_where(make_run_config: MakeConfig, tmp_path
     assert "step 1: score" in other and "step 2" not in other
 
 
+@pytest.mark.long
+@pytest.mark.fault
+def test_a_rank_that_is_stopped_in_a_save_ends_the_other(make_run_config: MakeConfig, tmp_path: Path) -> None:
+    """It would be waited for in a collective; the launcher sees nothing but processes that run."""
+    config = make_run_config("stopped", run={"silent_rank_s": 4})
+    script = tmp_path / "stopped.py"
+    script.write_text(
+        "import os, signal\n"
+        "from gkd.cli.main import main\n"
+        "from gkd.train.checkpoint import Checkpointer\n"
+        "save = Checkpointer.save\n"
+        "def stopped(checkpoints, steps_done):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "    return save(checkpoints, steps_done)\n"
+        "Checkpointer.save = stopped\n"
+        "main()\n"
+    )
+    start = time.monotonic()
+    result = torchrun(2, [script, "train", config, "optim.micro_batch_size=2", "run.save_every=1"])
+    assert result.returncode != 0 and time.monotonic() - start < 120  # half a minute of which is the launcher's
+    assert "rank 1 has not been heard of for 4 s; this rank ends" in result.stderr, result.stderr
+    assert json.loads((tmp_path / "stopped" / "exit.json").read_text())["status"] == 1
+
+
 @pytest.mark.slow
 @pytest.mark.fault
 def test_a_teacher_that_is_away_for_one_rank_stops_both_with_their_work_saved(

@@ -20,6 +20,7 @@ from gkd.errors import LossScaleError, MismatchError, NonFiniteError
 from gkd.objectives.mismatch import mismatch_means, mismatch_sums
 from gkd.rollout.sync import SyncedSampler
 from gkd.run_files import RunFiles
+from gkd.train import distributed
 from gkd.train.checkpoint import saved_steps
 from gkd.train.guards import LossScaleGuard, MismatchGuard
 from gkd.train.placements import ask_placements
@@ -130,6 +131,7 @@ def run(kind: type[Run], config: Config, folder: Path, *, resume: bool = False) 
     """`final` of a run in `folder`."""
     files = RunFiles(folder)
     files.path.mkdir(exist_ok=True)
+    distributed.initialize(Launch())
     with closing(ask_placements(config)) as placements:
         kind(config, Launch(), files, placements, resume=resume).train(0.0)
     return files.final

@@ -18,6 +18,7 @@ from gkd.monitor import RunSummary, read_metrics
 from gkd.rollout.sync import SyncedSampler
 from gkd.run_files import RunFiles
 from gkd.teacher.base import Teacher
+from gkd.train import distributed
 from gkd.train.checkpoint import saved_steps
 from gkd.train.distiller import Distiller
 from gkd.train.placements import ask_placements
@@ -90,6 +91,7 @@ def config(tmp_path: Path, tiny_teacher: Path, tiny_student: Path, monkeypatch: 
 @pytest.mark.slow
 def test_a_run_has_the_parts_that_a_subclass_builds(config: Config) -> None:
     """They are what is used, and `build` and `loop` themselves write nothing into the run's folder."""
+    distributed.initialize(Launch())
     with closing(ask_placements(config)) as placements:
         run = OwnParts(config, Launch(), RunFiles(config.run.folder), placements)
         run.build()
@@ -151,6 +153,7 @@ def train(config: Config, *, calls: int = 999, is_temporary: bool = True, resume
         def build_teacher(self) -> Teacher:
             return Failing(super().build_teacher(), calls, is_temporary=is_temporary)
 
+    distributed.initialize(Launch())
     with closing(ask_placements(config)) as placements, claimed_folder(config, Launch(), resume=resume) as folder:
         run = Doomed(config, Launch(), folder, placements, begin=folder.begin, resume=resume)
         return run.train(time.monotonic())

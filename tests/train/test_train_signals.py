@@ -39,7 +39,7 @@ def test_a_dead_peer_is_not_waited_for() -> None:
     script = (
         "import threading, ctypes\n"
         "from gkd.train.signals import Signals\n"
-        "signals = Signals(1.0, lambda status: print('ends with', status, flush=True))\n"
+        "signals = Signals(1.0, lambda status, reason: print('ends with', status, flush=True))\n"
         "with signals.heeded(), signals.deferred():\n"
         "    print('there', flush=True)\n"
         "    while True:\n"

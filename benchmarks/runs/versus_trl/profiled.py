@@ -18,6 +18,7 @@ from benchmarks.runs.versus_trl.job import Job
 from gkd.config import Config, Launch
 from gkd.ops import matmul
 from gkd.train.placements import ask_placements
+from gkd.train import distributed
 from gkd.train.run import Run
 from gkd.train.run_folder import claimed_folder
 
@@ -80,6 +81,7 @@ def run(job: Job) -> dict[str, Any]:
     def profile(config: Config) -> None:
         launch = Launch.from_environment()
         with closing(ask_placements(config)) as placements, claimed_folder(config, launch) as folder:
+            distributed.initialize(launch)
             profiled = ProfiledRun(config, launch, folder, placements, begin=folder.begin)
             profiled.train(time.monotonic())
         events.extend(profiled.profiler.events() or ())
