@@ -3,7 +3,8 @@
 checkpoints/step_N/engine/...       DeepSpeed's files, one set a rank
 checkpoints/step_N/manifest.json    step, world size, ZeRO stage, and every file's size and SHA-256
 
-DeepSpeed's files are pickles. They are loaded only from a folder whose manifest names every file and matches.
+DeepSpeed's files are pickles. They are loaded only from a folder whose manifest names every file and matches, which
+proves that they are whole, and only as data (`gkd.train.unpickling`), whoever wrote them and the manifest.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 from gkd.errors import CheckpointError, RunFolderError
 from gkd.files import flush, flush_tree, write_json
 from gkd.train.distributed import barrier, from_main
+from gkd.train.unpickling import check_is_data
 
 _MANIFEST = "manifest.json"
 
@@ -102,7 +104,8 @@ class Checkpointer:
 def find_resume_step(folder: Path, layout: Mapping[str, int], note: Callable[[str], None] = lambda text: None) -> int:
     """The step of the newest undamaged checkpoint, or 0 if there is none. Reads every byte of it, loads nothing.
 
-    Raises RunFolderError if it was saved under another `layout`, CheckpointError if every one is damaged.
+    Raises RunFolderError if it was saved under another `layout`, CheckpointError if every one is damaged, or if
+    it holds more than data: that is no damage, but somebody's doing.
     """
     steps = saved_steps(folder)
     for step in reversed(steps):
@@ -117,6 +120,7 @@ def find_resume_step(folder: Path, layout: Mapping[str, int], note: Callable[[st
         ]
         if differences:
             raise RunFolderError(f"--resume: {checkpoint} does not fit: {'; '.join(differences)}")
+        check_is_data(checkpoint)
         return step
     if steps:
         raise CheckpointError(f"{folder}: none of the {len(steps)} checkpoints is intact")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from gkd.config import Launch
+from gkd.errors import CheckpointError
 from gkd.models.lora import LeavingWeight, adapter_weights, whole_weights
 from gkd.objectives.objective import Objective
 from gkd.schedules import MetricMemory
@@ -27,6 +28,7 @@ from gkd.train.optimizer import make_optimizer, make_schedule
 from gkd.train.run_folder import write_json
 from gkd.train.settings import TrainingSettings
 from gkd.train.step_sums import StepSums
+from gkd.train.unpickling import read_as_data
 from gkd.types import TokenBatch, WeightStream
 
 _METRIC_MEANS = "metric_means.json"  # of a checkpoint: what the schedules that follow a metric remember
@@ -219,7 +221,11 @@ class StudentEngine:
             write_json(Path(folder) / _METRIC_MEANS, self._memory.means)
 
     def load_state(self, folder: str) -> None:
-        self._engine.load_checkpoint(folder, tag="engine", load_module_strict=not self._is_partly_frozen)
+        """Raises CheckpointError if DeepSpeed's files hold more than data, or are not all there."""
+        with read_as_data(folder):
+            found, _ = self._engine.load_checkpoint(folder, tag="engine", load_module_strict=not self._is_partly_frozen)
+        if found is None:
+            raise CheckpointError(f"{folder}: DeepSpeed finds nothing to load in it")
         self._memory.means = json.loads((Path(folder) / _METRIC_MEANS).read_text(encoding="utf-8"))
 
 

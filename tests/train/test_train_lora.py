@@ -121,15 +121,19 @@ def test_a_half_precision_base_under_float32_adapters(tmp_path: Path, tiny_stude
 
 @pytest.mark.slow
 def test_fresh_adapters_and_a_checkpoint_at_every_zero_stage(tmp_path: Path, tiny_student: Path) -> None:
-    """A fresh student is its teacher: no loss and no gradient, dropout or not. A resumed step is the step, bitwise."""
+    """A fresh student is its teacher: no loss and no gradient, dropout or not. A resumed step is the step, bitwise.
+
+    Code that is planted in a file of the checkpoint is not run.
+    """
     job = JOB.parent / "lora_state_job.py"
     out = check(run_python([job, tmp_path, tiny_student], PYTHONPATH=PYTHONPATH)).stdout
     base_bytes = (tiny_student / "model.safetensors").stat().st_size
-    for stage, result in json.loads(out.splitlines()[-1]).items():
-        assert result["fresh"][0] < 1e-9 and result["fresh"][1] < 1e-4, f"ZeRO {stage}"
+    for setup, result in json.loads(out.splitlines()[-1]).items():
+        assert result["fresh"][0] < 1e-9 and result["fresh"][1] < 1e-4, setup
         assert result["losses"] == sorted(result["losses"], reverse=True) and result["losses"][-1] > 0.1
-        assert result["is_bitwise"], f"ZeRO {stage}"
+        assert result["is_bitwise"], setup
         assert result["checkpoint_bytes"] < 0.6 * base_bytes, "what is frozen is in no checkpoint"
+        assert result["refused"] == result["files"] > 0 and not result["code_ran"], setup
 
 
 @pytest.mark.slow

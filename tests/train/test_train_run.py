@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from canaries import plant, seal
 
 from gkd.config import Config, Launch, load_config, make_config
-from gkd.errors import InputError, RunInterruptedError, TeacherError, WeightSyncError
+from gkd.errors import CheckpointError, InputError, RunInterruptedError, TeacherError, WeightSyncError
 from gkd.monitor import RunSummary, read_metrics
 from gkd.rollout.sync import SyncedSampler
 from gkd.run_files import RunFiles
@@ -228,3 +229,18 @@ def test_a_sync_that_fails_ends_the_run_after_its_step(config: Config, monkeypat
     with pytest.raises(RunInterruptedError, match=r"stopped after step 2 \(no served sampler took"):
         train(cut)
     assert len(losses(cut)) == 2 and saved_steps(RunFiles(cut.run.folder).checkpoints) == [2]
+
+
+@pytest.mark.fault
+def test_a_resume_runs_no_code_of_whoever_wrote_the_checkpoint(config: Config, tmp_path: Path) -> None:
+    """The manifest was made to fit."""
+    cut, canary = with_heldout(config, "cut"), tmp_path / "canary"
+    with pytest.raises(RunInterruptedError, match="stopped after step 2"):
+        train(cut, calls=4)
+    checkpoint = RunFiles(cut.run.folder).checkpoints / "step_2"
+    (file,) = checkpoint.rglob("*.pt")
+    plant(file, canary)
+    seal(checkpoint)
+    with pytest.raises(CheckpointError, match=r"step_2.*\.pt: names posix\.mkdir to be called"):
+        train(cut, resume=True)
+    assert not canary.exists()
