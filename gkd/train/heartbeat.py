@@ -1,4 +1,4 @@
-"""Whether the other ranks still run: one that was stopped, or whose machine has frozen, sends no word that it is gone."""
+"""Whether the other ranks still run: one that was stopped, or whose machine froze, sends no word that it is gone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def heartbeat(
     with a message, when the next rank has not beaten for `limit_s` seconds, or nothing could be heard for so long. It
     is to end the process: then every other rank finds a connection closed, or a rank before it silent.
     """
-    own, left = dist.PrefixStore("heartbeat", store.clone()), threading.Event()
+    own = dist.PrefixStore("heartbeat", store.clone())  # pyright: ignore[reportPrivateImportUsage]
+    left = threading.Event()
     own.set_timeout(timedelta(seconds=limit_s / _BEATS_A_LIMIT))
     listen = threading.Thread(
         target=_listen, args=(own, rank, (rank + 1) % ranks, limit_s, left, on_silence), name="heartbeat", daemon=True

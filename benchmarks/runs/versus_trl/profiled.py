@@ -17,8 +17,8 @@ from benchmarks.runs.versus_trl.engine import run as run_engine
 from benchmarks.runs.versus_trl.job import Job
 from gkd.config import Config, Launch
 from gkd.ops import matmul
-from gkd.train.placements import ask_placements
 from gkd.train import distributed
+from gkd.train.placements import ask_placements
 from gkd.train.run import Run
 from gkd.train.run_folder import claimed_folder
 
