@@ -131,7 +131,9 @@ def test_every_config_that_recipes_link_to_loads(monkeypatch: pytest.MonkeyPatch
         load_config(path)
 
 
-@pytest.mark.parametrize(("page", "name"), [("index.md", "student_logits"), ("paths.md", "student_logits"), ("../README.md", "student_head")])
+@pytest.mark.parametrize(
+    ("page", "name"), [("index.md", "student_logits"), ("paths.md", "student_logits"), ("../README.md", "student_head")]
+)
 def test_a_pages_snippet_runs(page: str, name: str) -> None:
     namespace: dict[str, Any] = {}
     (snippet,) = snippets(page)
