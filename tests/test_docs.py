@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from chromium import EXECUTABLE, Chromium
 
 from gkd.config import load_config
 
@@ -172,3 +173,12 @@ def test_the_site_has_the_api_and_every_config_key(site: Path) -> None:
 def test_the_site_asks_nobody_else_for_anything(site: Path) -> None:
     loaded = r"""<(?:script|img|link)[^>]*?(?:src|href)=["']?(https?://[^"'>\s]+)"""
     assert not [found for page in site.rglob("*.html") for found in re.findall(loaded, page.read_text())]
+
+
+@pytest.mark.skipif(EXECUTABLE is None, reason="no chromium on this machine (apt-get install chromium)")
+def test_no_page_is_wider_than_a_phone(site: Path, tmp_path: Path) -> None:
+    """Tables and code scroll within themselves."""
+    with Chromium(tmp_path) as browser:
+        for page in sorted(site.rglob("index.html")):
+            browser.open(page, width=390, height=844, mobile=True)
+            assert browser.evaluate("document.documentElement.scrollWidth") <= 390, page
