@@ -17,6 +17,7 @@ GkdError
     │   ├── NonFiniteError             a loss or a gradient is not finite; no optimizer step was taken
     │   ├── MismatchError              the sampler drew the step's tokens from another distribution than the trainer's
     │   └── LossScaleError             float16 gradients stay infinite, however small their scale
+    ├── StageError                     a stage of a chain ended with another exit code than 0, which is the chain's then
     ├── CheckpointError                a checkpoint is damaged or does not belong to this run
     └── RunInterruptedError            a signal asked the run to stop, its state is saved: exit code 75
 """
@@ -130,6 +131,14 @@ class TeacherError(PartError):
 
 class WeightSyncError(PartError):
     """The sampler's weights are incomplete or differ from the trainer's."""
+
+
+class StageError(RunError):
+    """A stage of a chain failed, or was interrupted; the chain ends with its exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class CheckpointError(RunError):

@@ -8,6 +8,7 @@ import typer
 
 import gkd
 from gkd.cli.bench import bench_app
+from gkd.cli.chain import chain_command
 from gkd.cli.config import config_command
 from gkd.cli.eval import eval_command
 from gkd.cli.generate import generate_command
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.command("init")(init_command)
 app.command("train")(train_command)
 app.command("eval")(eval_command)
+app.command("chain")(chain_command)
 app.command("generate")(generate_command)
 app.command("serve-teacher")(serve_teacher_command)
 app.command("serve-sampler")(serve_sampler_command)

@@ -20,6 +20,7 @@ COMMANDS = {
     "init": "cli",
     "train": "train",
     "eval": "train",
+    "chain": "train",
     "generate": "train",
     "serve-teacher": "train",
     "serve-sampler": "train",

@@ -5,7 +5,7 @@ Every error is a `ConfigError` whose message starts with the path of the key.
 """
 
 from gkd.config.config import MAIN_TEACHER, PROBE_TOKENS, Config
-from gkd.config.files import describe_keys, load_config, make_config
+from gkd.config.files import describe_keys, load_config, make_config, make_section, read_mapping
 from gkd.config.mixture import MixtureConfig
 from gkd.config.objective import ObjectiveConfig, ObjectiveSection, default_objective
 from gkd.config.precision import Settled, dtypes_of, fastest_here, settle, settled_option
@@ -59,6 +59,8 @@ __all__ = [
     "instruction_limits",
     "load_config",
     "make_config",
+    "make_section",
+    "read_mapping",
     "settle",
     "settled_option",
 ]

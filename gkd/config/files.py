@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -19,6 +19,8 @@ from gkd.objectives.terms import TERMS
 from gkd.objectives.token_weights import TOKEN_WEIGHTS
 from gkd.plugins import load_plugins
 from gkd.schema import Section
+
+S = TypeVar("S", bound=Section)
 
 _MOST_VALUES = 10_000  # of a config; what an alias repeats counts each time
 _MOST_LEVELS = 20
@@ -87,6 +89,14 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
     Raises ConfigError for a missing file, a syntax error (file:line), or anything `make_config` refuses.
     """
+    values = read_mapping(path, "sections such as 'run:' and 'teacher:'")
+    for override in overrides:
+        _apply_override(values, override)
+    return make_config(values, origin=str(path))
+
+
+def read_mapping(path: str | Path, expected: str) -> dict[str, Any]:
+    """What a YAML file holds, which has to be a mapping: `expected` says of what. Raises ConfigError with file:line."""
     path = Path(path)
     try:
         if not path.is_file():
@@ -98,10 +108,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     values = _parse_yaml(text, str(path))
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}:1: expected sections such as 'run:' and 'teacher:'")
-    for override in overrides:
-        _apply_override(values, override)
-    return make_config(values, origin=str(path))
+        raise ConfigError(f"{path}:1: expected {expected}")
+    return values
 
 
 def make_config(values: Mapping[str, Any], origin: str = "config") -> Config:
@@ -111,14 +119,21 @@ def make_config(values: Mapping[str, Any], origin: str = "config") -> Config:
     """
     _check_plain(values, origin)
     load_plugins(values.get("plugins"))
+    objective = values.get("objective")
+    has_one_term = isinstance(objective, Mapping) and "terms" not in objective  # whose form has no such key
     try:
-        return Config.model_validate(dict(values))
+        return make_section(Config, values, origin)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("objective.terms.0.", "objective.")) if has_one_term else error from None
+
+
+def make_section(section: type[S], values: Mapping[str, Any], origin: str) -> S:
+    """Raises ConfigError, which starts with `origin` and names each wrong key, the first ten of many."""
+    try:
+        return section.model_validate(dict(values))
     except ValidationError as error:
         details = error.errors()
-    lines = [_explain(dict(detail)) for detail in details[:_MOST_ERRORS]]
-    objective = values.get("objective")
-    if isinstance(objective, Mapping) and "terms" not in objective:  # the form of one term has no such key
-        lines = [line.replace("objective.terms.0.", "objective.") for line in lines]
+    lines = [_explain(dict(detail), section) for detail in details[:_MOST_ERRORS]]
     more = f"; and {len(details) - _MOST_ERRORS} more" if len(details) > _MOST_ERRORS else ""
     raise ConfigError(f"{origin}: " + "; ".join(lines) + more)
 
@@ -175,11 +190,11 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     node[keys[-1]] = _parse_yaml(text, f"override {path}")
 
 
-def _explain(detail: dict[str, Any]) -> str:
+def _explain(detail: dict[str, Any], root: type[Section]) -> str:
     location = [str(part) for part in detail["loc"] if not str(part).startswith(("function-", "constrained", "<"))]
     path = ".".join(location)
     if detail["type"] == "extra_forbidden":
-        return f"{path}: unknown key{_suggestion(location)}"
+        return f"{path}: unknown key{_suggestion(location, root)}"
     if detail["type"] == "missing":
         return f"{path}: is missing"
     message = detail["msg"].removeprefix("Value error, ")
@@ -190,8 +205,8 @@ def _explain(detail: dict[str, Any]) -> str:
     return f"{path}: {message[0].lower()}{message[1:]}, not {shown(detail['input'])}"
 
 
-def _suggestion(location: list[str]) -> str:
-    model: Any = Config
+def _suggestion(location: list[str], root: type[Section]) -> str:
+    model: Any = root
     for part in location[:-1]:
         field = model.model_fields.get(part)
         model = _section_of(field.annotation) if field else None
@@ -202,7 +217,7 @@ def _suggestion(location: list[str]) -> str:
         return f"; did you mean {'.'.join([*location[:-1], close[0]])}?"
     home = [
         f"{name}.{location[-1]}"
-        for name, field in Config.model_fields.items()
+        for name, field in root.model_fields.items()
         if (section := _section_of(field.annotation)) and location[-1] in section.model_fields
     ]
     return f"; did you mean {' or '.join(home)}?" if home else f"; known: {', '.join(model.model_fields)}"

@@ -154,7 +154,7 @@ class RunFolder(RunFiles):
                 "(run.save_every); start anew with --overwrite, or set run.name"
             )
         now = self._config.model_dump(mode="json")
-        changed = _changes(json.loads(self.config.read_text()), now, _is_free_on_resume)
+        changed = _changes(json.loads(self.config.read_text()), now, is_free_on_resume)
         if changed:
             raise RunFolderError(f"--resume: the config differs from that of {self.path}: " + "; ".join(changed))
 
@@ -227,7 +227,7 @@ def _changes(before: Any, now: Any, free: Callable[[str], bool] = lambda key: Fa
     ]
 
 
-def _is_free_on_resume(key: str) -> bool:
+def is_free_on_resume(key: str) -> bool:
     return key.startswith(_FREE_ON_RESUME) or key.endswith(_FREE_WHEREVER)
 
 
