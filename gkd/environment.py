@@ -8,6 +8,8 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from gkd.errors import MachineError, shown
+
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 _DEFAULTS = {
@@ -22,6 +24,20 @@ _DEFAULTS = {
 
 # What tells a process that it is one of several. DeepSpeed wants the rank on the machine also of a single one.
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_SLURM_NAMES = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
+
+
+def launch_number(name: str, default: int | None = None, *, least: int = 0) -> int:
+    """A whole number that a launcher put into the environment. Raises MachineError, naming the variable."""
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not (text.isascii() and text.isdecimal() and int(text) >= least):
+        found = "is not set" if text is None else f"is {shown(text)}, no whole number from {least} on"
+        raise MachineError(
+            f"{name} {found}; torchrun, deepspeed and srun set it: start gkd with one, or unset them all"
+        )
+    return int(text)
 
 
 def without_launcher() -> dict[str, str]:
@@ -64,12 +80,12 @@ def adopt_slurm_launch() -> None:
 
     Only inside a step of several tasks: in a batch script itself, Slurm's task variables describe what has not started.
     The main rank's address is that of the host that started the step, its port follows from the job; both can be set.
+    Raises MachineError for variables of Slurm's that are no numbers.
     """
     variables = os.environ
-    if "RANK" in variables or int(variables.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+    if "RANK" in variables or launch_number("SLURM_STEP_NUM_TASKS", 1) < 2:
         return
-    variables["RANK"] = variables["SLURM_PROCID"]
-    variables["LOCAL_RANK"] = variables["SLURM_LOCALID"]
-    variables["WORLD_SIZE"] = variables["SLURM_STEP_NUM_TASKS"]
+    numbers = {name: str(launch_number(slurm_name)) for name, slurm_name in _SLURM_NAMES.items()}
+    variables.update(numbers)
     variables.setdefault("MASTER_ADDR", variables.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1"))
-    variables.setdefault("MASTER_PORT", str(20000 + int(variables.get("SLURM_JOB_ID", "0")) % 10000))
+    variables.setdefault("MASTER_PORT", str(20000 + launch_number("SLURM_JOB_ID", 0) % 10000))

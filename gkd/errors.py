@@ -7,7 +7,8 @@ GkdError
 │   ├── ModelError                     a model that is missing, incomplete or unsupported
 │   │   └── TokenizerMismatchError     student and teacher do not share a token -> id map
 │   ├── MissingPackageError            (ModuleNotFoundError) an extra of gkd's that is not installed, or not usable
-│   └── RunFolderError                 a run folder that is in use, or that cannot be resumed
+│   ├── RunFolderError                 a run folder that is in use, or that cannot be resumed
+│   └── MachineError                   this machine lacks or denies something: a folder, space, a limit, a variable
 └── RunError (RuntimeError)            a run that must not go on: exit code 1
     ├── PartError                      a sampler or a teacher failed; the student is as good as before
     │   ├── SamplerError               the sampler returned something incomplete
@@ -19,6 +20,7 @@ GkdError
     │   └── LossScaleError             float16 gradients stay infinite, however small their scale
     ├── StageError                     a stage of a chain ended with another exit code than 0, which is the chain's then
     ├── CheckpointError                a checkpoint is damaged or does not belong to this run
+    ├── StorageError                   what a run writes while it goes on finds no room, or may not be written
     └── RunInterruptedError            a signal asked the run to stop, its state is saved: exit code 75
 """
 
@@ -89,6 +91,10 @@ class RunFolderError(InputError):
     """The run folder is in use, or does not fit the run that wants it."""
 
 
+class MachineError(InputError):
+    """The machine or its environment lacks or denies what is needed: a folder, room, a limit, a launcher's variable."""
+
+
 class RunError(GkdError, RuntimeError):
     """The run has to stop; nothing that was saved is lost."""
 
@@ -143,6 +149,10 @@ class StageError(RunError):
 
 class CheckpointError(RunError):
     """A checkpoint is damaged, incomplete, or belongs to another run."""
+
+
+class StorageError(RunError):
+    """Disk, folder or limit refuses what a run writes while it goes on; the checkpoints that are there stay."""
 
 
 class RunInterruptedError(RunError):

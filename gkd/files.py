@@ -19,7 +19,9 @@ def read_json_object(path: Path, error: type[InputError], key: str = "") -> dict
     where = f"{key}: {path}" if key else f"{path}"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as cause:
+    except OSError as cause:
+        raise error(f"{where}: {cause.strerror}") from None
+    except UnicodeDecodeError as cause:
         raise error(f"{where}: {cause}") from None
     except json.JSONDecodeError as cause:
         raise error(f"{where}:{cause.lineno}: {cause.msg}") from None

@@ -239,6 +239,6 @@ def test_launch_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert Launch.from_environment() == Launch(rank=0, local_rank=0, world_size=1)
-    monkeypatch.setenv("RANK", "3")
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "5"}.items():
+        monkeypatch.setenv(name, value)
     assert Launch.from_environment() == Launch(rank=3, local_rank=0, world_size=4)

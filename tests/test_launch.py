@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gkd.config import Launch
+from gkd.errors import MachineError
 
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SRUN = {
@@ -49,7 +50,7 @@ def test_what_is_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_torchrun_under_srun_knows_better(monkeypatch: pytest.MonkeyPatch) -> None:
-    torchrun = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    torchrun = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "5"}
     assert launched(monkeypatch, {**SRUN, **torchrun}) == Launch(rank=1, local_rank=1, world_size=2)
 
 
@@ -58,3 +59,27 @@ def test_a_batch_script_is_one_process(monkeypatch: pytest.MonkeyPatch, tasks: s
     """There SLURM_NTASKS is the job's, though nothing but the script runs."""
     variables = {name: value for name, value in SRUN.items() if name != "SLURM_STEP_NUM_TASKS"}
     assert launched(monkeypatch, variables | ({} if tasks is None else {"SLURM_STEP_NUM_TASKS": tasks})).world_size == 1
+
+
+TWO = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "5"}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc', no whole number from 1 on; torchrun, deepspeed and srun set it"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"RANK": "-1"}, "RANK is '-1'"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK is ''"),
+        ({"RANK": "1"}, "RANK is 1, but WORLD_SIZE makes ranks 0 to 0"),
+        ({**TWO, "MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+        ({**TWO, "MASTER_ADDR": ""}, "MASTER_ADDR is not set, where 2 ranks meet"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID is not set"),
+        ({**SRUN, "SLURM_LOCALID": "x"}, "SLURM_LOCALID is 'x'"),
+    ],
+)
+def test_what_no_launcher_says(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str) -> None:
+    with pytest.raises(MachineError) as raised:
+        launched(monkeypatch, variables)
+    assert str(raised.value).startswith(message)

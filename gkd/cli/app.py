@@ -21,6 +21,8 @@ from gkd.cli.serve_teacher import serve_teacher_command
 from gkd.cli.train import train_command
 from gkd.cli.watch import watch_command
 from gkd.config import Launch
+from gkd.errors import MachineError
+from gkd.system_errors import system_errors
 
 app = typer.Typer(
     name="gkd",
@@ -63,4 +65,5 @@ def run() -> None:
     launch = Launch.from_environment()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("gkd").setLevel(logging.INFO if launch.is_main else logging.WARNING)
-    app()
+    with system_errors(MachineError):
+        app()

@@ -11,6 +11,7 @@ import typer
 from gkd.config import DtypeOrAuto, settled_option
 from gkd.errors import InputError
 from gkd.extras import require_vllm
+from gkd.system_errors import writing_into
 
 
 def generate_command(
@@ -49,7 +50,8 @@ def generate_command(
         seed=seed,
     )
     if out is not None:
-        out.write_text("".join(json.dumps(answer) + "\n" for answer in answers), encoding="utf-8")
+        with writing_into(out):
+            out.write_text("".join(json.dumps(answer) + "\n" for answer in answers), encoding="utf-8")
         return
     for answer in answers:  # a model's words must not act on the terminal
         typer.echo(f"> {clean(str(answer['prompt']))}\n{clean(str(answer['completion']))}\n")

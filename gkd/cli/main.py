@@ -37,11 +37,11 @@ SERVERS = ("serve-teacher", "serve-sampler")
 def main() -> None:
     """Runs the command; a `GkdError` becomes one line on stderr and its exit code."""
     prepare_process()
-    adopt_slurm_launch()
     arguments = sys.argv[1:]
     if _command(arguments) == "train":
         signal.signal(signal.SIGUSR1, _stop_before_the_start)
     try:
+        adopt_slurm_launch()
         if _answered_by_the_core(arguments):
             return
         check_packages(arguments)
@@ -92,9 +92,14 @@ def _answered_by_the_core(arguments: Sequence[str]) -> bool:
 
 def _say(error: GkdError) -> None:
     """On stderr. What is wrong with the input is wrong on all ranks of a machine, and said once."""
-    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    rank, local_rank = (_number_or_0(os.environ.get(name, "")) for name in ("RANK", "LOCAL_RANK"))
     if local_rank == 0 or error.exit_code != 2:
         sys.stdout.flush()
         where = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
         who = f" rank {rank}:" if rank else ""
         print(f"gkd:{who} {type(error).__name__}: {error}{where}", file=sys.stderr, flush=True)
+
+
+def _number_or_0(text: str) -> int:
+    """What is no number is what the error is about."""
+    return int(text) if text.isdecimal() else 0

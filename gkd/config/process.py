@@ -7,7 +7,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from gkd.environment import adopt_slurm_launch
+from gkd.environment import adopt_slurm_launch, launch_number
+from gkd.errors import MachineError
 
 
 class Launch(BaseModel):
@@ -20,12 +21,20 @@ class Launch(BaseModel):
 
     @classmethod
     def from_environment(cls) -> Launch:
+        """Raises MachineError, naming the variable, for one that is no number, or that is missing beside another."""
         adopt_slurm_launch()
-        return cls(
-            rank=int(os.environ.get("RANK", "0")),
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        launch = cls(
+            rank=launch_number("RANK", 0),
+            local_rank=launch_number("LOCAL_RANK", 0),
+            world_size=launch_number("WORLD_SIZE", 1, least=1),
         )
+        if launch.rank >= launch.world_size:
+            raise MachineError(f"RANK is {launch.rank}, but WORLD_SIZE makes ranks 0 to {launch.world_size - 1}")
+        if launch.world_size > 1:
+            launch_number("MASTER_PORT", least=1)
+            if not os.environ.get("MASTER_ADDR"):
+                raise MachineError(f"MASTER_ADDR is not set, where {launch.world_size} ranks meet; launchers set it")
+        return launch
 
     @property
     def is_main(self) -> bool:
@@ -38,8 +47,16 @@ def exit_copy() -> Path | None:
 
 
 def cache_folder() -> Path:
-    """Where converted models and teacher completions are kept: $GKD_CACHE, else ~/.cache/gkd."""
-    return Path(os.environ.get("GKD_CACHE") or Path.home() / ".cache" / "gkd")
+    """Where converted models and teacher completions are kept: $GKD_CACHE, else ~/.cache/gkd.
+
+    Raises MachineError where neither is known.
+    """
+    if chosen := os.environ.get("GKD_CACHE"):
+        return Path(chosen)
+    try:
+        return Path.home() / ".cache" / "gkd"
+    except RuntimeError:
+        raise MachineError("HOME is not set, and this user has no home folder: set HOME, or GKD_CACHE") from None
 
 
 def instruction_limits() -> dict[str, str]:

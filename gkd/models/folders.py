@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gkd.files import flush, flush_tree
+from gkd.system_errors import writing_into
 
 PARTIAL_SUFFIX = ".partial"
 _STALE_AFTER_S = 24 * 3600
@@ -36,7 +37,8 @@ def written_aside(target: Path, *, replace: bool = False) -> Iterator[Path]:
     partial = _aside_name(target)
     partial.mkdir()
     try:
-        yield partial
+        with writing_into(partial):
+            yield partial
         flush_tree(partial)  # a renamed folder must not hold files that a power cut can still empty
         _publish(partial, target, replace)
         flush(target.parent)

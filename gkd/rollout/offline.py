@@ -22,6 +22,7 @@ from gkd.errors import SamplerError
 from gkd.models import local_folder
 from gkd.rollout.base import Sampler
 from gkd.rollout.completion_cache import CompletionCache
+from gkd.system_errors import write_fault
 from gkd.types import SampleRequest, SamplingSettings
 
 _SHARD_REQUESTS = 256  # what an interruption can lose
@@ -72,6 +73,9 @@ def complete(
     count = sum(len(requests) for *_, requests in missing)
     if not count:
         return
+    for cache, _, _ in missing:
+        if (fault := write_fault(cache.folder)) is not None:
+            raise fault
     note(f"sampling {count} {whose} completions with {spec.engine}, once; they are kept in the cache")
     plan = {
         "parent_pid": os.getpid(),

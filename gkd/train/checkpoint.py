@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from gkd.errors import CheckpointError, RunFolderError
 from gkd.files import flush, flush_tree, write_json
+from gkd.system_errors import writing_into
 from gkd.train.distributed import barrier, from_main
 from gkd.train.unpickling import check_is_data
 
@@ -79,11 +80,21 @@ class Checkpointer:
         aside, final = self._folder / f".step_{step}.tmp", self._folder / f"step_{step}"
         if step == self._newest:
             return final
+        try:
+            self._write_aside(step, aside, final)
+        except OSError:
+            shutil.rmtree(aside, ignore_errors=True)  # of no use, and a full disk is not to stay full
+            raise
+        self._newest = step
+        return final
+
+    def _write_aside(self, step: int, aside: Path, final: Path) -> None:
         if self._is_main:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         barrier()
-        self._state.save_state(str(aside))
+        with writing_into(aside):
+            self._state.save_state(str(aside))
         barrier()  # every rank's files are there
         if self._is_main:
             write_json(aside / _MANIFEST, {"step": step, **self._layout, "files": _describe_files(aside)})
@@ -93,8 +104,6 @@ class Checkpointer:
             flush(self._folder)
             flush(self._folder.parent)  # which got this folder at the first save
         barrier()
-        self._newest = step
-        return final
 
     def load(self, step: int) -> None:
         """Puts the state of checkpoint `step`, which `find_resume_step` found, into the engine."""

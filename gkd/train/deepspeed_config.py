@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gkd.errors import ConfigError
+from gkd.errors import ConfigError, shown
 from gkd.files import read_json_object
 from gkd.train.settings import TrainingSettings
+
+_KINDS: dict[Any, str] = {  # bool before the numbers, of which it is one
+    dict: "an object", list: "a list", str: "a text", bool: "true or false", int | float: "a number",
+}  # fmt: skip
 
 
 def deepspeed_config(training: TrainingSettings, world_size: int) -> dict[str, Any]:
@@ -56,21 +60,6 @@ def scales_loss(settings: dict[str, Any]) -> bool:
     return bool(settings.get("fp16", {}).get("enabled") or (autocast.get("enabled") and is_float16))
 
 
-def check_precision(training: TrainingSettings, world_size: int) -> None:
-    """Raises ConfigError where DeepSpeed would refuse the precision with a traceback, after minutes of loading."""
-    if not deepspeed_config(training, world_size).get("fp16", {}).get("enabled"):
-        return
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator: Any = get_accelerator()
-    if not accelerator.is_fp16_supported():
-        key = "student.dtype" if training.dtype == "float16" else "deepspeed.config: fp16.enabled"
-        raise ConfigError(
-            f"{key}: DeepSpeed trains no float16 on this processor, which has no instructions for it; "
-            "set student.dtype to bfloat16 or float32"
-        )
-
-
 def _values_for_auto(training: TrainingSettings) -> dict[str, Any]:
     """Values for "auto" entries that are not added where the user's JSON has none."""
     adamw = {
@@ -103,7 +92,10 @@ def _fill(user: dict[str, Any], known: dict[str, Any], path: str) -> dict[str, A
             if key not in known or isinstance(known[key], dict):
                 raise ConfigError(f'deepspeed.config: {here} is "auto", but the run has no value for it')
             filled[key] = known[key]
-        elif isinstance(value, dict):
+            continue
+        if key in known:
+            _check_kind(here, value, known[key])
+        if isinstance(value, dict):
             inner = known.get(key)
             filled[key] = _fill(value, inner if isinstance(inner, dict) else {}, f"{here}.")
         else:
@@ -111,6 +103,13 @@ def _fill(user: dict[str, Any], known: dict[str, Any], path: str) -> dict[str, A
     if path == "" and "zero_optimization" in filled:
         filled["zero_optimization"].setdefault("stage", known["zero_optimization"]["stage"])
     return filled
+
+
+def _check_kind(where: str, value: Any, example: Any) -> None:
+    """Raises ConfigError unless a user's value is of the kind that stands there otherwise."""
+    kind, name = next((kind, name) for kind, name in _KINDS.items() if isinstance(example, kind))
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"deepspeed.config: {where} must be {name}, not {shown(value)}")
 
 
 def _sets_precision(values: dict[str, Any]) -> bool:

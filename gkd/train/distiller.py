@@ -13,8 +13,10 @@ from gkd.config import Config, Launch, Settled, fastest_here, load_config, make_
 from gkd.data.formats import JSON_SUFFIXES, read_rows
 from gkd.data.routing import check_teacher_names
 from gkd.environment import local_rank_taken_back, prepare_process
+from gkd.errors import MachineError
 from gkd.extras import require_vllm
 from gkd.monitor import RunSummary
+from gkd.system_errors import system_errors, write_fault
 from gkd.train.placements import ask_placements
 from gkd.train.run_folder import claimed_folder, started_with
 from gkd.train.signals import Signals
@@ -36,6 +38,7 @@ class Distiller:
         self._launch = Launch.from_environment()
         config.check_world_size(self._launch.world_size)
 
+    @system_errors(MachineError)
     def train(self, *, resume: bool = False, overwrite: bool = False) -> RunSummary:
         """Runs to `run.steps` and returns what came of it; the student is in `<run folder>/final`.
 
@@ -80,16 +83,23 @@ class Distiller:
 
         distributed.end_process()
 
+    @system_errors(MachineError)
     def check(self, *, resume: bool = False) -> list[str]:
         """Checks what can be checked without loading weights: that vLLM is there if it samples, the data files, the
-        servers of a served teacher or sampler, and the folders of models that are here. Returns lines: which dtypes
+        run's folder, the DeepSpeed JSON, the servers of a served teacher or sampler, and the folders of models that are
+        here. Returns lines: which dtypes
         `auto` is, what ends a completion, and whether the sides' chat templates differ.
 
-        Raises MissingPackageError, DataError with file:line, ConfigError, or ModelError.
+        Raises MissingPackageError, DataError with file:line, ConfigError, MachineError, or ModelError.
         """
         self._check_packages()
         self._check_data()
         config, notes, warnings = self.settle(resume=resume)
+        from gkd.train.deepspeed_check import check_deepspeed
+        from gkd.train.settings import TrainingSettings
+
+        self._check_folder()
+        check_deepspeed(TrainingSettings.of(config), self._launch.world_size)
         ask_placements(config).close()
         return [*notes, *warnings, *self._describe_models()]
 
@@ -121,6 +131,10 @@ class Distiller:
         rollout = self.config.rollout
         if rollout.engine == "vllm" and rollout.placement == "local":
             require_vllm("rollout.engine", "or set it to transformers")
+
+    def _check_folder(self) -> None:
+        if (fault := write_fault(self.config.run.folder)) is not None:
+            raise fault
 
     def _check_data(self) -> None:
         data = self.config.data

@@ -34,10 +34,10 @@ def compute_device(launch: Launch) -> torch.device:
     return torch.device("cpu")
 
 
-def initialize(launch: Launch) -> None:
-    """Joins the process group that the launcher described; without a launcher, makes a group of one.
+def load_deepspeed() -> Any:
+    """The module, quiet, and told where there is no GPU.
 
-    DeepSpeed would compile a shared-memory collective library on CPU (about a minute) that ZeRO never calls.
+    It would compile a shared-memory collective library on CPU (about a minute) that ZeRO never calls.
     """
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
@@ -47,10 +47,16 @@ def initialize(launch: Launch) -> None:
     # it warns of torch's own AdamW ("untested"), of inputs that are no plain tensors, and of its own collectives
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if not on_gpu:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def initialize(launch: Launch) -> None:
+    """Joins the process group that the launcher described; without a launcher, makes a group of one."""
+    deepspeed, on_gpu = load_deepspeed(), torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(launch.local_rank)
-    else:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if on_gpu else "gloo"
     if launch.world_size == 1:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it

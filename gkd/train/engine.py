@@ -20,6 +20,7 @@ from gkd.errors import CheckpointError
 from gkd.models.lora import LeavingWeight, adapter_weights, whole_weights
 from gkd.objectives.objective import Objective
 from gkd.schedules import MetricMemory
+from gkd.train.deepspeed_check import deepspeed_refusals, where
 from gkd.train.deepspeed_config import deepspeed_config, scales_loss
 from gkd.train.distributed import compute_device, sum_over_ranks
 from gkd.train.guards import FiniteGuard, LossScaleGuard, MismatchGuard
@@ -69,14 +70,15 @@ class StudentEngine:
         schedule: Any = None  # a function, as it may be DeepSpeed that makes the optimizer
         if "scheduler" not in settings:
             schedule = partial(make_schedule, config=training.optim, steps=training.steps)
-        self._engine: Any = deepspeed.initialize(
-            model=module,
-            model_parameters=[p for p in module.parameters() if p.requires_grad],  # pyright: ignore
-            optimizer=optimizer,
-            lr_scheduler=schedule,
-            config=settings,
-            dist_init_required=False,
-        )[0]
+        with deepspeed_refusals(where(training)):
+            self._engine: Any = deepspeed.initialize(
+                model=module,
+                model_parameters=[p for p in module.parameters() if p.requires_grad],  # pyright: ignore
+                optimizer=optimizer,
+                lr_scheduler=schedule,
+                config=settings,
+                dist_init_required=False,
+            )[0]
         self._finite = FiniteGuard(module, enabled=not scales_loss(settings))
         self._mismatch = mismatch or MismatchGuard()
         self._loss_scale = LossScaleGuard(training.optim.max_skipped_steps, training.steps)

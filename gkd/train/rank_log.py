@@ -6,13 +6,25 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from gkd.monitor import PHASE_LOGGER
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class _RankFile(logging.FileHandler):
+    """A full disk ends a run where that writes what it needs, in one line; the log alone ends nothing, silently."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):  # what did not fit is written once more
+            super().close()
 
 
 @contextmanager
@@ -32,7 +44,7 @@ def rank_log(rank: int, *, append: bool) -> Iterator[Callable[[Path], None]]:
 
         def write_to(folder: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
-            file = logging.FileHandler(folder / f"rank_{rank}.log", "a" if append else "w", encoding="utf-8")
+            file = _RankFile(folder / f"rank_{rank}.log", "a" if append else "w", encoding="utf-8")
             file.setFormatter(logging.Formatter(_FORMAT))
             files.enter_context(closing(file))
             held.setTarget(file)

@@ -36,7 +36,11 @@ def summarise(
         name=config.run.name,
         steps=config.run.steps,
         wall_s=wall_s,
-        heldout={name.replace("/", "_"): (before.heldout[name], value) for name, value in after.heldout.items()},
+        heldout={
+            name.replace("/", "_"): (before.heldout[name], value)
+            for name, value in after.heldout.items()
+            if name in before.heldout
+        },
         time_s=time_totals(records),
         samples=tuple(HeldoutSample(*texts, *own) for texts, *own in answers),
         losses=loss_curve(records),

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from gkd.config import Config, Launch
-from gkd.errors import PartError, RunInterruptedError, StepRefusedError
+from gkd.errors import PartError, RunInterruptedError, StepRefusedError, StorageError
 from gkd.files import write_atomically, write_json
 from gkd.monitor import Monitor, RunSummary, read_metrics
 from gkd.run_files import RunFiles
+from gkd.system_errors import system_errors
 from gkd.teacher.base import Teacher
 from gkd.teacher.unasked import Unasked
 from gkd.train import parts
@@ -56,7 +57,7 @@ class Run:
         self.signals = signals or Signals(config.run.term_grace_s)
         self.config, self.launch, self.folder, self.placements = config, launch, folder, placements
         parts.check_same_dtypes(config)
-        parts.check_precision(TrainingSettings.of(config), launch.world_size)
+        parts.check_deepspeed(TrainingSettings.of(config), launch.world_size)
         self.start_step = parts.resume_step(config, folder, launch, _log.warning) if resume else 0
         self.steps_done = self.start_step
         self.models = parts.locate_models(config, folder, launch, placements)
@@ -64,6 +65,8 @@ class Run:
         begin()
         parts.make_student(config, self.models, self.prompts, launch)
         if launch.is_main:
+            if self.start_step:
+                read_snapshot(folder.before)  # the end needs it
             check_inputs(folder, parts.run_inputs(config, self.models, self.prompts), resume=resume)
         self.monitor = self.build_monitor()
 
@@ -74,8 +77,9 @@ class Run:
             self.build()
             try:
                 self.start()
-                self.loop()
-                return self.finish(started)
+                with system_errors(StorageError):
+                    self.loop()
+                    return self.finish(started)
             except PartError as error:
                 if self.config.has_servers or self.launch.world_size == 1:  # else it may be on this rank alone
                     self.stop(error)

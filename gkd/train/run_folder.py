@@ -12,14 +12,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import gkd
 from gkd.config import Config, Launch, exit_copy
 from gkd.errors import GkdError, RunFolderError, one_line
-from gkd.files import flatten, write_json
+from gkd.files import flatten, read_json_object, write_json
 from gkd.run_files import RunFiles
 from gkd.train.rank_log import rank_log
 
@@ -154,7 +154,7 @@ class RunFolder(RunFiles):
                 "(run.save_every); start anew with --overwrite, or set run.name"
             )
         now = self._config.model_dump(mode="json")
-        changed = _changes(json.loads(self.config.read_text()), now, is_free_on_resume)
+        changed = _changes(read_json_object(self.config, RunFolderError, "--resume"), now, is_free_on_resume)
         if changed:
             raise RunFolderError(f"--resume: the config differs from that of {self.path}: " + "; ".join(changed))
 
@@ -182,7 +182,8 @@ def claimed_folder(
             try:
                 yield folder
             except BaseException as error:
-                folder.write_exit(_status_of(error), one_line(str(error)))
+                with suppress(OSError):  # a full disk may be what the error is
+                    folder.write_exit(_status_of(error), one_line(str(error)))
                 raise
             folder.write_exit(0)
 
@@ -208,7 +209,7 @@ def check_inputs(folder: RunFiles, inputs: Mapping[str, Any], *, resume: bool) -
     Raises RunFolderError, naming the keys, if a resume finds anything else there than the run was started with.
     """
     if resume and folder.inputs.exists():
-        changed = _changes(json.loads(folder.inputs.read_text()), inputs)
+        changed = _changes(read_json_object(folder.inputs, RunFolderError, "--resume"), inputs)
         if changed:
             raise RunFolderError(
                 f"--resume: {folder.path} was started with other contents: {'; '.join(changed)}; bring the old ones "
@@ -254,7 +255,10 @@ def _environment() -> dict[str, Any]:
 
 def _git_revision() -> str | None:
     folder = Path(__file__).parent
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True, check=False
-    )
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True, check=False
+        )
+    except OSError:  # there is no git
+        return None
     return result.stdout.strip() or None

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from gkd.files import write_atomically
+from gkd.errors import RunFolderError
+from gkd.files import read_json_object, write_atomically
 from gkd.measures.answers import AnswerScoring, answer_rollouts, sample_requests
 from gkd.measures.heldout import HeldoutEvaluation
 from gkd.monitor import JsonlSink
@@ -24,7 +25,18 @@ class Snapshot(NamedTuple):
 
 
 def read_snapshot(path: Path) -> Snapshot:
-    return Snapshot(**json.loads(path.read_text()))
+    """Raises RunFolderError, which says how to go on without, if it is missing or damaged."""
+    nothing = Snapshot({}, [])
+    advice = (
+        f"bring it back, or write {json.dumps(nothing._asdict())} into it to go on without the figures before training"
+    )
+    try:
+        values = read_json_object(path, RunFolderError)
+    except RunFolderError as error:
+        raise RunFolderError(f"{error}; {advice}") from None
+    if values.keys() != nothing._asdict().keys():
+        raise RunFolderError(f"{path}: has other keys than {', '.join(nothing._fields)}; {advice}")
+    return Snapshot(**values)
 
 
 class Snapshots:

@@ -10,7 +10,8 @@ import pytest
 from deepspeed.accelerator import get_accelerator
 
 from gkd.errors import ConfigError
-from gkd.train.deepspeed_config import check_precision, deepspeed_config
+from gkd.train.deepspeed_check import check_deepspeed, deepspeed_refusals
+from gkd.train.deepspeed_config import deepspeed_config
 from gkd.train.settings import TrainingSettings
 
 
@@ -51,10 +52,10 @@ def test_float16_where_deepspeed_has_none_is_refused_by_key(
     for supported in (True, None, False):  # DeepSpeed says None
         monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda supported=supported: supported)
         if supported or key is None:
-            check_precision(chosen, 1)
+            check_deepspeed(chosen, 1)
         else:
             with pytest.raises(ConfigError, match=f"^{key}: DeepSpeed trains no float16 on this processor"):
-                check_precision(chosen, 1)
+                check_deepspeed(chosen, 1)
 
 
 def test_what_the_user_sets_stays(tmp_path: Path) -> None:
@@ -111,3 +112,52 @@ def test_contradictions_name_the_key(tmp_path: Path, user: Any, message: str) ->
 def test_every_shipped_json_fills(tmp_path: Path, path: Path) -> None:
     settings = deepspeed_config(training(tmp_path, path.read_text()), 1)
     assert "auto" not in json.dumps(settings)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("user", "message"),
+    [
+        ({"bf16": True}, r"^deepspeed\.config: bf16 must be an object, not True"),
+        ({"fp16": None}, r"^deepspeed\.config: fp16 must be an object, not None"),
+        ({"zero_optimization": {"stage": "two"}}, r"zero_optimization\.stage must be a number, not 'two'"),
+        ({"gradient_clipping": "much"}, r"gradient_clipping must be a number, not 'much'"),
+        ({"zero_allow_untested_optimizer": 1}, "must be true or false, not 1"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": "x"}}}, r"optimizer\.params\.lr must be a number"),
+        (
+            {"zero_optimization": {"stage": 7}},
+            r"ds\.json: DeepSpeed refuses DeepSpeedZeroConfig\.stage: Input should be 0",
+        ),
+        ({"zero_optimization": {"staage": 1}}, r"DeepSpeed refuses DeepSpeedZeroConfig\.staage"),
+        ({"gradient_cliping": 1.0}, "reads no key 'gradient_cliping', .*; did you mean gradient_clipping"),
+        ({"activation_checkpointing": {"zz": 1}}, r"reads no key 'activation_checkpointing\.zz', .*; remove it"),
+        ({"sparse_attention": {}}, "DeepSpeed refuses it: DeepSpeed Sparse Attention has been removed"),
+    ],
+)
+def test_what_deepspeed_would_trip_over_or_pass_over(tmp_path: Path, user: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_deepspeed(training(tmp_path, user), 1)
+
+
+def test_what_deepspeed_reads_is_known(tmp_path: Path) -> None:
+    """Sections that it reads key by key, takes whole, or hands on; and whatever `auto` fills in."""
+    user = {
+        "train_batch_size": "auto",
+        "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu", "pin_memory": False}},
+        "activation_checkpointing": {"partition_activations": False},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "torch_adam": True}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
+        "tensorboard": {"enabled": False},
+        "flops_profiler": {"enabled": False, "profile_step": 1},
+        "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
+        "communication_data_type": "fp16",
+        "wall_clock_breakdown": False,
+    }
+    check_deepspeed(training(tmp_path, user), 2)
+
+
+@pytest.mark.fault
+def test_what_deepspeed_refuses_at_its_start_is_one_line() -> None:
+    where, why = "deepspeed.config: x", "no such optimizer"
+    with pytest.raises(ConfigError, match=f"^{where}: DeepSpeed refuses it: {why}"), deepspeed_refusals(where):
+        raise AssertionError(why)

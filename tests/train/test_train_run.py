@@ -12,9 +12,18 @@ from typing import Any
 
 import pytest
 from canaries import plant, seal
+from limits import largest_file
 
 from gkd.config import Config, Launch, load_config, make_config
-from gkd.errors import CheckpointError, InputError, RunInterruptedError, TeacherError, WeightSyncError
+from gkd.errors import (
+    CheckpointError,
+    InputError,
+    MachineError,
+    RunInterruptedError,
+    StorageError,
+    TeacherError,
+    WeightSyncError,
+)
 from gkd.monitor import RunSummary, read_metrics
 from gkd.rollout.sync import SyncedSampler
 from gkd.run_files import RunFiles
@@ -244,3 +253,27 @@ def test_a_resume_runs_no_code_of_whoever_wrote_the_checkpoint(config: Config, t
     with pytest.raises(CheckpointError, match=r"step_2.*\.pt: names posix\.mkdir to be called"):
         train(cut, resume=True)
     assert not canary.exists()
+
+
+@pytest.mark.fault
+def test_a_full_disk_ends_a_run_in_one_line_and_before_it_begins(config: Config) -> None:
+    """While it goes on that is a RunError: what was saved stays, and nothing half written."""
+    values = config.model_dump(mode="json", exclude_unset=True)
+    save = make_config({**values, "run": {**values["run"], "save_every": 1}})
+    with largest_file(500_000), pytest.raises(StorageError, match=r"step_1\.tmp: File too large"):
+        Distiller(save).train()
+    files = RunFiles(config.run.folder)
+    assert json.loads(files.exit.read_text())["status"] == 1
+    assert len(read_metrics(files.metrics)) == 1 and not list(files.checkpoints.iterdir())
+    elsewhere = make_config({**values, "run": {**values["run"], "dir": "/proc/run"}})
+    for start in (Distiller(elsewhere).check, Distiller(elsewhere).train):
+        with pytest.raises(MachineError, match=r"^/proc.*; bring it back|^/proc: Permission denied; get the right"):
+            start()
+
+
+@pytest.mark.fault
+def test_a_dry_run_reads_the_deepspeed_json(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"gradient_cliping": 1.0}')
+    values = config.model_dump(mode="json", exclude_unset=True)
+    with pytest.raises(InputError, match="reads no key 'gradient_cliping'"):
+        Distiller(make_config({**values, "deepspeed": {"config": str(tmp_path / "ds.json")}})).check()

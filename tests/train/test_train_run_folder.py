@@ -217,3 +217,28 @@ def test_what_a_killed_process_left_unfinished_is_gone_with_the_next(tmp_path: P
         (tmp_path / name).mkdir(parents=True)
     begin(config(tmp_path), resume=True)
     assert not list(tmp_path.rglob(".*.partial")) and not list(files.checkpoints.iterdir())
+
+
+@pytest.mark.fault
+def test_a_resume_of_damaged_files_is_one_line(tmp_path: Path) -> None:
+    files = begin(config(tmp_path))
+    files.config.write_text(files.config.read_text()[:200])
+    with pytest.raises(RunFolderError, match=r"^--resume: .*config\.resolved\.json:\d+: "):
+        begin(config(tmp_path), resume=True)
+    files.inputs.write_text("{")
+    with pytest.raises(RunFolderError, match=r"^--resume: .*inputs\.json:1: "):
+        check_inputs(files, {}, resume=True)
+
+
+@pytest.mark.fault
+def test_a_machine_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert json.loads(begin(config(tmp_path / "run")).environment.read_text())["git_revision"] is None
+
+
+@pytest.mark.fault
+def test_how_a_run_ended_hides_no_error_where_it_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="the first error"), claimed_folder(config(tmp_path), Launch()) as folder:
+        folder.begin()
+        folder.exit.mkdir()
+        raise ModelError("the first error")

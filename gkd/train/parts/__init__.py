@@ -1,6 +1,6 @@
 """The one place where a config chooses the parts. Everything expensive starts here, cheap checks first."""
 
-from gkd.train.deepspeed_config import check_precision
+from gkd.train.deepspeed_check import check_deepspeed
 from gkd.train.parts.cut import make_student
 from gkd.train.parts.data import Pack, Prompts, Reduction, load_data, packer, prompt_data
 from gkd.train.parts.dtypes import check_same_dtypes
@@ -28,7 +28,7 @@ __all__ = [
     "build_snapshots",
     "build_student",
     "build_teacher",
-    "check_precision",
+    "check_deepspeed",
     "check_same_dtypes",
     "checkpoint_layout",
     "describe_samples",
