@@ -24,6 +24,12 @@ _DEFAULTS = {
 
 # What tells a process that it is one of several. DeepSpeed wants the rank on the machine also of a single one.
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_UNSAFE = {
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "vLLM takes pickles, which run code, from whoever reaches its processes",
+    "VLLM_SERVER_DEV_MODE": "vLLM's servers have routes that no key guards, for any call and other weights",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "whoever reaches a server of vLLM's makes it load adapters",
+    "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "torch.load runs what code a file holds",
+}
 _SLURM_NAMES = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
 
 
@@ -38,6 +44,12 @@ def launch_number(name: str, default: int | None = None, *, least: int = 0) -> i
             f"{name} {found}; torchrun, deepspeed and srun set it: start gkd with one, or unset them all"
         )
     return int(text)
+
+
+def unsafe_switches() -> dict[str, str]:
+    """Those that are on of the variables that let others run code here, each with how."""
+    on = {name: os.environ.get(name, "0").strip().lower() for name in _UNSAFE}
+    return {name: _UNSAFE[name] for name, value in on.items() if value not in ("", "0", "false", "no")}
 
 
 def without_launcher() -> dict[str, str]:

@@ -10,6 +10,7 @@ import gkd
 from gkd.cli.bench import bench_app
 from gkd.cli.chain import chain_command
 from gkd.cli.config import config_command
+from gkd.cli.doctor import doctor_command
 from gkd.cli.eval import eval_command
 from gkd.cli.generate import generate_command
 from gkd.cli.init import init_command
@@ -43,6 +44,7 @@ app.command("watch")(watch_command)
 app.command("report")(report_command)
 app.command("plan")(plan_command)
 app.command("config")(config_command)
+app.command("doctor")(doctor_command)
 app.add_typer(bench_app, name="bench")
 
 

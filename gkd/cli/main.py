@@ -29,6 +29,7 @@ COMMANDS = {
     "report": "cli",
     "plan": "cli",
     "config": "cli",
+    "doctor": "cli",
     "bench": "train",
 }
 SERVERS = ("serve-teacher", "serve-sampler")

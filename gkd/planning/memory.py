@@ -105,7 +105,7 @@ def student_state(setup: Setup) -> tuple[Bytes, Bytes]:
     whole_weights = weight * count + setup.frozen_bytes
     weights = whole_weights / setup.devices if stage == 3 else whole_weights
     gradients = 4 * shard if stage >= 2 else weight * count
-    masters = 0.0 if stage in (0, 3) and not (setup.half_weights or setup.offload_optimizer) else 4 * shard
+    masters = 4 * shard if keeps_master_copy(setup) else 0.0
     optimizer = {"student master copy": masters, "Adam moments": 8 * shard}
     device: Bytes = {"student weights": weights, "student gradients": gradients}
     host: Bytes = {}
@@ -123,6 +123,11 @@ def student_state(setup: Setup) -> tuple[Bytes, Bytes]:
         gathered_share = min(1.0, LIVE_PARAMETERS / setup.held_parameters)
         device["ZeRO gathered weights"] = whole_weights * gathered_share
     return {k: v for k, v in device.items() if v}, {k: v for k, v in host.items() if v}
+
+
+def keeps_master_copy(setup: Setup) -> bool:
+    """Whether the optimizer has float32 weights of its own, beside those that are computed with."""
+    return setup.zero_stage in (1, 2) or setup.half_weights or setup.offload_optimizer
 
 
 def _sampler(setup: Setup) -> tuple[Bytes, float]:
