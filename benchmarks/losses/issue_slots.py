@@ -2,16 +2,18 @@
 
     python -m benchmarks.losses.issue_slots [--kinds jsd ...] [--out benchmarks/results/issue_slots.json]
 
-Counted for sm_90 and rows that a cluster holds on chip: what one thread issues on the way that whole, aligned groups of
-columns take, over the pairs of logits that it works on. A slot of a warp serves 32 threads, so slots a pair are
-instructions of a thread over its pairs. Legend: V vocabulary.
+Counted for sm_90, value and gradient of rows that a cluster holds on chip: what one thread issues on the way that
+whole, aligned groups of columns take, over the pairs of logits that it works on. A slot of a warp serves 32 threads,
+so slots a pair are instructions of a thread over its pairs. Legend: V vocabulary.
 
     copy      the loops with cp.async                  stats     pass 1, mean of its four stages
     sums      pass 2, where the gradient needs it      gradient  the last pass, with the value where there is no pass 2
     fixed     all the rest of what a thread of a block's first warp issues, however many columns the row has
 
-A processor issues 4 slots of 32 lanes a cycle; at `ISSUED` of that rate, and at the copy rate, whichever takes longer,
-stand the predicted milliseconds. None of it has been measured. Kernels with by-products and hard labels are not
+A processor issues 4 slots of 32 lanes a cycle, and 16 special functions; at `ISSUED` of those rates, and at the copy
+rate, whichever takes longest, stand the predicted milliseconds. None of it has been measured. Half precision is
+bfloat16, in the kernel for value and gradient at once where a kind has one. `BARS` are the slots a pair that a test
+holds these to, in half precision. Kernels with by-products and hard labels are not
 counted: what they do stands behind branches that nothing in the code tells from others.
 """
 
@@ -36,25 +38,25 @@ from building.toolchain import find_torch, nvcc
 
 from benchmarks.records import RESULTS, ROOT, command, rounded, say
 
+BARS = {"forward_kl": 45, "reverse_kl": 52, "jsd": 68}
 KINDS = ("forward_kl", "reverse_kl", "jsd", "mixed_kl")
 VOCABULARIES = (32000, 128256, 151936)
 THREADS = 256  # kernels/cuda/launch.cuh: kChipThreads
-SHARED_PER_PROCESSOR, RESERVED, SCRATCH = 228 << 10, 1 << 10, 512  # bytes; kernels/cuda/plan.cuh
+SHARED_PER_PROCESSOR, RESERVED, SCRATCH = 228 << 10, 1 << 10, 528  # bytes; kernels/cuda/plan.cuh
 ISSUED = 0.88
 DEVICES = {
     "h100": (132, 1.83e9, 3.0e12),
     "h200": (132, 1.98e9, 4.3e12),
 }  # processors, clock in Hz, copied bytes a second
-SHAPES = {  # template arguments of kernels/cuda/shape.cuh: logits, columns of a group, by-products
-    "half": ("Li8ELi256ELb1ELb0E", 8, 2),
-    "float32": ("Li4ELi256ELb1ELb0E", 4, 4),
+SHAPES = {  # the first kernel of these template arguments that a kind has, columns of a group, bytes of a logit
+    "half": (("DtypeE1ELS3_1ELi256E", "Li8ELi256ELb1ELb0E"), 8, 2),
+    "float32": (("Li4ELi256ELb1ELb0E",), 4, 4),
 }
 LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)(.*?);")
 TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
-# Whole groups that lie aligned in bfloat16 never come there: single columns, and the conversion of float16.
-OFF_THE_WAY = ("LDG.E.U16", "STG.E.U16", "HADD2.F32", "F2FP.F16")
+OFF_THE_WAY = ("LDG.E.U16", "STG.E.U16")  # single columns: whole groups that lie aligned never come there
 # Of a row in a cluster: copies, special functions, wide stores, and what threads and blocks tell each other.
-WORK = ("LDGSTS", "MUFU", "STG.E.EF.128", "STG.E.EF.64", "SHFL", "UCGABAR", "MAPA")
+WORK = ("LDGSTS", "MUFU", "STG.E.EF.128", "STG.E.EF.64", "SHFL", "UCGABAR", "ST.E")
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,8 @@ def find_loops(code: list[Instruction]) -> list[Loop]:
             continue
         body = [x for x in code if branch.target <= x.address <= branch.address]
         way = best_way(body)
+        if way.work < 0:
+            continue  # the groups at the ends of a row
         opcodes = [x.opcode for x in body]
         if any(opcode.startswith("LDGSTS") for opcode in opcodes):
             role = "copy"
@@ -183,6 +187,9 @@ def call_loops(loops: list[Loop]) -> list[Loop]:
 
 def slots(code: list[Instruction], group: int, logit_bytes: int, vocabulary: int) -> dict[str, float]:
     """Issue slots a pair by part, and operations of the special-function units a pair, for a row of that length."""
+    code = code[
+        : 1 + max(i for i, x in enumerate(code) if x.opcode == "EXIT")
+    ]  # functions that are called come after it
     loops = find_loops(code)
     used = call_loops(loops)
     pairs = vocabulary / (THREADS * ranks_of(vocabulary, group, logit_bytes))  # of a thread
@@ -199,11 +206,12 @@ def slots(code: list[Instruction], group: int, logit_bytes: int, vocabulary: int
     return {**parts, "slots": sum(parts.values()), "special": special}
 
 
-def predicted_ms(slots_a_pair: float, bytes_a_pair: int, pairs: int, device: str) -> tuple[float, float]:
+def predicted_ms(parts: dict[str, float], bytes_a_pair: int, pairs: int, device: str) -> tuple[float, float]:
     """Milliseconds, and the share of the copy rate that this is."""
     processors, clock, copied = DEVICES[device]
     at_copy_rate = pairs * bytes_a_pair / copied
-    seconds = max(at_copy_rate, pairs * slots_a_pair / (processors * 4 * 32 * clock * ISSUED))
+    cycles = max(parts["slots"] / (4 * 32), parts["special"] / 16)  # of a processor, a pair
+    seconds = max(at_copy_rate, pairs * cycles / (processors * clock * ISSUED))
     return 1e3 * seconds, at_copy_rate / seconds
 
 
@@ -242,14 +250,15 @@ def registers_of(said: str, shape: str) -> dict[str, int]:
 
 def rows_of(kind: str, sass: str, said: str) -> Iterable[dict[str, object]]:
     functions = parse(sass)
-    for name, (shape, group, logit_bytes) in SHAPES.items():
+    for name, (shapes, group, logit_bytes) in SHAPES.items():
+        shape = next(shape for shape in shapes if any(shape in function for function in functions))
         code = next(code for function, code in functions.items() if shape in function)
         for vocabulary in VOCABULARIES:
             parts = slots(code, group, logit_bytes, vocabulary)
             row: dict[str, object] = {"kind": kind, "logits": name, "vocabulary": vocabulary}
             row |= {part: rounded(value, 3) for part, value in parts.items()} | registers_of(said, shape)
             for device in DEVICES:
-                ms, share = predicted_ms(parts["slots"], 3 * logit_bytes, 8192 * vocabulary, device)
+                ms, share = predicted_ms(parts, 3 * logit_bytes, 8192 * vocabulary, device)
                 row |= {f"{device}_ms": rounded(ms, 3), f"{device}_share_of_copy": rounded(share, 2)}
             yield row
 

@@ -10,6 +10,8 @@
 
 #define GKD_DEVICE __device__ __forceinline__
 #define GKD_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+#define GKD_RARE __device__ __noinline__       // what few rows need, away from the code that all run through
+#define GKD_ARGUMENT const __grid_constant__   // of a kernel: its address can be passed on without a copy
 
 namespace gkd::device {
 
@@ -36,20 +38,27 @@ GKD_DEVICE void sync_block() { __syncthreads(); }
 GKD_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 GKD_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
-// The two halves of a barrier of all threads of a cluster; also a fence for shared and global memory. Before sm_90
-// there are no clusters and nothing calls these.
+// The two halves of a barrier of all threads of a cluster, where no warp is parted; also a fence for shared and global
+// memory. Before sm_90 there are no clusters and nothing calls these.
 GKD_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+// Orders nothing: for a barrier that only tells that every block has started.
+GKD_DEVICE void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 GKD_DEVICE void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 
-// *to = x in the shared memory of the cluster's block `rank`; `to` is the address that this block has for it.
+// *to = x in the shared memory of the cluster's block `rank`; `to` is the address that this block has for it. Four
+// words lie aligned to 16 bytes.
 GKD_DEVICE void store_remote(uint32_t* to, int rank, uint32_t x) {
 #if __CUDA_ARCH__ >= 900
   uint32_t remote;
@@ -58,6 +67,17 @@ GKD_DEVICE void store_remote(uint32_t* to, int rank, uint32_t x) {
   asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(remote), "r"(x) : "memory");
 #else
   *to = x;
+#endif
+}
+
+GKD_DEVICE void store_remote(uint32_t* to, int rank, const Words4& x) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t remote;
+  const uint32_t local = uint32_t(__cvta_generic_to_shared(to));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(rank));
+  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "r"(x.word[0]), "r"(x.word[1]),
+               "r"(x.word[2]), "r"(x.word[3])
+               : "memory");
 #endif
 }
 
@@ -126,13 +146,32 @@ GKD_DEVICE uint32_t pack_bfloat16(float low, float high) {
   return packed;
 }
 
-// A product that is never fused with a sum that follows, and the special-function units' 2^x and log2 x. Also in host
-// code's half of the shared formulas, which no one runs.
+// The larger of the two in each half. As fmaxf, it passes over NaN.
+GKD_DEVICE uint32_t max_float16x2(uint32_t a, uint32_t b) {
+  uint32_t most;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+  return most;
+}
+GKD_DEVICE uint32_t max_bfloat16x2(uint32_t a, uint32_t b) {
+  uint32_t most;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+  return most;
+}
+
+// A product that is never fused with a sum that follows, a product and a sum that are rounded once, and the
+// special-function units' 2^x and log2 x. Also in host code's half of the shared formulas, which no one runs.
 __host__ __device__ __forceinline__ float product(float a, float b) {
 #if defined(__CUDA_ARCH__)
   return __fmul_rn(a, b);
 #else
   return a * b;
+#endif
+}
+__host__ __device__ __forceinline__ float fused(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return a * b + c;
 #endif
 }
 __host__ __device__ __forceinline__ float exp2(float x) {

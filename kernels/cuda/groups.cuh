@@ -15,14 +15,16 @@ namespace gkd {
 
 GKD_DEVICE int size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
-GKD_DEVICE char* row_of(const Matrix& matrix, int64_t row) {
-  return matrix.data + row * matrix.row_stride * size_of(matrix.dtype);
+GKD_DEVICE char* row_of(const Matrix& matrix, int64_t row, Dtype dtype) {
+  return matrix.data + row * matrix.row_stride * size_of(dtype);
 }
+GKD_DEVICE char* row_of(const Matrix& matrix, int64_t row) { return row_of(matrix, row, matrix.dtype); }
 
 template <int kGroup>
 struct Geometry {
   int columns, shift;
-  int first, end;  // groups of this block
+  int first, end;              // groups of this block
+  int inner_first, inner_end;  // those of the row that lie wholly inside of it
 
   // The share of block `rank` of `ranks`, in slices of `slice` groups.
   GKD_DEVICE Geometry(const char* student_row, int student_size, int columns_, int rank, int slice)
@@ -31,13 +33,12 @@ struct Geometry {
     const int groups = (columns + shift + kGroup - 1) / kGroup;
     first = rank * slice;
     end = first + slice < groups ? first + slice : groups;
+    inner_first = shift > 0 ? 1 : 0;
+    inner_end = (columns + shift) / kGroup;
   }
 
   GKD_DEVICE int column(int group) const { return group * kGroup - shift; }
-  GKD_DEVICE bool whole(int group) const {
-    const int start = column(group);
-    return start >= 0 && start + kGroup <= columns;
-  }
+  GKD_DEVICE bool whole(int group) const { return group >= inner_first && group < inner_end; }
   // Whether whole groups of that row can be moved by the widest accesses.
   GKD_DEVICE bool fits(const char* row, int size) const {
     const int wide = 16 / size < kGroup ? 16 / size : kGroup;
@@ -49,7 +50,6 @@ struct Geometry {
 // The bits of a group of logits: 4 words, or 2 where half precision lies beside float.
 template <int kGroup>
 struct Group {
-  static constexpr int kHalfWords = kGroup / 2;
   uint32_t word[4];
 
   GKD_DEVICE static bool is_float(Dtype dtype) { return kGroup == 4 && dtype == Dtype::float32; }
@@ -107,6 +107,19 @@ struct Group {
     }
   }
 };
+
+// The largest logit of a group in half precision; as fmaxf, it passes over NaN.
+template <Dtype kDtype, int kGroup>
+GKD_DEVICE float largest(const Group<kGroup>& bits) {
+  constexpr bool kBfloat16 = kDtype == Dtype::bfloat16;
+  uint32_t most = bits.word[0];
+#pragma unroll
+  for (int i = 1; i < kGroup / 2; ++i) {
+    most = kBfloat16 ? device::max_bfloat16x2(most, bits.word[i]) : device::max_float16x2(most, bits.word[i]);
+  }
+  if (kBfloat16) return fmaxf(device::float_of(most << 16), device::float_of(most & 0xffff0000u));
+  return fmaxf(device::from_float16(most & 0xffffu), device::from_float16(most >> 16));
+}
 
 GKD_DEVICE uint32_t pack(float low, float high, Dtype dtype) {
   return dtype == Dtype::bfloat16 ? device::pack_bfloat16(low, high) : device::pack_float16(low, high);

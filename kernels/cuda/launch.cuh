@@ -126,10 +126,10 @@ void run_rows(const Job<float>& job, void* stream_) {
   with_shape<D, kChipThreads>(job, [&](auto shape) {
     using Chip = decltype(shape);
     const Plan plan = cached_plan<Chip>(device, job);
-    if (plan.ranks > 0) return run_on_chip<Chip>(job, launch_of(job, plan.ranks, plan.slice), plan, stream);
+    if (plan.ranks > 0) return run_on_chip<Chip>(job, launch_of<Chip>(job, plan.ranks, plan.slice), plan, stream);
     using Memory = Shape<D, 4, kMemoryThreads, false, true>;
     const Plan whole = plan_of<Memory>(job, 1);
-    start<Memory>(job, memory_blocks(device, job), launch_of(job, 1, whole.slice), whole, stream);
+    start<Memory>(job, memory_blocks(device, job), launch_of<Memory>(job, 1, whole.slice), whole, stream);
   });
 }
 

@@ -1,7 +1,7 @@
 // How many blocks share a row: pure arithmetic, so that it can be tested without a device.
 #pragma once
 
-#include "rows.cuh"
+#include "kernel.cuh"
 
 namespace gkd::cuda {
 
@@ -51,9 +51,26 @@ inline int64_t memory_blocks(const Device& device, const Job<float>& job) {
   return blocks < job.rows ? blocks : job.rows;
 }
 
+// Whether the kernels for value and gradient at once do the job: half precision, and nothing of a row is given or kept.
+inline bool is_whole(const Job<float>& job) {
+  if (job.given_stats || job.given_sums || job.stats || job.sums || has_extras(job)) return false;
+  return job.gradient.data && job.student.dtype == job.teacher.dtype;
+}
+
 // Visits the kernel for a job: visit(shape) with a Shape on chip.
 template <template <class> class D, int kThreads, class Visitor>
 auto with_shape(const Job<float>& job, Visitor&& visit) {
+  using enum Dtype;
+  using Form = typename HalfForm<D<CudaMath>>::Type;
+  if constexpr (!std::is_void_v<Form>) {
+    const auto is = [&](Dtype logits, Dtype gradient) {
+      const bool dtypes = job.student.dtype == logits && job.gradient.dtype == gradient;
+      return dtypes && is_whole(job) && Form::serves(job.parameter);
+    };
+    if (is(bfloat16, bfloat16)) return visit(WholeShape<D, bfloat16, bfloat16, kThreads>{});
+    if (is(float16, float16)) return visit(WholeShape<D, float16, float16, kThreads>{});
+    if (is(float16, float32)) return visit(WholeShape<D, float16, float32, kThreads>{});
+  }
   if (has_extras(job)) return visit(Shape<D, 4, kThreads, true, true>{});
   if (has_float(job)) return visit(Shape<D, 4, kThreads, true, false>{});
   return visit(Shape<D, 8, kThreads, true, false>{});

@@ -12,18 +12,19 @@
 // writes a stretch when all its threads have read theirs, which is never behind what is written.
 #pragma once
 
-#include "shape.cuh"
+#include "slice.cuh"
 
 namespace gkd {
 
-constexpr int kStages = 4;  // commit groups that a slice is loaded in
-
-struct Side {
-  Dtype dtype;
-  bool aligned;  // whole groups can be moved by the widest accesses
-  char* group;   // the thread's first group: in global memory
-  char* slot;    // and on chip
-};
+// Zeros in the gradient's columns beyond the logits'.
+template <int kThreads>
+GKD_DEVICE void write_padding(const Job<float>& job, int64_t row, const Team<kThreads>& team) {
+  if (job.gradient_columns <= job.columns) return;
+  char* to = row_of(job.gradient, row);
+  const int64_t size = size_of(job.gradient.dtype);
+  fill_zero(to + job.columns * size, to + job.gradient_columns * size,
+            int64_t(team.rank) * kThreads + device::thread_index(), int64_t(team.ranks) * kThreads);
+}
 
 template <class Shape>
 struct RowWork {
@@ -38,27 +39,25 @@ struct RowWork {
   const Launch& launch;
   const int64_t row;
   const Team<kThreads> team;
-  uint32_t *stats_scratch, *sums_scratch;
-  Geometry<kGroup> geometry;
-  Side student, teacher;
+  uint32_t *const stats_scratch, *const sums_scratch;
+  const Slice<Shape> slice;
   float hard_weight = 0.0f, label_logit = 0.0f;
 
   GKD_DEVICE RowWork(const Job<float>& job_, const Launch& launch_, int64_t row_, int rank)
       : job(job_), launch(launch_), row(row_), team{rank, launch_.ranks},
-        geometry(row_of(job_.student, row_), size_of(job_.student.dtype), int(job_.columns), rank, launch_.slice) {
-    stats_scratch = reinterpret_cast<uint32_t*>(device::shared_memory());
-    sums_scratch = stats_scratch + scratch_words(SoftmaxSums::kWords, kThreads, team.ranks);
-    char* slice = device::shared_memory() + Shape::scratch_bytes(team.ranks);
-    student = side(job.student, slice);
-    teacher = side(job.teacher, slice + slice_bytes(launch.slice, Group<kGroup>::bytes(student.dtype)));
+        stats_scratch(reinterpret_cast<uint32_t*>(device::shared_memory())),
+        sums_scratch(stats_scratch + launch.stats_words),
+        slice(job, launch, row, rank, device::shared_memory() + launch.scratch_bytes) {
     if constexpr (kExtras) read_label();
   }
 
+  // After the team has announced itself.
   GKD_DEVICE void run() {
-    if constexpr (kOnChip) load();
+    if constexpr (kOnChip) slice.load();
+    const RowFacts<M> facts = find_facts();
+    const Row<M>& logits = facts.logits;
     float stats[kStats];
-    find_stats(stats);
-    const Row<M> logits(stats, launch.inverse_temperature);
+    for (int i = 0; i < kStats; ++i) stats[i] = facts.stats[i];
     const D divergence = divergence_of<D>(job, row);
     Sums sums;
     const bool given = job.given_sums && !kExtras && !wants_cross();
@@ -76,99 +75,67 @@ struct RowWork {
 
  private:
   GKD_DEVICE bool first_thread() const { return team.rank == 0 && device::thread_index() == 0; }
-  GKD_DEVICE int iterations() const { return (launch.slice + kThreads - 1) / kThreads; }
-  GKD_DEVICE int group_of(int iteration) const {
-    return geometry.first + iteration * kThreads + device::thread_index();
-  }
-
-  GKD_DEVICE Side side(const Matrix& matrix, char* slice) const {
-    char* row_start = row_of(matrix, row);
-    const int size = size_of(matrix.dtype);
-    return {matrix.dtype, geometry.fits(row_start, size), row_start + int64_t(geometry.column(group_of(0))) * size,
-            slice + device::thread_index() * Group<kGroup>::bytes(matrix.dtype)};
-  }
-  GKD_DEVICE static char* address(const Side& side, int iteration) {
-    return side.group + int64_t(iteration) * (kThreads * kGroup * size_of(side.dtype));
-  }
-  GKD_DEVICE static char* slot(const Side& side, int iteration) {
-    return side.slot + iteration * (kThreads * Group<kGroup>::bytes(side.dtype));
-  }
-
-  GKD_DEVICE void load() const {
-#pragma unroll
-    for (int stage = 0; stage < kStages; ++stage) {
-      for (int i = iterations() * stage / kStages; i < iterations() * (stage + 1) / kStages; ++i) {
-        if (group_of(i) < geometry.end) load_group(student, i), load_group(teacher, i);
-      }
-      device::commit_copies();
-    }
-  }
-  GKD_DEVICE void load_group(const Side& from, int i) const {
-    if (!from.aligned || !geometry.whole(group_of(i))) {
-      Group<kGroup> bits;
-      bits.gather(address(from, i), from.dtype, geometry, group_of(i));
-      bits.store(slot(from, i), from.dtype);
-    } else if (Group<kGroup>::bytes(from.dtype) == 16) {
-      device::copy_async_16(slot(from, i), address(from, i));
-    } else {
-      device::copy_async_8(slot(from, i), address(from, i));
-    }
-  }
-  GKD_DEVICE void read(const Side& from, int i, Values& x) const {
+  GKD_DEVICE void read(const Side<Shape>& from, int i, Values& x) const {
     Group<kGroup> bits;
     if (kOnChip) {
-      bits.load(slot(from, i), from.dtype);
-    } else if (from.aligned && geometry.whole(group_of(i))) {
-      bits.load(address(from, i), from.dtype);
+      bits.load(from.slot_of(i), from.dtype());
+    } else if (from.aligned && slice.geometry.whole(slice.group_of(i))) {
+      bits.load(from.address(i), from.dtype());
     } else {
-      bits.gather(address(from, i), from.dtype, geometry, group_of(i));
+      bits.gather(from.address(i), from.dtype(), slice.geometry, slice.group_of(i));
     }
-    bits.unpack(x, from.dtype);
+    bits.unpack(x, from.dtype());
   }
 
-  GKD_DEVICE void find_stats(float (&stats)[kStats]) const {
+  GKD_DEVICE RowFacts<M> find_facts() const {
+    RowFacts<M> facts;
     if (job.given_stats) {
-      for (int i = 0; i < kStats; ++i) stats[i] = job.given_stats[row * kStats + i];
       if constexpr (kOnChip) device::wait_copies<0>();
-      team.arrive(), team.wait();
-      return;
+      team.wait_for_start();
+      team.arrive(), team.wait();  // the whole row is on chip
+      for (int i = 0; i < kStats; ++i) facts.stats[i] = job.given_stats[row * kStats + i];
+    } else {
+      find_stats(facts.stats);
     }
-    team.arrive();
+    if (team.in_first_warp()) facts.logits = Row<M>(facts.stats, launch.inverse_temperature);
+    team.share(facts, stats_scratch + scratch_words(SoftmaxSums::kWords, kThreads, team.ranks));
+    return facts;
+  }
+  // For the first warp.
+  GKD_DEVICE void find_stats(float (&stats)[kStats]) const {
     SoftmaxSums sums(launch.inverse_temperature * float(kLog2E));
     if constexpr (kOnChip) {
       add_stage<0>(sums);
     } else {
-      add(sums, 0, iterations());
+      add(sums, 0, slice.count);
     }
-    if (team.ranks > 1) team.wait();  // every block has started
-    team.combine(sums, stats_scratch);
+    team.wait_for_start();
+    team.reduce(sums, stats_scratch);
     stats[kStudentMax] = sums.student.max, stats[kStudentSum] = sums.student.sum;
     stats[kTeacherMax] = sums.teacher.max, stats[kTeacherSum] = sums.teacher.sum, stats[kCross] = 0.0f;
   }
   template <int kStage>
   GKD_DEVICE void add_stage(SoftmaxSums& sums) const {
     device::wait_copies<kStages - 1 - kStage>();
-    add(sums, iterations() * kStage / kStages, iterations() * (kStage + 1) / kStages);
+    add(sums, slice.stage_first(kStage), slice.stage_end(kStage));
     if constexpr (kStage + 1 < kStages) add_stage<kStage + 1>(sums);
   }
-  GKD_DEVICE void add(SoftmaxSums& sums, int begin, int end) const {
-    for (int i = begin; i < end; ++i) {
-      if (group_of(i) >= geometry.end) break;
+  GKD_DEVICE void add(SoftmaxSums& sums, int first, int end) const {
+    for (int i = first; i < end; ++i) {
       Values x;
-      read(student, i, x);
+      read(slice.student, i, x);
       sums.student.add(x, sums.scale);
-      read(teacher, i, x);
+      read(slice.teacher, i, x);
       sums.teacher.add(x, sums.scale);
     }
   }
 
   GKD_DEVICE void find_sums(Sums& sums, const Row<M>& logits, const D& divergence) const {
-    for (int i = 0; i < iterations(); ++i) {
-      if (group_of(i) >= geometry.end) break;
+    for (int i = 0; i < slice.count; ++i) {
       Values s, t;
-      read(student, i, s), read(teacher, i, t);
+      read(slice.student, i, s), read(slice.teacher, i, t);
       add_group(sums, s, t, logits, divergence);
-      if constexpr (kExtras) add_extras(sums, group_of(i), s, t, logits);
+      if constexpr (kExtras) add_extras(sums, slice.group_of(i), s, t, logits);
     }
     team.combine(sums, sums_scratch);
   }
@@ -201,7 +168,7 @@ struct RowWork {
   GKD_DEVICE void add_extras(Sums& sums, int group, const Values& s, const Values& t, const Row<M>& logits) const {
     if (job.byproducts) {
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) add_byproducts(sums, geometry.column(group) + i, s[i], t[i], logits);
+      for (int i = 0; i < kGroup; ++i) add_byproducts(sums, slice.geometry.column(group) + i, s[i], t[i], logits);
     }
     if (hard_weight != 0.0f) {
 #pragma unroll
@@ -231,13 +198,14 @@ struct RowWork {
     if (!job.labels || job.labels[row] < 0) return;
     hard_weight = job.hard_weight[row];
     label_logit = -INFINITY;
-    if (hard_weight == 0.0f || !first_thread() || job.labels[row] >= geometry.columns) return;
-    const char* at = row_of(job.student, row) + job.labels[row] * size_of(student.dtype);
-    if (student.dtype == Dtype::float32) {
+    if (hard_weight == 0.0f || !first_thread() || job.labels[row] >= slice.geometry.columns) return;
+    const Dtype dtype = slice.student.dtype();
+    const char* at = row_of(job.student, row) + job.labels[row] * size_of(dtype);
+    if (dtype == Dtype::float32) {
       label_logit = device::load<float>(at);
     } else {
       const uint32_t bits = device::load<uint16_t>(at);
-      label_logit = student.dtype == Dtype::bfloat16 ? device::float_of(bits << 16) : device::from_float16(bits);
+      label_logit = dtype == Dtype::bfloat16 ? device::float_of(bits << 16) : device::from_float16(bits);
     }
   }
   GKD_DEVICE float hard_logsumexp(const Sums& sums, const Row<M>& logits) const {
@@ -255,22 +223,8 @@ struct RowWork {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       gradient[i] += weight * M::exp2_nonpositive(s[i] - logsumexp, float(kLog2E));
-      if (geometry.column(group) + i == label) gradient[i] -= weight;
+      if (slice.geometry.column(group) + i == label) gradient[i] -= weight;
     }
-  }
-  GKD_DEVICE void write(const Side& to, int i, const Values& x) const {
-    if (to.aligned && geometry.whole(group_of(i))) {
-      store_group(address(to, i), to.dtype, x);
-    } else {
-      scatter(address(to, i), to.dtype, x, geometry, group_of(i));
-    }
-  }
-  GKD_DEVICE void write_padding() const {
-    if (job.gradient_columns <= job.columns) return;
-    char* to = row_of(job.gradient, row);
-    const int64_t size = size_of(job.gradient.dtype);
-    fill_zero(to + job.columns * size, to + job.gradient_columns * size,
-              int64_t(team.rank) * kThreads + device::thread_index(), int64_t(team.ranks) * kThreads);
   }
   GKD_DEVICE void write_gradient(const Sums& sums, const Row<M>& logits, const D& divergence) const {
     if (!job.gradient.data) return;
@@ -300,20 +254,24 @@ struct RowWork {
   // Writes what find(group, student, teacher, scale, gradient) finds.
   template <class Find>
   GKD_DEVICE void write_groups(const Row<M>& logits, Find&& find) const {
-    const Side to = side(job.gradient, nullptr);
+    const Output<Shape> to(job.gradient, row, slice);
     const float scale = gradient_scale(logits);
-    for (int i = 0; i < iterations(); ++i) {
-      const int group = group_of(i);
+    for (int i = 0; i < (kOnChip ? slice.count : slice.iterations); ++i) {
       Values gradient;
-      if (group < geometry.end) {
+      if (i < slice.count) {
         Values s, t;
-        read(student, i, s), read(teacher, i, t);
-        find(group, s, t, scale, gradient);
+        read(slice.student, i, s), read(slice.teacher, i, t);
+        find(slice.group_of(i), s, t, scale, gradient);
       }
       if constexpr (!kOnChip) device::sync_block();  // the whole block has read its groups: their memory is free
-      if (group < geometry.end) write(to, i, gradient);
+      if (i >= slice.count) continue;
+      if (to.is_wide(i, slice)) {
+        store_group(to.address(i), to.dtype, gradient);
+      } else {
+        scatter(to.address(i), to.dtype, gradient, slice.geometry, slice.group_of(i));
+      }
     }
-    write_padding();
+    write_padding(job, row, team);
   }
 
   GKD_DEVICE void write_rows(const float (&stats)[kStats], const Sums& sums, const Row<M>& logits,
@@ -363,31 +321,6 @@ GKD_DEVICE void ignore_row(const Job<float>& job, int64_t row, int rank, int ran
   }
   for (int i = 0; job.sums && i < kSums; ++i) job.sums[row * kSums + i] = 0.0f;
   for (int i = 0; job.byproducts && i < kByproducts; ++i) job.byproducts[i * job.rows + row] = 0.0f;
-}
-
-// On chip the grid is a team for each row. From memory it is a few blocks that go over the rows: only what a few rows
-// hold can be found in the cache again.
-template <class Shape>
-GKD_KERNEL(Shape::kThreads, Shape::kOnChip ? 3 : 1)
-score_rows_kernel(const Job<float> job, const Launch launch) {
-  if constexpr (Shape::kOnChip) {
-    const int64_t row = launch.first_row + device::block_index() / launch.ranks;
-    const int rank = int(device::block_index() % launch.ranks);
-    if (job.alive && !job.alive[row]) {
-      ignore_row<Shape::kThreads>(job, row, rank, launch.ranks);
-    } else {
-      RowWork<Shape>(job, launch, row, rank).run();
-    }
-  } else {
-    for (int64_t row = launch.first_row + device::block_index(); row < launch.end_row; row += device::block_count()) {
-      if (job.alive && !job.alive[row]) {
-        ignore_row<Shape::kThreads>(job, row, 0, 1);
-      } else {
-        RowWork<Shape>(job, launch, row, 0).run();
-        device::sync_block();  // statistics alone use one piece of scratch, and the next row writes to it
-      }
-    }
-  }
 }
 
 }  // namespace gkd

@@ -9,14 +9,26 @@ namespace gkd {
 // What the host works out once.
 struct Launch {
   int64_t first_row, end_row;
-  int ranks;  // blocks of a team
-  int slice;  // groups of a block
-  float inverse_temperature;
+  int ranks;       // blocks of a team, a power of 2 ...
+  int rank_shift;  // ... and which
+  int slice;       // groups of a block
+  int stats_words, scratch_bytes;  // of shared memory: scratch of pass 1, and all that lies before the slices
+  float temperature, inverse_temperature;
   float scale;  // of the gradient: the job's, over the temperature
 };
 
-inline Launch launch_of(const Job<float>& job, int ranks, int slice) {
-  return {0, job.rows, ranks, slice, float(1 / job.temperature), float(job.scale / job.temperature)};
+template <class Shape>
+Launch launch_of(const Job<float>& job, int ranks, int slice) {
+  return {0,
+          job.rows,
+          ranks,
+          __builtin_ctz(unsigned(ranks)),
+          slice,
+          Shape::stats_words(ranks),
+          Shape::scratch_bytes(ranks),
+          float(job.temperature),
+          float(1 / job.temperature),
+          float(job.scale / job.temperature)};
 }
 
 // The groups that a row can have, wherever it starts.
@@ -31,12 +43,21 @@ inline bool has_float(const Job<float>& job) {
 inline int logit_bytes(const Matrix& matrix) { return matrix.dtype == Dtype::float32 ? 4 : 2; }
 inline bool has_extras(const Job<float>& job) { return job.byproducts || job.labels; }
 
+// What the passes after the first need of a row: the statistics and what follows from them.
+template <class M>
+struct RowFacts {
+  float stats[kStats];
+  Row<M> logits;
+};
+
 // Which kernel: D the divergence, kExtras by-products and hard labels.
 template <template <class> class D_, int kGroup_, int kThreads_, bool kOnChip_, bool kExtras_>
 struct Shape {
   using D = D_<CudaMath>;
   static constexpr int kGroup = kGroup_, kThreads = kThreads_;
   static constexpr bool kOnChip = kOnChip_, kExtras = kExtras_;
+  static constexpr bool kDtypesKnown = false;
+  static constexpr Dtype kLogits{}, kGradient{};  // where they are
   using Sums = RowSums<kExtras ? int(kAllSums) : D::needs_sums ? int(kSums) : 1, kExtras>;
   // Of shared memory: in all, and before the slices.
   static int shared_bytes(const Job<float>& job, int ranks, int slice) {
@@ -45,9 +66,12 @@ struct Shape {
            slice_bytes(slice, kGroup * logit_bytes(job.teacher));
   }
   static GKD_INLINE int scratch_bytes(int ranks) {
-    const int words = SoftmaxSums::kWords + Sums::kWords;
-    return (4 * scratch_words(words, kThreads, ranks) + 15) / 16 * 16;
+    return (4 * (stats_words(ranks) + sums_words(ranks)) + 15) / 16 * 16;
   }
+  static GKD_INLINE int stats_words(int ranks) {
+    return scratch_words(SoftmaxSums::kWords, kThreads, ranks) + int(sizeof(RowFacts<CudaMath>) / 4);
+  }
+  static GKD_INLINE int sums_words(int ranks) { return combine_words<Sums>(kThreads, ranks); }
 };
 
 }  // namespace gkd

@@ -7,15 +7,13 @@
 
 namespace gkd {
 
-// The largest logit and the sum of e^((logit - largest) / temperature), found in one pass.
+constexpr float kLowest = -3.40282347e+38f;  // finite, so that a row of nothing but -inf has the sum 0, not NaN
+
+// The largest logit and the sum of e^((logit - largest) / temperature), in one pass; scale is log2(e) / temperature.
 struct OnlineSum {
   float max, sum;
 
-  GKD_DEVICE void clear() {
-    max = -3.40282347e+38f;  // finite, so that a row of nothing but -inf has the sum 0, not NaN
-    sum = 0.0f;
-  }
-  // scale is log2(e) / temperature.
+  GKD_DEVICE void clear() { max = kLowest, sum = 0.0f; }
   template <int kGroup>
   GKD_DEVICE void add(const float (&x)[kGroup], float scale) {
     float top = max, total = 0.0f;
@@ -23,12 +21,15 @@ struct OnlineSum {
     for (int i = 0; i < kGroup; ++i) top = fmaxf(top, x[i]);  // fmaxf passes over NaN, the sum does not
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) total += device::exp2((x[i] - top) * scale);
-    sum = sum * device::exp2((max - top) * scale) + total;
+    sum = sum * device::exp2(lift(top, scale)) + total;
     max = top;
   }
+  // What a sum is multiplied by to be relative to a larger logit, as an exponent of 2.
+  GKD_DEVICE float lift(float top, float scale) const { return (max - top) * scale; }
+  template <int kWidth>
   GKD_DEVICE void reduce_warp(float scale) {
-    const float top = warp_max(max);
-    sum = warp_sum(sum * device::exp2((max - top) * scale));
+    const float top = lanes_max<kWidth>(max);
+    sum = lanes_sum<kWidth>(sum * device::exp2(lift(top, scale)));
     max = top;
   }
 };
@@ -38,9 +39,13 @@ struct SoftmaxSums {
   OnlineSum student, teacher;
   float scale;
 
+  GKD_DEVICE SoftmaxSums() = default;
   GKD_DEVICE explicit SoftmaxSums(float scale_) : scale(scale_) { clear(); }
   GKD_DEVICE void clear() { student.clear(), teacher.clear(); }
-  GKD_DEVICE void reduce_warp() { student.reduce_warp(scale), teacher.reduce_warp(scale); }
+  template <int kWidth>
+  GKD_DEVICE void reduce_warp() {
+    student.reduce_warp<kWidth>(scale), teacher.reduce_warp<kWidth>(scale);
+  }
   GKD_DEVICE uint32_t word(int i) const {
     return device::bits_of(i == 0 ? student.max : i == 1 ? student.sum : i == 2 ? teacher.max : teacher.sum);
   }
@@ -62,10 +67,11 @@ struct RowSums {
     for (int i = 0; i < kCount; ++i) sum[i] = 0.0f;
     top1 = 0xffffffffu;
   }
+  template <int kWidth>
   GKD_DEVICE void reduce_warp() {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) sum[i] = warp_sum(sum[i]);
-    if constexpr (kExtras) top1 = warp_min(top1);
+    for (int i = 0; i < kCount; ++i) sum[i] = lanes_sum<kWidth>(sum[i]);
+    if constexpr (kExtras) top1 = lanes_min<kWidth>(top1);
   }
   GKD_DEVICE uint32_t word(int i) const { return i < kCount ? device::bits_of(sum[i < kCount ? i : 0]) : top1; }
   GKD_DEVICE void set_word(int i, uint32_t bits) {

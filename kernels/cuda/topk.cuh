@@ -83,7 +83,7 @@ GKD_DEVICE void store_at(const Matrix& matrix, int64_t row, int64_t column, floa
 // Of shared memory: the marks, and what `combine` needs.
 template <int kThreads>
 int topk_shared_bytes(int64_t columns) {
-  return 4 * (Marks<kThreads>::words(columns) + scratch_words(SoftmaxSums::kWords, kThreads, 1));
+  return 4 * (Marks<kThreads>::words(columns) + combine_words<SoftmaxSums>(kThreads, 1));
 }
 
 // A tail of 1 - (the sum over K) would lose a small one, so it has a sum, and a maximum, of its own.

@@ -15,6 +15,7 @@ struct Row {
   S teacher_max, teacher_inverse_sum, teacher_log_sum;
   S offset;  // log P - log Q is (teacher - student) / temperature + offset
 
+  Row() = default;
   // The stats are those of enum Stat, for the whole vocabulary.
   template <class Stats>
   GKD_INLINE Row(const Stats& stats, S inverse_temperature_)

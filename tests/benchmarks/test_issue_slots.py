@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+from building.toolchain import nvcc
 
 from benchmarks.losses import issue_slots
 from benchmarks.records import RESULTS, ROOT
 
-# A copy loop whose group may be gathered by columns instead, statistics, a shuffle, and a gradient in two dtypes.
+# A copy loop whose group may be gathered by columns, statistics, a shuffle, and a gradient by groups or columns.
 CODE = """
 		Function : a_kernel
 	.headerflags	@"EF_CUDA_SM90"
@@ -28,7 +30,7 @@ CODE = """
         /*00a0*/                   SHFL.BFLY PT, R2, R0, 0x1, 0x1f ;
         /*00b0*/                   MUFU.EX2 R0, R0 ;
         /*00c0*/               @P2 BRA 0xf0 ;
-        /*00d0*/                   HADD2.F32 R0, -RZ, R0.H0_H0 ;
+        /*00d0*/                   STG.E.U16 desc[UR8][R2.64], R0 ;
         /*00e0*/                   BRA 0x100 ;
         /*00f0*/                   IMAD.U32 R0, R0, 0x10000, RZ ;
         /*0100*/                   STG.E.EF.128 desc[UR8][R2.64], R4 ;
@@ -52,7 +54,7 @@ def test_loops_are_told_apart_and_counted_on_the_way_of_whole_groups() -> None:
     assert [(loop.role, loop.way.count, loop.way.special) for loop in loops] == [
         ("copy", 5, 0),  # not the gathered column
         ("stats", 3, 1),
-        ("gradient", 5, 1),  # not the conversion of float16
+        ("gradient", 5, 1),  # not the single columns
     ]
     assert issue_slots.best_way(code).count == 5 + 3 + 5 + 3  # and what is in no loop: LDC, SHFL, EXIT
 
@@ -92,6 +94,25 @@ def test_slots_a_pair() -> None:
 def test_blocks_of_a_row_are_those_of_the_plan(vocabulary: int, group: int, logit_bytes: int, ranks: int) -> None:
     """tests/kernels/test_cuda_source.py holds the plan itself to the same."""
     assert issue_slots.ranks_of(vocabulary, group, logit_bytes) == ranks
+
+
+def test_no_kernel_costs_more_than_its_bar() -> None:
+    rows = json.loads((RESULTS / "issue_slots.json").read_text())["kernels"]
+    slots = {row["kind"]: row["slots"] for row in rows if row["logits"] == "half" and row["vocabulary"] == 128256}
+    assert {kind: slots[kind] for kind, bar in issue_slots.BARS.items() if slots[kind] > bar} == {}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", issue_slots.BARS)
+def test_the_counts_are_those_of_the_source(kind: str, tmp_path: Path) -> None:
+    """As far as another compiler's may differ."""
+    if nvcc() is None:
+        pytest.skip("no nvcc here")
+    known = json.loads((RESULTS / "issue_slots.json").read_text())["kernels"]
+    for row in issue_slots.rows_of(kind, *issue_slots.compile_kind(kind, tmp_path)):
+        (want,) = (x for x in known if all(x[name] == row[name] for name in ("kind", "logits", "vocabulary")))
+        assert row["slots"] == pytest.approx(want["slots"], rel=0.03)
+        assert row["spilled_bytes"] == 0
 
 
 def test_the_page_has_the_counts_of_the_results() -> None:

@@ -11,15 +11,29 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from emulated import DTYPES, Matrix, Rows, check_gradient, compile_emulation, random_rows
+from emulated import (
+    DTYPES,
+    TEAMS,
+    Job,
+    Matrix,
+    Rows,
+    Team,
+    check_gradient,
+    check_value,
+    compile_emulation,
+    emulate,
+    kl_weights_of,
+    random_rows,
+    spec_of,
+    truth,
+)
 from torch import Tensor
 
-from gkd.objectives import BYPRODUCTS, KINDS, Divergence, HardLabels, MixedKl, score_rows
+from gkd.objectives import BYPRODUCTS, KINDS, Divergence, HardLabels, score_rows
 
 NAN = float("nan")
 INF = float("inf")
@@ -27,100 +41,10 @@ INF = float("inf")
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="compiles C++")
 
 
-VECTORS = ("alive", "row_scale", "labels", "hard_weight", "kl_weights", "given_stats", "given_sums")
-OUTPUTS = ("stats", "sums", "value", "byproducts")
-
-
-class Job(ctypes.Structure):
-    """kernels/shared/job.h"""
-
-    _fields_ = [
-        *((name, Matrix) for name in ("student", "teacher", "gradient")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "gradient_columns", "kind")),
-        *((name, ctypes.c_double) for name in ("parameter", "temperature", "scale")),
-        *((name, ctypes.c_void_p) for name in (*VECTORS, *OUTPUTS)),
-    ]
-
-
-@dataclass(frozen=True)
-class Team:
-    """How a row is shared out: `ranks` blocks on chip, or 0: read from memory by a grid of `blocks`."""
-
-    ranks: int = 2
-    blocks: int = 2
-    seed: int = 0
-
-
-TEAMS = (Team(0, blocks=1, seed=1), Team(1, seed=0), Team(2, seed=3), Team(4, seed=4))
 each_team = pytest.mark.parametrize("team", TEAMS, ids=["memory", "block", "cluster of 2", "cluster of 4"])
 two_teams = pytest.mark.parametrize("team", TEAMS[::2], ids=["memory", "cluster of 2"])
 each_kind = pytest.mark.parametrize("kind", (*KINDS, "mixed_kl"))
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float16", "bfloat16", "float32"])
-
-
-def emulate(
-    library,
-    student: Rows,
-    teacher: Rows,
-    spec: Divergence,
-    team: Team,
-    *,
-    gradient: Rows | None = None,
-    want=("value", "sums"),
-    **given: Tensor,
-) -> dict[str, Tensor]:
-    """Runs the op. Returns the outputs that are asked for in `want`."""
-    given |= kl_weights_of(spec, len(student.view))
-    n_rows, columns = student.view.shape
-    shapes = {"value": (n_rows,), "stats": (n_rows, 5), "sums": (n_rows, 3), "byproducts": (5, n_rows)}
-    outputs = {name: torch.full(shapes[name], NAN) for name in want}
-    job = Job(
-        student.matrix(),
-        teacher.matrix(),
-        gradient.matrix() if gradient else Matrix(),
-        n_rows,
-        columns,
-        gradient.view.shape[1] if gradient else 0,
-        library.gkd_kinds().decode().split().index(spec.limit),
-        spec.parameter,
-        spec.temperature,
-        spec.scale,
-    )
-    for name, tensor in (outputs | given).items():
-        assert tensor.is_contiguous()
-        setattr(job, name, tensor.data_ptr())
-    error = library.gkd_run_rows(ctypes.byref(job), team.ranks, team.blocks, team.seed)
-    assert error == b"", error
-    return outputs
-
-
-def spec_of(kind: str, temperature: float = 2.0) -> Divergence:
-    if kind == "mixed_kl":
-        return MixedKl(temperature=temperature, scale_by_temperature_squared=True)
-    return Divergence(kind, beta=0.3, alpha=0.3, temperature=temperature, scale_by_temperature_squared=True)
-
-
-def kl_weights_of(spec: Divergence, n_rows: int) -> dict[str, Tensor]:
-    """Of every sort, for a mixed KL."""
-    if not isinstance(spec, MixedKl):
-        return {}
-    of_row = torch.tensor([[1.0, 0.0, 0.3, 2.0], [0.5, 1.0, 0.7, 0.0]])  # [2, 4]
-    return {"kl_weights": of_row[:, torch.arange(n_rows) % 4].contiguous()}
-
-
-def truth(student: Rows, teacher: Rows, spec: Divergence, **options) -> tuple[Tensor, Tensor]:
-    """Value and gradient of the logits as they are in memory, in float64."""
-    gradient = torch.empty(student.view.shape, dtype=torch.float64)
-    options |= kl_weights_of(spec, len(student.view))
-    options = {
-        name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in options.items()
-    }
-    scores = score_rows(student.view.double(), teacher.view.double(), spec, gradient=gradient, **options)
-    return scores.value, gradient
-
-
-def check_value(got: Tensor, want: Tensor, rtol: float = 3e-6) -> None:
-    torch.testing.assert_close(got.double(), want, rtol=rtol, atol=1e-9, equal_nan=True)
 
 
 def test_the_job_is_laid_out_as_in_c(library: ctypes.CDLL) -> None:

@@ -4,7 +4,7 @@
 // before; threads run one after the other in an order that changes from run to run, so that what is read without a
 // barrier has not been written for some of them; misaligned accesses, stores into blocks that have not started or have
 // ended, stores beyond the shared memory, and barriers that not everybody reaches are reported. Under ThreadSanitizer
-// block and cluster barriers order memory, and nothing else does: shuffles do not.
+// block and cluster barriers order memory, and nothing else does: shuffles do not, nor a barrier's relaxed half.
 #pragma once
 
 #include <cmath>
@@ -13,6 +13,8 @@
 
 #define GKD_DEVICE inline
 #define GKD_KERNEL(threads, blocks) void
+#define GKD_RARE inline
+#define GKD_ARGUMENT const
 
 using std::fmaxf;
 
@@ -34,6 +36,7 @@ int64_t block_count();
 char* shared_memory();
 void sync_block();
 void cluster_arrive();
+void cluster_arrive_relaxed();
 void cluster_wait();
 uint32_t shuffle_xor(uint32_t x, int mask);
 void store_remote(uint32_t* to, int rank, uint32_t x);
@@ -41,6 +44,11 @@ void copy_async(void* to, const void* from, int bytes);
 void commit_copies();
 void wait_copies_left(int left);
 void check_aligned(const void* address, int bytes);
+
+inline void store_remote(uint32_t* to, int rank, const Words4& x) {
+  check_aligned(to, 16);
+  for (int i = 0; i < 4; ++i) store_remote(to + i, rank, x.word[i]);
+}
 
 inline float float_of(uint32_t bits) {
   float x;
@@ -100,7 +108,17 @@ inline uint32_t to_bfloat16(float x) {
 inline uint32_t pack_float16(float low, float high) { return to_float16(low) | to_float16(high) << 16; }
 inline uint32_t pack_bfloat16(float low, float high) { return to_bfloat16(low) | to_bfloat16(high) << 16; }
 
+template <uint32_t (*kRound)(float), float (*kWiden)(uint32_t)>
+uint32_t max_halves(uint32_t a, uint32_t b) {
+  const float low = fmaxf(kWiden(a & 0xffffu), kWiden(b & 0xffffu)), high = fmaxf(kWiden(a >> 16), kWiden(b >> 16));
+  return kRound(low) | kRound(high) << 16;
+}
+inline float from_bfloat16(uint32_t bits) { return float_of(bits << 16); }
+inline uint32_t max_float16x2(uint32_t a, uint32_t b) { return max_halves<to_float16, from_float16>(a, b); }
+inline uint32_t max_bfloat16x2(uint32_t a, uint32_t b) { return max_halves<to_bfloat16, from_bfloat16>(a, b); }
+
 float product(float a, float b);  // elsewhere, so that it is not fused
+inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
 
 // As inaccurate as the special-function units may be: off by 2^-22, up or down by the argument.
 inline float jitter(float argument) {

@@ -246,11 +246,13 @@ GKD_UNCHECKED void sync_block() {
   emulation::wait(barrier, emulation::arrive(barrier, true), true);
 }
 
-GKD_UNCHECKED void cluster_arrive() {
+GKD_UNCHECKED void arrive_at_cluster(bool orders_memory) {
   if (machine.current->arrived) fail("two arrivals at a cluster barrier without a wait");
   machine.current->arrived = true;
-  machine.current->cluster_phase = emulation::arrive(machine.cluster, true);
+  machine.current->cluster_phase = emulation::arrive(machine.cluster, orders_memory);
 }
+GKD_UNCHECKED void cluster_arrive() { arrive_at_cluster(true); }
+GKD_UNCHECKED void cluster_arrive_relaxed() { arrive_at_cluster(false); }
 GKD_UNCHECKED void cluster_wait() {
   if (!machine.current->arrived) return fail("a wait at a cluster barrier without an arrival");
   emulation::wait(machine.cluster, machine.current->cluster_phase, true);

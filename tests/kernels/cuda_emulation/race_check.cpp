@@ -1,5 +1,6 @@
 // Every way through the kernels once, for ThreadSanitizer: whether barriers order all that threads share.
 #include <cstdio>
+#include <cstring>
 #include <vector>
 
 #include "run_rows.h"
@@ -15,6 +16,7 @@ struct Case {
   Dtype dtype, gradient;
   int ranks;
   bool extras, given, stats_only = false;
+  bool whole = false, starts_again = false;  // value and gradient at once, and a row that this cannot do
 };
 
 std::string run_case(const Case& c) {
@@ -32,6 +34,9 @@ std::string run_case(const Case& c) {
   job.kind = c.kind, job.parameter = 0.3, job.temperature = 2, job.scale = 1;
   (c.given ? const_cast<float*&>(job.given_stats) : job.stats) = stats.data();
   (c.given ? const_cast<float*&>(job.given_sums) : job.sums) = sums.data();
+  if (c.whole) job.stats = job.sums = nullptr;
+  const uint16_t impossible = 0xff80;  // -inf as bfloat16
+  if (c.starts_again) std::memcpy(teacher.data() + size, &impossible, 2);
   if (c.stats_only) {
     job.gradient = {}, job.sums = nullptr;
   } else {
@@ -81,6 +86,14 @@ int main() {
       }
       const std::string error = run_case({kind, bfloat16, bfloat16, ranks, false, false, true});
       if (!error.empty()) return std::printf("%s\n", error.c_str()), 1;
+    }
+  }
+  for (const Kind kind : {Kind::forward_kl, Kind::reverse_kl, Kind::jsd}) {
+    for (const int ranks : {1, 2, 4}) {
+      for (const bool again : {false, true}) {
+        const std::string error = run_case({kind, bfloat16, bfloat16, ranks, false, false, false, true, again});
+        if (!error.empty()) return std::printf("%s\n", error.c_str()), 1;
+      }
     }
   }
   return 0;

@@ -7,7 +7,7 @@ namespace gkd::emulation {
 std::string run_rows(const Job<float>& job, const Choice& choice) {
 #if defined(__SANITIZE_THREAD__)  // the others differ from these in nothing that threads share
   constexpr auto checked = [](Kind kind) {
-    return kind == Kind::forward_kl || kind == Kind::jsd || kind == Kind::mixed_kl;
+    return kind == Kind::forward_kl || kind == Kind::reverse_kl || kind == Kind::jsd || kind == Kind::mixed_kl;
   };
 #else
   constexpr auto checked = [](Kind) { return true; };
@@ -52,6 +52,19 @@ extern "C" const char* gkd_run_rows(const gkd::Job<float>* job, int ranks, int b
   static std::string error;
   error = gkd::emulation::run_rows(*job, {ranks, blocks, seed});
   return error.c_str();
+}
+
+// Whether a job is one for the kernels that find value and gradient at once.
+extern "C" bool gkd_is_whole(const gkd::Job<float>* job) {
+  using namespace gkd;
+  bool whole = false;
+#define GKD_KIND(name, Struct)                                                                      \
+  if (job->kind == Kind::name) {                                                                    \
+    whole = cuda::with_shape<Struct, 256>(*job, [](auto shape) { return decltype(shape)::kDtypesKnown; }); \
+  }
+  GKD_DIVERGENCES(GKD_KIND)
+#undef GKD_KIND
+  return whole;
 }
 
 // The plan for a device like that, with 256 threads a block of which a processor holds `blocks_per_processor` as far as

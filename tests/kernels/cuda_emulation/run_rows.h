@@ -18,7 +18,7 @@ struct Choice {
 template <class Shape>
 std::string launch(const Job<float>& job, const Choice& choice) {
   const cuda::Plan plan = cuda::plan_of<Shape>(job, Shape::kOnChip ? choice.ranks : 1);
-  const Launch launch = launch_of(job, plan.ranks, plan.slice);
+  const Launch launch = launch_of<Shape>(job, plan.ranks, plan.slice);
   const int64_t blocks = Shape::kOnChip ? job.rows * plan.ranks : choice.blocks;
   const Grid grid{blocks, kThreads, plan.ranks, plan.shared_bytes, choice.seed};
   return run(grid, [&] { score_rows_kernel<Shape>(job, launch); });
