@@ -10,17 +10,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 from urllib.request import urlopen
 
+import numpy as np
 from launching import REPOSITORY, environment
 
+from gkd.serving.protocol import DIGEST_HEADER, TOKEN_ID_FORMAT, answer_digest
 from gkd.types import Prompt, PromptDraw, Rollout
 
 TOKEN = "token-of-the-tests"
@@ -171,24 +173,30 @@ class Relay:
 
 
 Answer = tuple[int, dict[str, str], bytes]
+Answering = Callable[[dict[str, str], bytes], Answer]  # a request's query and body
 
 
 class FakeServer:
-    """Answers by path with what it is given. A content-length may promise more than comes; x-sleep is in seconds."""
+    """Answers by path with what it is given, and with the digest of that unless it is given one.
 
-    def __init__(self, answers: dict[str, Answer]) -> None:
-        self.answers, self.requests = answers, []
+    A content-length may promise more than comes; x-sleep is in seconds.
+    """
+
+    def __init__(self, answers: Mapping[str, Answer | Answering]) -> None:
+        self.answers, self.requests = dict(answers), list[str]()
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                path = self.path.split("?")[0]
+                path, _, query = self.path.partition("?")
                 fake.requests.append(path)
-                self.rfile.read(int(self.headers.get("content-length", 0)))
-                status, headers, body = fake.answers[path]
+                asked = self.rfile.read(int(self.headers.get("content-length", 0)))
+                answer = fake.answers[path]
+                status, headers, body = answer(dict(parse_qsl(query)), asked) if callable(answer) else answer
                 time.sleep(float(headers.get("x-sleep", 0)))
                 self.send_response(status)
-                for name, value in {"content-length": str(len(body)), **headers}.items():
+                known = {"content-length": str(len(body)), DIGEST_HEADER: answer_digest(asked, body)}
+                for name, value in {**known, **headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
                 with suppress(OSError):  # a client that has read enough hangs up
@@ -207,6 +215,16 @@ class FakeServer:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+def read_ids(body: bytes) -> np.ndarray:
+    return np.frombuffer(body, TOKEN_ID_FORMAT)
+
+
+def causal_states(ids: np.ndarray, hidden_size: int) -> np.ndarray:
+    """[T, H] float32: of each token and all before it, as a model's are."""
+    known = np.sin(np.outer(ids + 1.0, np.arange(1, hidden_size + 1)))
+    return (known + 0.5 * known.cumsum(axis=0) / np.arange(1, len(ids) + 1)[:, None]).astype(np.float32)
 
 
 def total_rows(rollouts: Sequence[Rollout]) -> int:

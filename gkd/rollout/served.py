@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from gkd.errors import SamplerError, WeightSyncError
 from gkd.models.held import WeightChecksums
+from gkd.rollout.checks import check_completion
 from gkd.rollout.replicas import SamplerReplicas
 from gkd.serving import sampler_protocol as protocol
 from gkd.serving.replicas import NoServerLeftError, Replica, ServerFailedError, ServerLostError, ServerRefusedError
@@ -33,7 +34,7 @@ class ServedSampler:
     """
 
     def __init__(self, replicas: SamplerReplicas, *, is_main: bool, from_main: FromMain) -> None:
-        self._pool = replicas.pool
+        self._pool, self._vocabulary_rows = replicas.pool, replicas.served.vocabulary_rows
         self._is_main, self._from_main = is_main, from_main
         self._sender: Any = None
         if is_main:
@@ -137,7 +138,9 @@ class ServedSampler:
         def read(headers: httpx.Headers, body: bytearray) -> Completion:
             if len(body) > limit_bytes:
                 raise ValueError(f"more than the {settings.max_new_tokens} tokens that were asked for")
-            return protocol.completion_from_bytes(body, headers.get(protocol.FINISH_REASON_HEADER))
+            completion = protocol.completion_from_bytes(body, headers.get(protocol.FINISH_REASON_HEADER))
+            check_completion(completion, settings, self._vocabulary_rows)
+            return completion
 
         return self._ask(replica, protocol.COMPLETIONS_PATH, query, request.prompt_ids, limit_bytes, read)
 
@@ -177,16 +180,13 @@ class ServedSampler:
         `limit_bytes`; its ValueError becomes a SamplerError."""
         try:
             headers, body = self._pool.post_token_ids(replica, path, query.params, token_ids, limit_bytes + 1)
+            answered = headers.get(protocol.VERSION_HEADER)
+            if answered != str(query.weights_version):
+                raise ValueError(f"answered from weights of version {answered!r}, not {query.weights_version}")
+            return read(headers, body)
         except ServerRefusedError as error:
             if error.status == protocol.CONFLICT:  # it was restarted, say
                 raise ServerLostError(str(error)) from None
             raise SamplerError(f"{replica.address}: {error}") from None
-        answered = headers.get(protocol.VERSION_HEADER)
-        if answered != str(query.weights_version):
-            raise SamplerError(
-                f"{replica.address}: answered from weights of version {answered!r}, not {query.weights_version}"
-            )
-        try:
-            return read(headers, body)
         except ValueError as error:
             raise SamplerError(f"{replica.address}: {error}") from None

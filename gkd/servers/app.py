@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from gkd.serving.protocol import TOKEN_ID_BYTES, TOKEN_ID_FORMAT, Description
+from gkd.serving.protocol import DIGEST_HEADER, TOKEN_ID_BYTES, TOKEN_ID_FORMAT, Description, answer_digest
 
 if TYPE_CHECKING:
     from starlette.routing import BaseRoute
@@ -128,6 +128,12 @@ async def read_token_ids(request: Request, served: Description) -> list[int]:
         wrong = next(int(token_id) for token_id in ids if not 0 <= token_id < vocabulary_rows)
         raise bad_request(f"there is no token id {wrong}; the model has {vocabulary_rows}")
     return ids.tolist()
+
+
+def answer_response(token_ids: Sequence[int], answer: memoryview, headers: dict[str, str]) -> Response:
+    """What was made of a sequence, with the digest of both."""
+    asked = np.asarray(token_ids, TOKEN_ID_FORMAT).tobytes()
+    return bytes_response(answer, headers | {DIGEST_HEADER: answer_digest(asked, answer)})
 
 
 def bytes_response(data: memoryview, headers: dict[str, str]) -> Response:

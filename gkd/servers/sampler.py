@@ -25,7 +25,7 @@ from gkd.engines.sampling import SamplerSpec
 from gkd.engines.updated import NotHeldError, SamplerEngine
 from gkd.errors import InputError
 from gkd.models import local_folder, make_student_from_layers, read_config, resolve_model
-from gkd.servers.app import bad_request, bytes_response, make_app, read_body, read_token_ids
+from gkd.servers.app import answer_response, bad_request, make_app, read_body, read_token_ids
 from gkd.servers.server import ServerSettings, Service, check_context, serve
 from gkd.serving import sampler_protocol as protocol
 from gkd.serving.sampler_protocol import HeldWeights, ServedSamplerModel, Transfer, architecture_digest
@@ -133,15 +133,15 @@ def make_sampler_app(served: ServedSamplerModel, engine: SamplerEngine) -> ASGIA
         query = _query(request, protocol.CompletionQuery)
         _check_room(len(prompt_ids), query.max_new_tokens, served.max_tokens)
         made = await _result(engine.complete(prompt_ids, query))
-        body = protocol.completion_to_bytes(made.answer)
-        return _versioned_bytes(body, made.weights_version, {protocol.FINISH_REASON_HEADER: made.answer.finish_reason})
+        headers = {protocol.FINISH_REASON_HEADER: made.answer.finish_reason}
+        return _versioned(prompt_ids, protocol.completion_to_bytes(made.answer), made.weights_version, headers)
 
     async def probe(request: Request) -> Response:
         token_ids = await read_token_ids(request, served)
         query = _query(request, protocol.ProbeQuery)
         _check_room(len(token_ids), 1, served.max_tokens)
         made = await _result(engine.probe(token_ids, query.weights_version))
-        return _versioned_bytes(protocol.logprobs_to_bytes(made.answer), made.weights_version, {})
+        return _versioned(token_ids, protocol.logprobs_to_bytes(made.answer), made.weights_version, {})
 
     async def held(request: Request) -> Response:
         message = await _message(request, protocol.WhichWeights)
@@ -199,8 +199,8 @@ def _check_room(prompt_tokens: int, new_tokens: int, max_tokens: int) -> None:
         )
 
 
-def _versioned_bytes(body: bytes, version: int, headers: dict[str, str]) -> Response:
-    return bytes_response(memoryview(body), {protocol.VERSION_HEADER: str(version)} | headers)
+def _versioned(token_ids: list[int], answer: bytes, version: int, headers: dict[str, str]) -> Response:
+    return answer_response(token_ids, memoryview(answer), {protocol.VERSION_HEADER: str(version)} | headers)
 
 
 async def _connection(request: Request, served: ServedSamplerModel) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from gkd.config import settled_option
 from gkd.engines.prefill import PrefillEngine, PrefillSettings
 from gkd.models import load_causal_lm, model_fingerprint, output_head, read_config, resolve_model, verify_head
 from gkd.models.head_bytes import head_to_bytes
-from gkd.servers.app import bad_request, bytes_response, make_app, read_token_ids
+from gkd.servers.app import answer_response, bad_request, bytes_response, make_app, read_token_ids
 from gkd.servers.server import ServerSettings, Service, check_context, serve
 from gkd.serving import teacher_protocol as protocol
 from gkd.serving.teacher_protocol import ServedTeacherModel
@@ -114,7 +114,7 @@ def make_teacher_app(served: ServedTeacherModel, head: bytes, scorer: Scorer) ->
         token_ids = await read_token_ids(request, served)
         first_row = _first_row(request, len(token_ids))
         states = await asyncio.wrap_future(scorer.submit(token_ids))
-        return _states_response(states[first_row:], served)
+        return _states_response(token_ids, states[first_row:], served)
 
     return make_app(
         protocol.DESCRIPTION_PATH,
@@ -133,7 +133,7 @@ def _first_row(request: Request, tokens: int) -> int:
     return int(text)
 
 
-def _states_response(states: torch.Tensor, served: ServedTeacherModel) -> Response:
+def _states_response(token_ids: list[int], states: torch.Tensor, served: ServedTeacherModel) -> Response:
     import torch
 
     rows, hidden_size = states.shape
@@ -142,4 +142,5 @@ def _states_response(states: torch.Tensor, served: ServedTeacherModel) -> Respon
         protocol.DTYPE_HEADER: str(states.dtype).removeprefix("torch."),
         protocol.IDENTITY_HEADER: served.identity,
     }
-    return bytes_response(states.contiguous().view(torch.uint8).flatten().numpy().data, headers)
+    data = states.contiguous().view(torch.uint8).flatten().numpy().data
+    return answer_response(token_ids, data, headers)

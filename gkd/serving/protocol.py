@@ -1,7 +1,7 @@
 """What all of gkd's servers and their clients agree on. Nothing heavy is imported here.
 
-Token ids travel as little-endian int32. Errors are JSON: {"error": "..."}. With a token, every request carries
-`Authorization: Bearer TOKEN`.
+Token ids travel as little-endian int32. What is made of them comes with `x-gkd-digest`, its `answer_digest`. Errors are
+JSON: {"error": "..."}. With a token, every request carries `Authorization: Bearer TOKEN`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from gkd.config import Dtype
+from gkd.digests import digest
 from gkd.errors import ConfigError
 
 TOKEN_ID_FORMAT = "<i4"  # numpy's name of little-endian int32
 TOKEN_ID_BYTES = 4
+DIGEST_HEADER = "x-gkd-digest"
 TOKEN_VARIABLE = "GKD_SERVER_TOKEN"
 _SHORTEST_TOKEN = 16
 
@@ -32,6 +34,12 @@ class Description(BaseModel):
     dtype: Dtype
     vocabulary_rows: int = Field(ge=1)
     max_tokens: int = Field(ge=1)
+
+
+def answer_digest(token_ids: bytes, answer: bytes | bytearray | memoryview) -> str:
+    """32 hex digits of an answer and of the token ids that it is for, as they were sent: neither an answer of which a
+    bit has flipped nor that of another request fits them."""
+    return digest(token_ids, answer).hex()
 
 
 def read_token(file: str | Path | None, key: str) -> str | None:

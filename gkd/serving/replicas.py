@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from gkd.errors import ConfigError
 from gkd.serving.deadline import DeadlineTransport
 from gkd.serving.patience import Patience
-from gkd.serving.protocol import TOKEN_ID_FORMAT, TOKEN_VARIABLE, Description, read_token
+from gkd.serving.protocol import DIGEST_HEADER, TOKEN_ID_FORMAT, TOKEN_VARIABLE, Description, answer_digest, read_token
 
 _log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 5.0
@@ -82,6 +82,10 @@ class ServerRefusedError(Exception):
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
+
+
+class WrongAnswerError(ValueError):
+    """What a server sent cannot be the answer to what it was asked."""
 
 
 class NoServerLeftError(Exception):
@@ -198,7 +202,8 @@ class ReplicaPool:
     ) -> tuple[httpx.Headers, bytearray]:
         """Sends one sequence. The answer's headers and its body, of which no more than `limit_bytes` or so are read.
 
-        Raises ServerFailedError for status 5xx, ServerRefusedError for any other that is not 200, httpx.HTTPError.
+        Raises ServerFailedError for status 5xx, ServerRefusedError for any other that is not 200, WrongAnswerError for
+        a whole body with another digest than it came with, httpx.HTTPError.
         """
         content = np.asarray(token_ids, TOKEN_ID_FORMAT).tobytes()
         with (
@@ -207,7 +212,10 @@ class ReplicaPool:
         ):
             if response.status_code != httpx.codes.OK:
                 raise _refusal_error(response.status_code, _read(response, _LARGEST_ERROR_BYTES))
-            return response.headers, _read(response, limit_bytes)
+            body = _read(response, limit_bytes)
+        if len(body) < limit_bytes and response.headers.get(DIGEST_HEADER) != answer_digest(content, body):
+            raise WrongAnswerError("its answer is damaged, or is another request's: the checksum does not fit")
+        return response.headers, body
 
     def post_json(self, replica: Replica, path: str, values: object) -> bytes:
         """The answer's body. Raises as `post_token_ids` does."""

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from gkd.serving.protocol import TOKEN_ID_FORMAT, Description
 from gkd.types import Completion, SamplingSettings
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 DESCRIPTION_PATH = "/sampler"
 COMPLETIONS_PATH = "/completions"
 PROBE_PATH = "/probe"
@@ -43,6 +43,7 @@ FINISH_REASON_HEADER = "x-gkd-finish-reason"
 VERSION_HEADER = "x-gkd-weights-version"
 LOGPROB_FORMAT = "<f4"  # numpy's name of little-endian float32
 LOGPROB_BYTES = 4
+LOGPROB_ROUNDING = 1e-3  # how far above 0 an engine may round
 BYTES_A_TOKEN = 8  # of a completion: its id and its log-probability
 CONFLICT = 409  # the server does not hold the weights that the request is for
 Transfer = Literal["file", "gloo", "nccl"]
@@ -174,10 +175,12 @@ def logprobs_to_bytes(logprobs: Sequence[float]) -> bytes:
 
 
 def logprobs_from_bytes(data: bytes | bytearray) -> tuple[float, ...]:
-    """The inverse of `logprobs_to_bytes`. Raises ValueError if one is not finite, or there are half ones."""
+    """The inverse of `logprobs_to_bytes`. Raises ValueError if one is no log-probability, or there are half ones."""
     import numpy as np
 
     logprobs = np.frombuffer(data, LOGPROB_FORMAT)
     if not np.isfinite(logprobs).all():
         raise ValueError("its log-probabilities are not finite")
+    if logprobs.max() > LOGPROB_ROUNDING:
+        raise ValueError(f"a log-probability of {logprobs.max():.4g}: they are 0 at most")
     return tuple(logprobs.tolist())

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from gkd.serving.protocol import Description
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 DESCRIPTION_PATH = "/teacher"
 HEAD_PATH = "/head"
 STATES_PATH = "/hidden_states"

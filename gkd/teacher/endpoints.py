@@ -1,15 +1,13 @@
 """vLLM's own server, or one that speaks as it does, asked for a teacher's most likely tokens. No torch here.
 
-Legend: n completion tokens, K = `teacher.top_k`.
+Legend: K = `teacher.top_k`.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httpx
@@ -18,17 +16,11 @@ from pydantic import BaseModel
 from gkd.config import ENDPOINT_PORT, TeacherConfig
 from gkd.errors import ConfigError, TeacherError
 from gkd.serving.replicas import NoServerLeftError, Replica, Role, ServerFailedError, ServerRefusedError
+from gkd.teacher.probe import SHARED_TOKENS, Probe, probe_texts
 from gkd.teacher.servers import TeacherServers
+from gkd.teacher.top_tokens import TopTokens, distances, read_top_tokens
 
 _MODELS_PATH, _COMPLETIONS_PATH = "/v1/models", "/v1/completions"
-_LARGEST_SUM = 1.001  # of K probabilities: float32 is off by far less
-
-
-class TopTokens(NamedTuple):
-    """Of n tokens the K most likely in the place of each, the most likely first: [n][K]."""
-
-    ids: list[list[int]]
-    log_probs: list[list[float]]
 
 
 class _ModelCard(BaseModel):
@@ -47,6 +39,7 @@ class Endpoints(TeacherServers):
 
     model: str  # what they serve, in their words
     max_tokens: int | None  # the least that any of them takes; None: they do not say
+    vocabulary_rows: int  # of teacher.model, to be set before anything is scored: servers do not say it
 
     def __init__(self, config: TeacherConfig, section: str = "teacher", *, longest_tokens: int = 1) -> None:
         """Asks every server what it serves, and for one answer of K tokens. `section` is the config's, for messages.
@@ -55,6 +48,7 @@ class Endpoints(TeacherServers):
         another than the others, allows fewer tokens, or takes no sequence of `longest_tokens`.
         """
         self._longest_tokens = longest_tokens
+        self._texts: Probe[TopTokens] = Probe(distances)
         super().__init__(
             config, Role(section, "nothing", "OpenAI-compatible server", _MODELS_PATH, self._start_command)
         )
@@ -66,7 +60,7 @@ class Endpoints(TeacherServers):
         self._name = cards[0].id
         self.max_tokens = min((card.max_model_len for card in cards if card.max_model_len), default=None)
         for replica in self._pool.replicas:
-            self._probe(replica)
+            self._check_top_k(replica)
         needed = self._longest_tokens + 1
         if self.max_tokens is not None and self.max_tokens < needed:
             raise ConfigError(
@@ -83,25 +77,13 @@ class Endpoints(TeacherServers):
         than was asked for.
         """
         try:
-            body = self._attempt(lambda replica: self._post(replica, token_ids))
+            return self._attempt(lambda replica: self._top_tokens(replica, token_ids, first, what))
         except NoServerLeftError as error:
             raise TeacherError(f"{what} could not be scored by a top-k teacher: {error}", is_temporary=True) from None
-        except ServerRefusedError as error:
-            raise TeacherError(f"{what}: the top-k teacher refused it: {error}") from None
-        try:
-            positions = json.loads(body)["choices"][0]["prompt_logprobs"]
-            if len(positions) != len(token_ids):
-                raise ValueError(f"{len(positions)} positions")
-            rows = [self._likeliest(positions[i], token_ids[i]) for i in range(first, len(token_ids))]
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise TeacherError(
-                f"{what}: the top-k teacher's answer holds no {self._config.top_k} log-probabilities of each of "
-                f"{len(token_ids)} tokens ({type(error).__name__}: {error})"
-            ) from None
-        return TopTokens([[token for token, _ in row] for row in rows], [[value for _, value in row] for row in rows])
 
     def check_vocabulary(self, rows: int) -> None:
-        """Raises ConfigError unless the servers take the last of `rows` token ids, and no id after it."""
+        """Raises ConfigError unless the servers take the last of `rows` token ids, and no id after it, and read texts
+        in their order."""
         for replica in self._pool.replicas:
             for token_id, is_known in ((rows - 1, True), (rows, False)):
                 if self._takes(replica, token_id) != is_known:
@@ -110,6 +92,8 @@ class Endpoints(TeacherServers):
                         f"{self._section}.addresses: {replica.address} serves {self.model}, which {has} token id "
                         f"{token_id}, but teacher.model has {rows} ids; is it another model?"
                     )
+        self.vocabulary_rows = rows
+        self._probe_all()
 
     # ---- one server
 
@@ -122,7 +106,7 @@ class Endpoints(TeacherServers):
             )
         return models[0]
 
-    def _probe(self, replica: Replica) -> None:
+    def _check_top_k(self, replica: Replica) -> None:
         key, count = f"{self._section}.top_k", self._config.top_k
         try:
             found = json.loads(self._post(replica, (0, 0)))["choices"][0]["prompt_logprobs"][1]
@@ -158,20 +142,23 @@ class Endpoints(TeacherServers):
         }
         return self._pool.post_json(replica, _COMPLETIONS_PATH, request)
 
-    def _likeliest(self, position: dict[str, Any], token_id: int) -> list[tuple[int, float]]:
-        """The K most likely tokens of an answer's position, which holds the prompt's own token beside them.
+    def _probe(self, replica: Replica) -> None:
+        texts = probe_texts(self.vocabulary_rows)
+        one, other = (self._top_tokens(replica, text, 1, "a probe") for text in texts)
+        try:
+            self._texts.check(one, other, SHARED_TOKENS)
+        except ValueError as error:
+            raise TeacherError(f"{replica.address}: a probe: {error}") from None
 
-        Raises ValueError for numbers that are no log-probabilities.
-        """
-        if str(token_id) not in position:
-            raise ValueError(f"token {token_id} is not in its place")
-        found = [(int(name), float(entry["logprob"])) for name, entry in position.items()]
-        found.sort(key=lambda entry: (-entry[1], entry[0]))
-        found = found[: self._config.top_k]
-        total = math.fsum(math.exp(value) for _, value in found)
-        if len(found) < self._config.top_k or not total <= _LARGEST_SUM:
-            raise ValueError(f"{len(found)} tokens whose probabilities sum to {total:.4g}")
-        return found
+    def _top_tokens(self, replica: Replica, token_ids: Sequence[int], first: int, what: str) -> TopTokens:
+        count, rows = self._config.top_k, self.vocabulary_rows
+        try:
+            body = self._post(replica, token_ids)
+            return read_top_tokens(body, token_ids, first, count=count, vocabulary_rows=rows)
+        except ServerRefusedError as error:
+            raise TeacherError(f"{replica.address}: {what}: the top-k teacher refused it: {error}") from None
+        except ValueError as error:
+            raise TeacherError(f"{replica.address}: {what}: {error}") from None
 
     def _start_command(self, address: str) -> str:
         port, config = urlsplit(address).port or ENDPOINT_PORT, self._config

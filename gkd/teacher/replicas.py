@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import httpx
@@ -22,7 +23,13 @@ from gkd.serving.replicas import (
     refusal,
 )
 from gkd.serving.teacher_protocol import ServedTeacherModel
+from gkd.teacher.probe import SHARED_TOKENS, Probe, probe_texts
 from gkd.teacher.servers import TeacherServers
+
+if TYPE_CHECKING:
+    import torch
+
+_PROBED_FROM = 2  # a row in the middle: as a run asks for the rows of a completion
 
 
 class Replicas(TeacherServers):
@@ -37,6 +44,7 @@ class Replicas(TeacherServers):
         the section's, or another model than the others, or reads less than a sequence of `longest_tokens` needs.
         """
         self._longest_tokens = longest_tokens
+        self._texts: Probe[torch.Tensor] = Probe(_distances)
         role = Role(section, "no teacher", "gkd teacher", protocol.DESCRIPTION_PATH, self._start_command)
         super().__init__(config, role)
 
@@ -52,6 +60,7 @@ class Replicas(TeacherServers):
                 f"(data.max_prompt_tokens + rollout.max_new_tokens), of which the served teacher has to read {needed}, "
                 f"and it reads {max_tokens}; start it with --max-model-tokens {needed} or more, or lower one of the two"
             )
+        self._probe_all()
 
     def check_model(self, fingerprint: str, vocabulary_rows: int) -> None:
         """Raises ConfigError unless the servers' model is the section's: its vocabulary, config, tokenizer, weights."""
@@ -84,8 +93,8 @@ class Replicas(TeacherServers):
             raise ServerFailedError("the output head arrived damaged: its sha256 is not the one promised")
         return response.content
 
-    def states(self, token_ids: Sequence[int], first_row: int, what: str) -> bytearray:
-        """The states of rows `first_row` to the last, as they were sent. `what` names the sample in errors.
+    def states(self, token_ids: Sequence[int], first_row: int, what: str) -> torch.Tensor:
+        """The states of rows `first_row` to the last, in the served dtype. `what` names the sample in errors.
 
         Raises TeacherError if every attempt fails, or at once if a server refuses the request or answers something else
         than was asked for.
@@ -95,7 +104,9 @@ class Replicas(TeacherServers):
         except NoServerLeftError as error:
             raise TeacherError(f"{what} could not be scored by a served teacher: {error}", is_temporary=True) from None
 
-    def _request_states(self, replica: Replica, token_ids: Sequence[int], first_row: int, what: str) -> bytearray:
+    def _request_states(self, replica: Replica, token_ids: Sequence[int], first_row: int, what: str) -> torch.Tensor:
+        from gkd.teacher.states import states_from_bytes
+
         rows = len(token_ids) - first_row
         expected_bytes = rows * self.served.hidden_size * protocol.ITEM_BYTES[self.served.dtype]
         origin = f"{replica.address}: {what}"
@@ -103,14 +114,14 @@ class Replicas(TeacherServers):
             headers, body = self._pool.post_token_ids(
                 replica, protocol.STATES_PATH, {protocol.FIRST_ROW: str(first_row)}, token_ids, expected_bytes + 1
             )
-        except ServerRefusedError as error:
+            self._check_headers(headers, rows)
+            if len(body) != expected_bytes:
+                raise ValueError(f"the answer's length is not {expected_bytes} bytes but {len(body)} or more")
+            return states_from_bytes(body, self.served.dtype, self.served.hidden_size)
+        except (ServerRefusedError, ValueError) as error:
             raise TeacherError(f"{origin}: {error}") from None
-        self._check_headers(headers, rows, origin)
-        if len(body) != expected_bytes:
-            raise TeacherError(f"{origin}: the answer's length is not {expected_bytes} bytes but {len(body)} or more")
-        return body
 
-    def _check_headers(self, headers: httpx.Headers, rows: int, origin: str) -> None:
+    def _check_headers(self, headers: httpx.Headers, rows: int) -> None:
         expected = {
             protocol.SHAPE_HEADER: f"{rows},{self.served.hidden_size}",
             protocol.DTYPE_HEADER: self.served.dtype,
@@ -119,7 +130,16 @@ class Replicas(TeacherServers):
         for name, value in expected.items():
             if headers.get(name) != value:
                 hint = "; it serves another model than at the start" if name == protocol.IDENTITY_HEADER else ""
-                raise TeacherError(f"{origin}: the answer has {name} {headers.get(name)!r}, not {value!r}{hint}")
+                raise ValueError(f"the answer has {name} {headers.get(name)!r}, not {value!r}{hint}")
+
+    def _probe(self, replica: Replica) -> None:
+        one, other = probe_texts(self.served.vocabulary_rows)
+        whole = self._request_states(replica, one, 0, "a probe")
+        part = self._request_states(replica, other, _PROBED_FROM, "a probe")
+        try:
+            self._texts.check(whole[_PROBED_FROM:], part, SHARED_TOKENS - _PROBED_FROM)
+        except ValueError as error:
+            raise TeacherError(f"{replica.address}: a probe: {error}") from None
 
     def _describe(self, replica: Replica) -> ServedTeacherModel:
         served = self._pool.describe(replica, ServedTeacherModel)
@@ -134,3 +154,9 @@ class Replicas(TeacherServers):
         port = urlsplit(address).port or TEACHER_PORT
         model, dtype = self._config.model, self._config.dtype
         return f"gkd serve-teacher {shlex.quote(model)} --dtype {dtype}{host_options(address)} --port {port}"
+
+
+def _distances(states: torch.Tensor, others: torch.Tensor) -> list[float]:
+    """Row by row how far two answers are from each other, as a share of their norm."""
+    ours, theirs = states.float(), others.float()
+    return ((ours - theirs).norm(dim=1) / ours.norm(dim=1).maximum(theirs.norm(dim=1))).tolist()

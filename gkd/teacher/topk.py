@@ -30,5 +30,5 @@ class TopkTeacher:
 
     def _top_tokens(self, rollout: Rollout) -> TopkScores:
         first = len(rollout.draw.prompt.token_ids)
-        found = self._endpoints.top_tokens(rollout.token_ids, first, rollout.sample_id)
-        return TopkScores(torch.tensor(found.ids), torch.tensor(found.log_probs, dtype=torch.float32))
+        ids, log_probs = self._endpoints.top_tokens(rollout.token_ids, first, rollout.sample_id)
+        return TopkScores(torch.from_numpy(ids), torch.from_numpy(log_probs).float())

@@ -14,6 +14,7 @@ from gkd.config import make_config
 from gkd.errors import ConfigError, SamplerError
 from gkd.rollout.replicas import SamplerReplicas
 from gkd.rollout.served import ServedSampler
+from gkd.serving.protocol import answer_digest
 from gkd.serving.sampler_protocol import (
     PROTOCOL_VERSION,
     CompletionQuery,
@@ -30,6 +31,7 @@ SERVED = ServedSamplerModel(
 )  # fmt: skip
 COMPLETION = Completion((3, 4, 2), (-0.5, -1.25, -0.125), "stop")
 REQUEST = SampleRequest((5, 6), 7)
+SETTINGS = SamplingSettings(8, stop_token_ids=(2,))
 MakeServer = Callable[..., FakeServer]
 
 
@@ -69,10 +71,10 @@ def config(*servers: FakeServer, **rollout: Any) -> Any:
     )  # fmt: skip
 
 
-def generate(*servers: FakeServer) -> list[Completion]:
+def generate(*servers: FakeServer, settings: SamplingSettings = SETTINGS) -> list[Completion]:
     sampler = ServedSampler(SamplerReplicas(config(*servers)), is_main=False, from_main=lambda value: value)
     sampler._version = 4
-    return sampler.generate([REQUEST], SamplingSettings(8))
+    return sampler.generate([REQUEST], settings)
 
 
 def test_what_a_server_sends_is_what_comes_out(make_server: MakeServer) -> None:
@@ -97,6 +99,8 @@ def test_a_probe_is_what_the_server_says(make_server: MakeServer) -> None:
         (answer(logprobs_to_bytes((-0.5,))), "4 bytes for a probe, instead of 8"),
         (answer(logprobs_to_bytes((-0.5,) * 3)), "12 bytes for a probe, instead of 8"),
         (answer(logprobs_to_bytes((-0.5, float("nan")))), "not finite"),
+        (answer(logprobs_to_bytes((-0.5, 1.0))), "a log-probability of 1: they are 0 at most"),
+        (answer(logprobs_to_bytes((-0.5, -1.0)), x_gkd_digest="0" * 32), "is damaged, or is another request's"),
         (answer(logprobs_to_bytes((-0.5, -1.0)), x_gkd_weights_version="3"), "from weights of version '3', not 4"),
         ((409, {}, b'{"error": "holds version 3"}'), "could be probed: .*status 409: holds version 3"),
     ],
@@ -113,6 +117,18 @@ def test_settings_survive_the_way() -> None:
     assert again == query and again.settings == settings
 
 
+def told(
+    ids: Sequence[int] = (3, 4, 2), logprobs: Sequence[float] = (-0.5, -1.25, -0.125), reason: str = "stop", **more: str
+) -> Answer:
+    return answer(
+        completion_to_bytes(Completion(tuple(ids), tuple(logprobs), "stop")), x_gkd_finish_reason=reason, **more
+    )
+
+
+RIGHT_DIGEST = answer_digest(struct.pack("<2i", *REQUEST.prompt_ids), completion_to_bytes(COMPLETION))
+ANOTHERS_DIGEST = answer_digest(struct.pack("<2i", 6, 5), completion_to_bytes(COMPLETION))
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize(
     ("completion", "message"),
@@ -121,16 +137,47 @@ def test_settings_survive_the_way() -> None:
         (answer(x_gkd_finish_reason="tired"), "that is no completion"),
         (answer(completion_to_bytes(COMPLETION)[:-2]), "that is no completion"),
         (answer(b""), "that is no completion"),
-        (answer(completion_to_bytes(Completion((3,), (float("nan"),), "stop"))), "not finite"),
+        (told(logprobs=(-0.5, float("nan"), -1.0)), "not finite"),
+        (told(logprobs=(-0.5, 1.0, -1.0)), "a log-probability of 1: they are 0 at most"),
+        (told(ids=(3, 20, 2)), "token id 20, where ids from 0 to 19 may be sampled"),
+        (told(ids=(3, -1, 2)), "token id -1, where ids from 0 to 19"),
+        (told(ids=(3, 5, 2), x_gkd_digest=RIGHT_DIGEST), "is damaged, or is another request's"),
+        (told(logprobs=(-0.5, -1.25, -0.25), x_gkd_digest=RIGHT_DIGEST), "is damaged, or is another request's"),
+        (answer(x_gkd_digest=ANOTHERS_DIGEST), "is damaged, or is another request's"),
+        (answer(x_gkd_digest=""), "is damaged, or is another request's"),
+        (told(reason="length"), r"finish reason 'length' after token 2, with stop tokens \(2,\)"),
+        (told(ids=(3, 4, 5)), r"finish reason 'stop' after token 5, with stop tokens \(2,\)"),
+        (told(ids=(3, 2, 2)), "goes on after the stop token 2"),
+        (told(ids=(3, 4, 5), reason="length"), "finish reason 'length' after 3 of 8 tokens"),
         (answer(struct.pack("<9i", *range(9)) + bytes(36)), "more than the 8 tokens"),
         ((400, {}, b'{"error": "there is no token id 12"}'), "status 400: there is no token id 12"),
     ],
 )
 def test_a_lie_stops_the_run_at_once(make_server: MakeServer, completion: Answer, message: str) -> None:
     server, other = make_server(completion), make_server(completion)
-    with pytest.raises(SamplerError, match=message):
+    with pytest.raises(SamplerError, match=rf"^http://127\.0\.0\.1:\d+: .*{message}"):
         generate(server, other)
     assert (server.requests + other.requests).count("/completions") == 1, "no second attempt"
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("logprob", [0.0, -1.5])
+def test_draws_are_not_all_equally_likely(make_server: MakeServer, logprob: float) -> None:
+    """As greedy ones may be, and short answers."""
+    flat = told(ids=[3] * 15 + [2], logprobs=[logprob] * 16)
+    with pytest.raises(
+        SamplerError, match=f"each of 16 sampled tokens is said to have the log-probability {logprob:g}"
+    ):
+        generate(make_server(flat), settings=SamplingSettings(16, stop_token_ids=(2,)))
+    generate(make_server(flat), settings=SamplingSettings(16, temperature=0.0, stop_token_ids=(2,)))
+    generate(make_server(told(ids=[3, 2], logprobs=[logprob] * 2)))
+
+
+@pytest.mark.fault
+def test_ids_that_the_teacher_lacks_are_not_sampled(make_server: MakeServer) -> None:
+    settings = SamplingSettings(8, stop_token_ids=(2,), shared_vocab=4)
+    with pytest.raises(SamplerError, match="token id 4, where ids from 0 to 3 may be sampled"):
+        generate(make_server(), settings=settings)
 
 
 @pytest.mark.fault
@@ -147,7 +194,7 @@ def test_a_server_that_fails_gets_no_further_work(make_server: MakeServer, compl
     sampler = ServedSampler(SamplerReplicas(config(broken, good)), is_main=False, from_main=lambda value: value)
     sampler._version = 4
     for _ in range(3):
-        assert sampler.generate([REQUEST, REQUEST], SamplingSettings(8)) == [COMPLETION, COMPLETION]
+        assert sampler.generate([REQUEST, REQUEST], SETTINGS) == [COMPLETION, COMPLETION]
     assert 1 <= broken.requests.count("/completions") <= 2 and good.requests.count("/completions") == 6
     alone = make_server(completion)
     with pytest.raises(SamplerError, match=f"no served sampler is left.*{alone.address}: .*{reason}"):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from teacher_servers import Answer, FakeServer, rollout
+from teacher_servers import Answer, Answering, FakeServer, rollout
 
 from gkd.config import TeacherConfig, make_config
 from gkd.errors import ConfigError, TeacherError
@@ -15,7 +16,7 @@ from gkd.teacher.endpoints import Endpoints
 from gkd.teacher.topk import TopkTeacher
 from gkd.types import TopkScores
 
-ROLLOUT = rollout(0, 2, 2)
+ROLLOUT, ROWS = rollout(0, 2, 2), 256
 MODELS, COMPLETIONS = "/v1/models", "/v1/completions"
 
 
@@ -42,6 +43,27 @@ def right_answer() -> list[Any]:
     ]
 
 
+def scored(token_ids: list[int]) -> list[Any]:
+    """As a model does: the two most likely tokens depend on all before, and its own is told beside them."""
+    told: list[Any] = [None]
+    for place in range(1, len(token_ids)):
+        likely = (3 + 7 * sum(token_ids[:place])) % (ROWS - 1)
+        told.append(position({token_ids[place]: -9.0, likely: -0.5, likely + 1: -1.5}))
+    return told
+
+
+def model(change: Callable[[list[Any]], list[Any]] = lambda positions: positions) -> Answering:
+    """A server of ROWS tokens, whose answers are changed before they are sent."""
+
+    def answer(query: dict[str, str], body: bytes) -> Answer:
+        token_ids = json.loads(body)["prompt"]
+        if max(token_ids) >= ROWS:
+            return 400, {}, b'{"error": {"message": "no such token"}}'
+        return completion(change(scored(token_ids)))
+
+    return answer
+
+
 PROBE = completion([None, position({0: -0.5, 5: -1.5})])
 ONE_MODEL = models({"id": "name", "root": "/model", "max_model_len": 9})
 
@@ -54,9 +76,11 @@ def config(*addresses: str) -> TeacherConfig:
 
 def asked(answer: Answer) -> TopkScores:
     """What ROLLOUT is scored with by a server that answers so after the start."""
-    server = FakeServer({MODELS: ONE_MODEL, COMPLETIONS: PROBE})
+    server = FakeServer({MODELS: ONE_MODEL, COMPLETIONS: model()})
     try:
-        teacher = TopkTeacher(Endpoints(config(server.address)), top_k=2, device=torch.device("cpu"))
+        endpoints = Endpoints(config(server.address))
+        endpoints.check_vocabulary(ROWS)
+        teacher = TopkTeacher(endpoints, top_k=2, device=torch.device("cpu"))
         server.answers[COMPLETIONS] = answer
         (scores,) = teacher.score([ROLLOUT])
     finally:
@@ -76,17 +100,62 @@ def test_the_most_likely_of_each_completion_token() -> None:
     ("place", "answer", "message"),
     [
         (3, position({999: -1.0, 203: -2.0}), "token .* is not in its place"),
-        (3, position({ROLLOUT.token_ids[3]: -1.0}), "1 tokens whose probabilities"),
-        (2, position({ROLLOUT.token_ids[2]: 3.0, 203: -2.0}), "sum to 20.22"),
-        (2, position({ROLLOUT.token_ids[2]: float("nan"), 203: -2.0}), "sum to nan"),
+        (3, position({ROLLOUT.token_ids[3]: -1.0}), "1 tokens"),
+        (2, position({ROLLOUT.token_ids[2]: 3.0, 203: -2.0}), "sum to 20.22, .*: raw logits look so"),
+        (2, position({ROLLOUT.token_ids[2]: 1e6, 203: 1e5}), "sum to inf, .*: raw logits look so"),
+        (2, position({ROLLOUT.token_ids[2]: -30.0, 203: -35.0}), "2 likeliest of 256 tokens have 0.007812 to 1: raw"),
+        (2, position({ROLLOUT.token_ids[2]: float("nan"), 203: -2.0}), "not finite"),
+        (2, position({ROLLOUT.token_ids[2]: -1.0, 203: float("-inf")}), "not finite"),
+        (
+            2,
+            position({ROLLOUT.token_ids[2]: -9.0, 1_000_000: -1.0, 203: -2.0}),
+            "token id 1000000, where there are 256",
+        ),
+        (2, position({ROLLOUT.token_ids[2]: -9.0, -3: -1.0, 203: -2.0}), "token id -3, where there are 256"),
+        (
+            2,
+            position({ROLLOUT.token_ids[2]: -9.0, 203: -1.0}) | {" 203": {"logprob": -1.0}},
+            "a token twice in one place",
+        ),
         (2, None, "TypeError"),
     ],
 )
 def test_numbers_that_are_no_scores(place: int, answer: object, message: str) -> None:
     positions = right_answer()
     positions[place] = answer
-    with pytest.raises(TeacherError, match=f"prompt 0 sample 0 .* no 2 log-probabilities .*{message}"):
+    with pytest.raises(TeacherError, match=rf"^http://\S+: prompt 0 sample 0 .* no 2 log-probabilities .*{message}"):
         asked(completion(positions))
+
+
+def shifted(by: int) -> Callable[[list[Any]], list[Any]]:
+    """What is likely, to another place; the text's own tokens stay in theirs."""
+
+    def change(positions: list[Any]) -> list[Any]:
+        if len(positions) < 3:  # what the server is asked before the probe
+            return positions
+        own = [dict([next(iter(told.items()))]) for told in positions[1:]]
+        likely = [dict(list(told.items())[1:]) for told in positions[1:]]
+        moved = [likely[(place - by) % len(likely)] for place in range(len(likely))]
+        return [None, *(first | rest for first, rest in zip(own, moved, strict=True))]
+
+    return change
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(shifted(1), "the same after one token as after another"), (shifted(-1), "are its answers shifted?")],
+)
+def test_a_server_that_reads_texts_wrongly_is_known_at_the_start(
+    change: Callable[[list[Any]], list[Any]], message: str
+) -> None:
+    server = FakeServer({MODELS: ONE_MODEL, COMPLETIONS: model(change)})
+    try:
+        endpoints = Endpoints(config(server.address))
+        with pytest.raises(ConfigError, match=rf"^teacher\.addresses: {server.address}: a probe: .*{message}"):
+            endpoints.check_vocabulary(ROWS)
+    finally:
+        server.close()
 
 
 @pytest.mark.fault

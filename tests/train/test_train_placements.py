@@ -13,7 +13,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from scores import whole
-from teacher_servers import FakeServer, rollout
+from teacher_servers import Answer, Answering, FakeServer, causal_states, read_ids, rollout
 
 from gkd.config import Config, RolloutConfig, TeacherConfig, make_config
 from gkd.engines.sampling import SamplerSpec
@@ -34,12 +34,12 @@ Start = Callable[[dict[str, Any]], FakeServer]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Servers that answer paths with JSON, bytes, or (headers, bytes)."""
+    """Servers that answer paths with JSON, bytes, or what a function makes of a request."""
     started: list[FakeServer] = []
 
-    def answer(value: Any) -> tuple[int, dict[str, str], bytes]:
-        if isinstance(value, tuple):
-            return 200, *value
+    def answer(value: Any) -> Answer | Answering:
+        if callable(value):
+            return value
         return 200, {}, value if isinstance(value, bytes) else json.dumps(value).encode()
 
     def start_one(answers: dict[str, Any]) -> FakeServer:
@@ -82,13 +82,23 @@ def test_a_served_teacher_is_asked_once(start: Start, tiny_student: Path) -> Non
         "hidden_size": HIDDEN, "vocabulary_rows": rows, "max_tokens": 64,
         "head_sha256": hashlib.sha256(head).hexdigest(),
     }  # fmt: skip
-    server = start({"/teacher": served, "/head": head})
+
+    def states(query: dict[str, str], body: bytes) -> Answer:
+        rows = causal_states(read_ids(body), HIDDEN)[int(query["first_row"]) :]
+        identity = teacher_protocol.ServedTeacherModel.model_validate(served).identity
+        return (
+            200,
+            {"x-gkd-shape": f"{len(rows)},{HIDDEN}", "x-gkd-dtype": "float32", "x-gkd-identity": identity},
+            (rows.tobytes()),
+        )
+
+    server = start({"/teacher": served, "/head": head, "/hidden_states": states})
     (teacher,) = ask_placements(run_config(tiny_student, teacher=at(server, "served"))).teachers.values()
     path = teacher.locate()
     assert teacher.scores_key(path) == f"{served['fingerprint']}-float32"
     (scores,) = whole(teacher.build(path, SITE).score([rollout(0, 3, 0)]))
     assert scores.head.weight.shape == (rows, HIDDEN)
-    assert server.requests == ["/teacher", "/head"]
+    assert server.requests == ["/teacher", "/hidden_states", "/hidden_states", "/head"], "two are its probe"
     teacher.close()
 
 
