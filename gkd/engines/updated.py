@@ -34,11 +34,11 @@ class NotHeldError(Exception):
 
 
 @dataclass(frozen=True)
-class Versioned(Generic[T]):
-    """What came of a request, and the version of the weights that it came from."""
+class FromUpdate(Generic[T]):
+    """What came of a request, and the update that brought the weights which it came from."""
 
     answer: T
-    weights_version: int
+    update: str
 
 
 @dataclass
@@ -70,41 +70,41 @@ class SamplerEngine:
     def is_alive(self) -> bool:
         return self._thread.is_alive
 
-    def complete(self, prompt_ids: Sequence[int], query: CompletionQuery) -> Future[Versioned[Completion]]:
-        """Fails with NotHeldError unless the weights are of the query's version, and accepted."""
+    def complete(self, prompt_ids: Sequence[int], query: CompletionQuery) -> Future[FromUpdate[Completion]]:
+        """Fails with NotHeldError unless the weights are of the query's update, and accepted."""
         request = SampleRequest(tuple(prompt_ids), query.seed)
 
         def prepare() -> VllmRequest:
-            self._check_held(query.weights_version, must_be_accepted=True)
+            self._check_held(query.update, must_be_accepted=True)
             return vllm_request(request, query.settings, self._rows)
 
-        return self._thread.submit(prepare, lambda output: _versioned(output, completion_of(output)))
+        return self._thread.submit(prepare, lambda output: _from_update(output, completion_of(output)))
 
-    def probe(self, token_ids: Sequence[int], version: int) -> Future[Versioned[Sequence[float]]]:
-        """As `Sampler.probe`. Fails with NotHeldError unless the weights are of `version`; nobody need have accepted
+    def probe(self, token_ids: Sequence[int], update: str) -> Future[FromUpdate[Sequence[float]]]:
+        """As `Sampler.probe`. Fails with NotHeldError unless the weights are of `update`; nobody need have accepted
         them."""
 
         def prepare() -> VllmRequest:
-            self._check_held(version, must_be_accepted=False)
+            self._check_held(update, must_be_accepted=False)
             return vllm_probe(token_ids)
 
-        return self._thread.submit(prepare, lambda output: _versioned(output, probed_logprobs(output)))
+        return self._thread.submit(prepare, lambda output: _from_update(output, probed_logprobs(output)))
 
-    def held_weights(self, version: int) -> Future[WeightChecksums]:
+    def held_weights(self, update: str) -> Future[WeightChecksums]:
         """As `Sampler.held_weights`. Fails with NotHeldError as `probe` does."""
 
         def look(engine: Any) -> WeightChecksums:
-            self._check_held(version, must_be_accepted=False)
-            return held_in(engine, version)
+            return held_in(engine, self._check_held(update, must_be_accepted=False).version)
 
         return self._thread.run_alone(look)
 
-    def _check_held(self, version: int, *, must_be_accepted: bool) -> None:
+    def _check_held(self, update: str, *, must_be_accepted: bool) -> _Weights:
         held = self._weights
         if held is None or not held.is_complete or (must_be_accepted and not held.is_accepted):
             raise NotHeldError("the sampler holds no complete, proven weights; it does not generate")
-        if held.version != version:
-            raise NotHeldError(f"the sampler holds version {held.version}, not {version}")
+        if held.update != update:
+            raise NotHeldError(f"the sampler holds the weights of update {held.update}, not {update}")
+        return held
 
     # ---- updates; each of these fails with NotHeldError out of turn
 
@@ -147,7 +147,7 @@ class SamplerEngine:
                 raise NotHeldError(f"{weights.pieces} of {pieces} pieces of the update have arrived")
             self._is_updating = False
             engine.collective_rpc("finish_weight_update")
-            engine.set_weight_version(str(weights.version))
+            engine.set_weight_version(update)
             engine.apply_model(refresh_tied_head)
             drop_prefix_cache(engine)
             weights.is_complete = True
@@ -179,8 +179,8 @@ class SamplerEngine:
         return self._llm.llm_engine
 
 
-def _versioned(output: Any, answer: T) -> Versioned[T]:
-    versions = {span.version for span in output.outputs[0].weight_versions or ()}
-    if len(versions) != 1:
-        raise SamplerError(f"vLLM answered from weights of {len(versions)} versions, not of one")
-    return Versioned(answer, int(versions.pop()))
+def _from_update(output: Any, answer: T) -> FromUpdate[T]:
+    updates = {span.version for span in output.outputs[0].weight_versions or ()}
+    if len(updates) != 1:
+        raise SamplerError(f"vLLM answered from weights of {len(updates)} updates, not of one")
+    return FromUpdate(answer, updates.pop())

@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from gkd.config import Config
 from gkd.engines.sampling import SamplerSpec
+from gkd.errors import ConfigError
 from gkd.rollout.base import Sampler
 from gkd.rollout.offline import start_sampler
 from gkd.rollout.replicas import SamplerReplicas
 from gkd.rollout.tensor_parallel import TensorParallelSampler
-from gkd.serving.sampler_protocol import architecture_digest
+from gkd.serving.sampler_protocol import RunIdentity, architecture_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+
+FromMain = Callable[[Any], Any]  # the main rank's value, on all
 
 
 class Neighbours(Protocol):
@@ -37,7 +41,7 @@ class Site:
 
     device_type: str
     is_main: bool
-    from_main: Callable[[Any], Any]
+    from_main: FromMain
     neighbours: Callable[[int], Neighbours]
 
 
@@ -56,6 +60,9 @@ class SamplerPlacement:
 
     def check_student(self, student_config: PreTrainedConfig) -> None:
         """Raises ConfigError unless the servers can take the weights of such a student."""
+
+    def take(self, run: RunIdentity, *, is_main: bool, from_main: FromMain) -> None:
+        """The servers work for this run alone, until `close`. Collective. Raises ConfigError if another run has one."""
 
     def build(self, spec: SamplerSpec, site: Site) -> Sampler:
         """`spec` is of the student, with whole weights. Raises ModelError."""
@@ -85,6 +92,12 @@ class Served(SamplerPlacement):
 
     def check_student(self, student_config: PreTrainedConfig) -> None:
         self._replicas.check_student(architecture_digest(student_config))
+
+    def take(self, run: RunIdentity, *, is_main: bool, from_main: FromMain) -> None:
+        self._replicas.work_for(run)
+        refusal = from_main(self._replicas.take_all() if is_main else None)
+        if refusal:
+            raise ConfigError(refusal)
 
     def build(self, spec: SamplerSpec, site: Site) -> Sampler:
         from gkd.rollout.served import ServedSampler

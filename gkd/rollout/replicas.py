@@ -1,17 +1,32 @@
-"""The servers of `rollout.addresses`, checked at the start. No torch here, but to ask for CUDA."""
+"""The servers of `rollout.addresses`: checked at the start, and taken for the run. No torch here, but for CUDA."""
 
 from __future__ import annotations
 
 import math
 import os
 import shlex
+import threading
+from contextlib import suppress
 from urllib.parse import urlsplit
+
+import httpx
 
 from gkd.config import SAMPLER_PORT, Config
 from gkd.errors import ConfigError
 from gkd.serving import sampler_protocol as protocol
-from gkd.serving.replicas import ReplicaPool, Role, host_options
-from gkd.serving.sampler_protocol import ServedSamplerModel
+from gkd.serving.replicas import (
+    CONNECT_TIMEOUT_S,
+    Replica,
+    ReplicaPool,
+    Role,
+    ServerFailedError,
+    ServerRefusedError,
+    host_options,
+)
+from gkd.serving.sampler_protocol import LEASE_S, RunIdentity, ServedSamplerModel
+
+_RENEWED_EVERY_S = LEASE_S / 6
+_UNHEARD = (httpx.HTTPError, ServerFailedError, ServerRefusedError)
 
 
 class SamplerReplicas:
@@ -22,6 +37,8 @@ class SamplerReplicas:
         self._config = config
         role = Role("rollout", "no sampler", "gkd sampler", protocol.DESCRIPTION_PATH, self._start_command)
         self.pool = ReplicaPool(config.rollout, role, cool_down_s=math.inf)
+        self._renewing: threading.Thread | None = None
+        self._is_over = threading.Event()
         try:
             self.served = self._ask()
         except BaseException:
@@ -29,7 +46,43 @@ class SamplerReplicas:
             raise
 
     def close(self) -> None:
+        """Gives the servers back, and lets go of them."""
+        if self._renewing is not None:
+            self._is_over.set()
+            self._renewing.join()  # or it would take them again
+            self._renewing = None
+            self._tell_all(protocol.LEASE_END_PATH)
         self.pool.close()
+
+    def work_for(self, run: RunIdentity) -> None:
+        """Every request from here on is this run's."""
+        self.pool.say_with_all(run.headers)
+
+    def take_all(self) -> str:
+        """Takes every server for the run until `close`; on one rank. Returns why that cannot be, or nothing."""
+        self._renewing = threading.Thread(target=self._renew, name="sampler leases", daemon=True)
+        self._renewing.start()
+        for replica in self.pool.replicas:
+            try:
+                self.take(replica)
+            except _UNHEARD as error:
+                return f"rollout.addresses: {replica.address}: {self.pool.reason(error)}"
+        return ""
+
+    def take(self, replica: Replica) -> None:
+        """Raises ServerRefusedError if it works for another run, and what the pool raises."""
+        self.pool.post_json(replica, protocol.LEASE_PATH, {})
+
+    def _renew(self) -> None:
+        """A step may be long, and nothing asked of the servers meanwhile."""
+        while not self._is_over.wait(_RENEWED_EVERY_S):
+            self._tell_all(protocol.LEASE_PATH)
+
+    def _tell_all(self, path: str) -> None:
+        """Who does not hear it is found out by whoever needs an answer."""
+        for replica in self.pool.replicas:
+            with suppress(*_UNHEARD):
+                self.pool.post_json(replica, path, {}, CONNECT_TIMEOUT_S)
 
     @property
     def timeout_s(self) -> float:

@@ -34,23 +34,23 @@ class ServedSampler:
     """
 
     def __init__(self, replicas: SamplerReplicas, *, is_main: bool, from_main: FromMain) -> None:
-        self._pool, self._vocabulary_rows = replicas.pool, replicas.served.vocabulary_rows
+        self._replicas, self._pool = replicas, replicas.pool
         self._is_main, self._from_main = is_main, from_main
         self._sender: Any = None
         if is_main:
             from gkd.rollout.weight_transfer import WeightSender
 
-            self._sender = WeightSender(self._pool, dtype=replicas.served.dtype, timeout_s=replicas.timeout_s)
+            self._sender = WeightSender(replicas)
         self._update, self._version = "", -1
         self._holding: list[Replica] = []
 
     def generate(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[Completion]:
         """Raises SamplerError if no server is left that completes a request, or if one answers something else."""
-        version = self._version
+        update = self._update
 
         def complete(request: SampleRequest) -> Completion:
             try:
-                return self._pool.attempt(lambda r: self._complete(r, request, settings, version))
+                return self._pool.attempt(lambda r: self._complete(r, request, settings, update))
             except NoServerLeftError as error:
                 raise SamplerError(
                     f"no served sampler is left that completes a prompt: {error}", is_temporary=True
@@ -62,7 +62,7 @@ class ServedSampler:
         """Raises WeightSyncError, on all ranks, if not one server took all of them."""
         self._version = version
         if self._is_main:
-            self._update = uuid.uuid4().hex
+            self._update = f"{version}-{uuid.uuid4().hex}"  # no other run's, whatever its versions are
             self._holding = self._sender.send(weights, self._update, version)
         else:
             for _ in weights:  # takes part in gathering them
@@ -78,7 +78,7 @@ class ServedSampler:
 
     def held_weights(self, version: int) -> list[WeightChecksums]:
         """As `probe` does."""
-        return self._ask_holding(lambda replica: self._held(replica, version))
+        return self._ask_holding(self._held)
 
     def _ask_holding(self, ask: Callable[[Replica], T]) -> list[T]:
         answers, reason, is_temporary = self._from_main(self._ask_each(ask) if self._is_main else None)
@@ -111,14 +111,15 @@ class ServedSampler:
         """The servers' memory is their own."""
 
     def close(self) -> None:
-        self._pool.close()
+        self._replicas.close()
 
     def _agree(self, version: int) -> None:
         """The same servers on all ranks: those that hold the weights; the others get no work."""
         mine = None
         if self._is_main:
-            mine = [replica.address for replica in self._holding], "; ".join(self._sender.failures.values())
-        addresses, reasons = self._from_main(mine)
+            reasons = "; ".join(self._sender.failures.values())
+            mine = self._update, [replica.address for replica in self._holding], reasons
+        self._update, addresses, reasons = self._from_main(mine)
         if not addresses:
             raise WeightSyncError(
                 f"no served sampler took the weights of version {version}: {reasons}", is_temporary=True
@@ -130,22 +131,22 @@ class ServedSampler:
                 self._pool.set_down(replica, f"{replica.address}: it has no weights of version {version}")
 
     def _complete(
-        self, replica: Replica, request: SampleRequest, settings: SamplingSettings, version: int
+        self, replica: Replica, request: SampleRequest, settings: SamplingSettings, update: str
     ) -> Completion:
-        query = CompletionQuery.of(settings, seed=request.seed, weights_version=version)
+        query = CompletionQuery.of(settings, seed=request.seed, update=update)
         limit_bytes = settings.max_new_tokens * protocol.BYTES_A_TOKEN
 
         def read(headers: httpx.Headers, body: bytearray) -> Completion:
             if len(body) > limit_bytes:
                 raise ValueError(f"more than the {settings.max_new_tokens} tokens that were asked for")
             completion = protocol.completion_from_bytes(body, headers.get(protocol.FINISH_REASON_HEADER))
-            check_completion(completion, settings, self._vocabulary_rows)
+            check_completion(completion, settings, self._replicas.served.vocabulary_rows)
             return completion
 
         return self._ask(replica, protocol.COMPLETIONS_PATH, query, request.prompt_ids, limit_bytes, read)
 
     def _probe(self, replica: Replica, token_ids: Sequence[int]) -> Sequence[float]:
-        query = ProbeQuery(weights_version=self._version)
+        query = ProbeQuery(update=self._update)
         size_bytes = (len(token_ids) - 1) * protocol.LOGPROB_BYTES
 
         def read(_: httpx.Headers, body: bytearray) -> Sequence[float]:
@@ -155,9 +156,9 @@ class ServedSampler:
 
         return self._ask(replica, protocol.PROBE_PATH, query, token_ids, size_bytes, read)
 
-    def _held(self, replica: Replica, version: int) -> WeightChecksums:
+    def _held(self, replica: Replica) -> WeightChecksums:
         try:
-            body = self._pool.post_json(replica, protocol.HELD_PATH, {"weights_version": version})
+            body = self._pool.post_json(replica, protocol.HELD_PATH, {"update": self._update})
             held = HeldWeights.model_validate_json(body)
         except ServerRefusedError as error:
             raise ServerFailedError(str(error)) from None
@@ -180,12 +181,12 @@ class ServedSampler:
         `limit_bytes`; its ValueError becomes a SamplerError."""
         try:
             headers, body = self._pool.post_token_ids(replica, path, query.params, token_ids, limit_bytes + 1)
-            answered = headers.get(protocol.VERSION_HEADER)
-            if answered != str(query.weights_version):
-                raise ValueError(f"answered from weights of version {answered!r}, not {query.weights_version}")
+            answered = headers.get(protocol.UPDATE_HEADER)
+            if answered != query.update:
+                raise ValueError(f"answered from the weights of update {answered!r}, not {query.update!r}")
             return read(headers, body)
         except ServerRefusedError as error:
-            if error.status == protocol.CONFLICT:  # it was restarted, say
+            if error.status in (protocol.CONFLICT, protocol.LOCKED):  # it was restarted, or another run took it
                 raise ServerLostError(str(error)) from None
             raise SamplerError(f"{replica.address}: {error}") from None
         except ValueError as error:

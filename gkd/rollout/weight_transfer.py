@@ -23,6 +23,7 @@ from gkd.chunks import WEIGHT_PIECE_BYTES
 from gkd.config import SAMPLER_PORT
 from gkd.engines import nccl
 from gkd.errors import ConfigError
+from gkd.rollout.replicas import SamplerReplicas
 from gkd.serving import sampler_protocol as protocol
 from gkd.serving.gloo_pair import GlooPair, listen_towards
 from gkd.serving.replicas import Replica, ReplicaPool, ServerFailedError, ServerRefusedError
@@ -118,12 +119,12 @@ class _Receiver:
 
 
 class WeightSender:
-    """Sends updates to all servers of `pool`, from one rank."""
+    """Sends updates to all servers, from one rank."""
 
-    def __init__(self, pool: ReplicaPool, *, dtype: str, timeout_s: float) -> None:
-        self._pool, self._timeout_s = pool, timeout_s
-        self._dtype: torch.dtype = getattr(torch, dtype)
-        self._receivers = [_Receiver(replica) for replica in pool.replicas]
+    def __init__(self, replicas: SamplerReplicas) -> None:
+        self._replicas, self._pool = replicas, replicas.pool
+        self._dtype: torch.dtype = getattr(torch, replicas.served.dtype)
+        self._receivers = [_Receiver(replica) for replica in self._pool.replicas]
         self.failures: dict[str, str] = {}  # of the last update, by address
 
     def send(self, weights: Iterable[tuple[str, torch.Tensor]], update: str, version: int) -> list[Replica]:
@@ -165,6 +166,7 @@ class WeightSender:
         if replica.is_down and not self._pool.answers(replica):
             raise ServerFailedError("it still does not answer")
         served = self._pool.describe(replica, ServedSamplerModel)
+        self._replicas.take(replica)  # it may have been restarted
         if receiver.link is None or receiver.process != served.process:
             receiver.process, receiver.link = served.process, self._connect(replica, served)
         self._pool.post_json(replica, protocol.START_PATH, {"update": update, "version": version})
@@ -173,7 +175,7 @@ class WeightSender:
         if served.weight_transfer == "file":
             return FileLink(served)
         if served.weight_transfer == "gloo":
-            return GlooLink(self._pool, replica, self._timeout_s)
+            return GlooLink(self._pool, replica, self._replicas.timeout_s)
         return NcclLink(self._pool, replica)
 
     def _send(self, receiver: _Receiver, update: str, piece: Piece) -> None:

@@ -1,4 +1,4 @@
-"""`gkd serve-sampler`: completions from weights that a trainer sends, by nine routes."""
+"""`gkd serve-sampler`: completions from weights that a trainer sends, for one run at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -26,9 +26,10 @@ from gkd.engines.updated import NotHeldError, SamplerEngine
 from gkd.errors import InputError
 from gkd.models import local_folder, make_student_from_layers, read_config, resolve_model
 from gkd.servers.app import answer_response, bad_request, make_app, read_body, read_token_ids
+from gkd.servers.lease import Lease
 from gkd.servers.server import ServerSettings, Service, check_context, serve
 from gkd.serving import sampler_protocol as protocol
-from gkd.serving.sampler_protocol import HeldWeights, ServedSamplerModel, Transfer, architecture_digest
+from gkd.serving.sampler_protocol import HeldWeights, RunIdentity, ServedSamplerModel, Transfer, architecture_digest
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -37,6 +38,7 @@ _KEY = "gkd serve-sampler"
 _LARGEST_JSON_BYTES = 1 << 24  # NCCL: names and shapes of all parameters of a piece
 Message = TypeVar("Message", bound=BaseModel)
 T = TypeVar("T")
+Endpoint = Callable[[Request], Awaitable[Response]]
 Layers = int | list[int] | None  # those of the model that make the student; None: all
 
 
@@ -134,18 +136,18 @@ def make_sampler_app(served: ServedSamplerModel, engine: SamplerEngine) -> ASGIA
         _check_room(len(prompt_ids), query.max_new_tokens, served.max_tokens)
         made = await _result(engine.complete(prompt_ids, query))
         headers = {protocol.FINISH_REASON_HEADER: made.answer.finish_reason}
-        return _versioned(prompt_ids, protocol.completion_to_bytes(made.answer), made.weights_version, headers)
+        return _answer(prompt_ids, protocol.completion_to_bytes(made.answer), made.update, headers)
 
     async def probe(request: Request) -> Response:
         token_ids = await read_token_ids(request, served)
         query = _query(request, protocol.ProbeQuery)
         _check_room(len(token_ids), 1, served.max_tokens)
-        made = await _result(engine.probe(token_ids, query.weights_version))
-        return _versioned(token_ids, protocol.logprobs_to_bytes(made.answer), made.weights_version, {})
+        made = await _result(engine.probe(token_ids, query.update))
+        return _answer(token_ids, protocol.logprobs_to_bytes(made.answer), made.update, {})
 
     async def held(request: Request) -> Response:
-        message = await _message(request, protocol.WhichWeights)
-        found = await _result(engine.held_weights(message.weights_version))
+        message = await _message(request, protocol.WhichUpdate)
+        found = await _result(engine.held_weights(message.update))
         return JSONResponse(
             HeldWeights(
                 whole=found.whole, columns=found.columns, may_be_reordered=sorted(found.may_be_reordered)
@@ -168,9 +170,26 @@ def make_sampler_app(served: ServedSamplerModel, engine: SamplerEngine) -> ASGIA
         return await _done(engine.finish_update(message.update, message.pieces))
 
     async def accept(request: Request) -> Response:
-        return await _done(engine.accept((await _message(request, protocol.UpdateAccept)).update))
+        return await _done(engine.accept((await _message(request, protocol.WhichUpdate)).update))
 
-    posts = {
+    lease = Lease()
+
+    def of_holder(endpoint: Endpoint) -> Endpoint:
+        async def guarded(request: Request) -> Response:
+            lease.check(_run_of(request))
+            return await endpoint(request)
+
+        return guarded
+
+    async def take_lease(request: Request) -> Response:
+        lease.take(_run_of(request))
+        return JSONResponse({})
+
+    async def end_lease(request: Request) -> Response:
+        lease.give_back(_run_of(request))
+        return JSONResponse({})
+
+    for_holder = {
         protocol.COMPLETIONS_PATH: completions,
         protocol.PROBE_PATH: probe,
         protocol.HELD_PATH: held,
@@ -180,8 +199,17 @@ def make_sampler_app(served: ServedSamplerModel, engine: SamplerEngine) -> ASGIA
         protocol.FINISH_PATH: finish,
         protocol.ACCEPT_PATH: accept,
     }
+    posts = {path: of_holder(endpoint) for path, endpoint in for_holder.items()}
+    posts |= {protocol.LEASE_PATH: take_lease, protocol.LEASE_END_PATH: end_lease}
     routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
     return make_app(protocol.DESCRIPTION_PATH, served, routes)
+
+
+def _run_of(request: Request) -> RunIdentity:
+    try:
+        return RunIdentity.model_validate_json(request.headers.get(protocol.RUN_HEADER, ""))
+    except ValidationError:
+        raise bad_request(f"{protocol.RUN_HEADER} has to say which run asks") from None
 
 
 def _query(request: Request, kind: type[Message]) -> Message:
@@ -199,8 +227,8 @@ def _check_room(prompt_tokens: int, new_tokens: int, max_tokens: int) -> None:
         )
 
 
-def _versioned(token_ids: list[int], answer: bytes, version: int, headers: dict[str, str]) -> Response:
-    return answer_response(token_ids, memoryview(answer), {protocol.VERSION_HEADER: str(version)} | headers)
+def _answer(token_ids: list[int], answer: bytes, update: str, headers: dict[str, str]) -> Response:
+    return answer_response(token_ids, memoryview(answer), {protocol.UPDATE_HEADER: update} | headers)
 
 
 async def _connection(request: Request, served: ServedSamplerModel) -> dict[str, Any]:

@@ -115,6 +115,10 @@ class ReplicaPool:
         """Lets go of the connections."""
         self._client.close()
 
+    def say_with_all(self, headers: dict[str, str]) -> None:
+        """Of every request from here on."""
+        self._client.headers.update(headers)
+
     @property
     def requests_at_once(self) -> int:
         return self._config.max_concurrency * len(self.replicas)
@@ -217,9 +221,9 @@ class ReplicaPool:
             raise WrongAnswerError("its answer is damaged, or is another request's: the checksum does not fit")
         return response.headers, body
 
-    def post_json(self, replica: Replica, path: str, values: object) -> bytes:
+    def post_json(self, replica: Replica, path: str, values: object, limit_s: float | None = None) -> bytes:
         """The answer's body. Raises as `post_token_ids` does."""
-        with self._transport.within(self._config.timeout_s):
+        with self._transport.within(self._config.timeout_s if limit_s is None else limit_s):
             response = self._client.post(replica.address + path, json=values)
         if response.status_code != httpx.codes.OK:
             raise _refusal_error(response.status_code, response.content)

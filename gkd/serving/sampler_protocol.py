@@ -3,9 +3,11 @@
 GET  /sampler              a `ServedSamplerModel` as JSON
 POST /completions?...      the token ids of a prompt, how to complete it as a `CompletionQuery`; the answer is the
                            completion: its n ids, then their n log-probabilities in little-endian float32
-POST /probe?weights_version=V   the token ids of a text; the answer is the log-probabilities of its second token and all
+POST /probe?update=ID      the token ids of a text; the answer is the log-probabilities of its second token and all
                            after it, as above
-POST /weights/held     {"weights_version": V}: the answer is a `HeldWeights` as JSON
+POST /lease                from here on the server works for this run alone; again, at least every LEASE_S
+POST /lease/end            the run needs it no more
+POST /weights/held         {"update": ID}: the answer is a `HeldWeights` as JSON
 POST /weights/connect      {"info": {...}}: what the weight-transfer engine has to know of the trainer, once; then, for
                            each update:
 POST /weights/start        {"update": ID, "version": V}
@@ -13,8 +15,9 @@ POST /weights/piece        {"update": ID, "piece": {...}}: the engine receives s
 POST /weights/finish       {"update": ID, "pieces": N}
 POST /weights/accept       {"update": ID}: the trainer has proved them
 
-Nothing is completed before weights were accepted, and only for a client that names their version. Token ids, errors and
-the token are as in `gkd/serving/protocol.py`.
+Every POST says with `x-gkd-run` whose it is: a `RunIdentity` as JSON. Nothing is completed before weights were
+accepted, and only for a client that names the update which brought them: versions are numbers that two runs may share.
+Token ids, errors and the token are as in `gkd/serving/protocol.py`.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ PROTOCOL_VERSION = 3
 DESCRIPTION_PATH = "/sampler"
 COMPLETIONS_PATH = "/completions"
 PROBE_PATH = "/probe"
+LEASE_PATH = "/lease"
+LEASE_END_PATH = "/lease/end"
 HELD_PATH = "/weights/held"
 CONNECT_PATH = "/weights/connect"
 START_PATH = "/weights/start"
@@ -40,12 +45,15 @@ PIECE_PATH = "/weights/piece"
 FINISH_PATH = "/weights/finish"
 ACCEPT_PATH = "/weights/accept"
 FINISH_REASON_HEADER = "x-gkd-finish-reason"
-VERSION_HEADER = "x-gkd-weights-version"
+UPDATE_HEADER = "x-gkd-update"
+RUN_HEADER = "x-gkd-run"
+LEASE_S = 120.0
 LOGPROB_FORMAT = "<f4"  # numpy's name of little-endian float32
 LOGPROB_BYTES = 4
 LOGPROB_ROUNDING = 1e-3  # how far above 0 an engine may round
 BYTES_A_TOKEN = 8  # of a completion: its id and its log-probability
 CONFLICT = 409  # the server does not hold the weights that the request is for
+LOCKED = 423  # it works for another run
 Transfer = Literal["file", "gloo", "nccl"]
 _NO_ARCHITECTURE = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
@@ -61,12 +69,25 @@ class ServedSamplerModel(Description):
     process: str  # another one after a restart
 
 
+class RunIdentity(BaseModel):
+    """A run, the same one after a resume. `name` is for people."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str = Field(min_length=1)
+    name: str
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {RUN_HEADER: json.dumps(self.model_dump())}  # ASCII, whatever a folder's name is
+
+
 class ProbeQuery(BaseModel):
     """Which weights a request is for: its query."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    weights_version: int = Field(ge=0)
+    update: str = Field(min_length=1)  # that brought them
 
     @property
     def params(self) -> dict[str, str]:
@@ -85,9 +106,9 @@ class CompletionQuery(ProbeQuery):
     shared_vocab: int = Field(0, ge=0)
 
     @classmethod
-    def of(cls, settings: SamplingSettings, *, seed: int, weights_version: int) -> CompletionQuery:
+    def of(cls, settings: SamplingSettings, *, seed: int, update: str) -> CompletionQuery:
         return cls(
-            weights_version=weights_version,
+            update=update,
             seed=seed,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
@@ -113,11 +134,7 @@ class Connection(_Message):
     info: dict[str, Any]
 
 
-class WhichWeights(_Message):
-    weights_version: int = Field(ge=0)
-
-
-class UpdateAccept(_Message):
+class WhichUpdate(_Message):
     update: str
 
 

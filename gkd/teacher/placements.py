@@ -144,8 +144,8 @@ class Topk(TeacherPlacement):
     def build(self, path: str, site: Site) -> Teacher:
         from gkd.teacher.topk import TopkTeacher
 
-        self._endpoints.vocabulary_rows = self._vocabulary_rows(path)  # this rank may not have looked at the model
-        return TopkTeacher(self._endpoints, top_k=self.teacher.top_k, device=site.device)
+        rows = self._vocabulary_rows(path)
+        return TopkTeacher(self._endpoints, top_k=self.teacher.top_k, vocabulary_rows=rows, device=site.device)
 
     def _check_model(self, path: str) -> None:
         self._endpoints.check_vocabulary(self._vocabulary_rows(path))

@@ -16,8 +16,9 @@ from gkd.types import Rollout, TeacherScores, TopkScores
 class TopkTeacher:
     """Implements `Teacher` with requests to `endpoints`, one a rollout, many at once."""
 
-    def __init__(self, endpoints: Endpoints, *, top_k: int, device: torch.device) -> None:
+    def __init__(self, endpoints: Endpoints, *, top_k: int, vocabulary_rows: int, device: torch.device) -> None:
         self._endpoints, self._top_k, self._device = endpoints, top_k, device
+        endpoints.vocabulary_rows = vocabulary_rows  # the rank may be one that did not check them
 
     def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScores]:
         """The K most likely tokens in the place of each of the n, the most likely first.

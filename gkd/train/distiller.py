@@ -65,8 +65,11 @@ class Distiller:
             if launch.is_main:
                 settled.say()
             distributed.initialize(launch)
+            begin, run_id = folder.begin, folder.run_id
             with distributed.ranks_heard(launch, config.run.silent_rank_s, partial(signals.end_process, 1)):
-                run = Run(config, launch, folder, placements, begin=folder.begin, signals=signals, resume=resume)
+                run = Run(
+                    config, launch, folder, placements, begin=begin, run_id=run_id, signals=signals, resume=resume
+                )
                 return run.train(started)
 
     def settle(self, *, resume: bool = False) -> Settled:

@@ -45,14 +45,15 @@ class Run:
         placements: Placements,
         *,
         begin: Callable[[], None] = lambda: None,
+        run_id: str = "",
         signals: Signals | None = None,
         resume: bool = False,
     ) -> None:
-        """Finds checkpoint and models and reads the data; loads no weights. Raises InputError. Collective, in the
-        process group that `distributed.initialize` has made.
+        """Finds checkpoint and models, reads the data and takes the sampler; loads no weights. Raises InputError.
+        Collective, in the process group that `distributed.initialize` has made.
 
-        `begin` is called when all of that is known to be good, before anything is written into `folder`. `signals` are
-        those that stop it.
+        `begin` is called when all of that is known to be good, before anything is written into `folder`. `run_id`, the
+        main rank's, is what servers know the run by; "" is one that nobody has. `signals` are those that stop it.
         """
         self.signals = signals or Signals(config.run.term_grace_s)
         self.config, self.launch, self.folder, self.placements = config, launch, folder, placements
@@ -62,6 +63,7 @@ class Run:
         self.steps_done = self.start_step
         self.models = parts.locate_models(config, folder, launch, placements)
         self.prompts = parts.load_data(config, self.models)
+        parts.take_sampler(config, folder, launch, placements.sampler, run_id)
         begin()
         parts.make_student(config, self.models, self.prompts, launch)
         if launch.is_main:

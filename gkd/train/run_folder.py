@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -50,6 +51,9 @@ class RunFolder(RunFiles):
         self._resume, self._overwrite = resume, overwrite
         self._lock: Any = None
         self._is_begun = False
+        self.run_id = (
+            ""  # of all runs in this folder, known to who has claimed it: whoever goes on is the same to others
+        )
 
     @property
     def is_used(self) -> bool:
@@ -65,6 +69,7 @@ class RunFolder(RunFiles):
         self._lock = self.marker.open("a", encoding="utf-8")
         try:
             self._check_use()
+            self.run_id = _id_in(self.marker) or uuid.uuid4().hex
         except BaseException:
             self.close()  # or the next try would find the folder in use
             raise
@@ -91,7 +96,7 @@ class RunFolder(RunFiles):
             for leftover in self.of_one_run:  # of a start that failed
                 _remove(leftover)
         self._lock.truncate(0)
-        self._lock.write(json.dumps({"gkd": gkd.__version__, "run": self._config.run.name}) + "\n")
+        self._lock.write(json.dumps({"gkd": gkd.__version__, "run": self._config.run.name, "id": self.run_id}) + "\n")
         self._lock.flush()
         write_json(self.config, self._config.model_dump(mode="json"))
         write_json(self.environment, _environment())
@@ -157,6 +162,15 @@ class RunFolder(RunFiles):
         changed = _changes(read_json_object(self.config, RunFolderError, "--resume"), now, is_free_on_resume)
         if changed:
             raise RunFolderError(f"--resume: the config differs from that of {self.path}: " + "; ".join(changed))
+
+
+def _id_in(marker: Path) -> str:
+    """Nothing if it is new, damaged, or of an older gkd."""
+    try:
+        found = json.loads(marker.read_text())["id"]
+    except (ValueError, KeyError, TypeError):
+        return ""
+    return found if isinstance(found, str) else ""
 
 
 def _remove(path: Path) -> None:

@@ -21,11 +21,13 @@ from gkd.errors import ConfigError, SamplerError, WeightSyncError
 from gkd.rollout.replicas import SamplerReplicas
 from gkd.rollout.served import ServedSampler
 from gkd.rollout.sync import SyncedSampler, Tolerance, probe_text
+from gkd.serving.sampler_protocol import RunIdentity
 from gkd.types import SampleRequest, SamplingSettings
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 PROBES = partial(probe_text, [[1, 40, 41], [1, 50, 51, 52], list(range(3, 250))], 259, 0)
 SETTINGS = SamplingSettings(12, stop_token_ids=(2,))
+RUN = RunIdentity(id="a" * 32, name="tests")
 REQUESTS = [SampleRequest(tuple(range(3 + i, 20 + 2 * i)), 1000 + i) for i in range(16)]
 
 
@@ -75,9 +77,9 @@ class Servers:
         )  # fmt: skip
 
     def sampler(self, *servers: TeacherServer, **options: Any) -> tuple[SyncedSampler, ServedSampler]:
-        served = ServedSampler(
-            SamplerReplicas(self.config(*servers, **options)), is_main=True, from_main=lambda value: value
-        )
+        replicas = SamplerReplicas(self.config(*servers, **options))
+        replicas.work_for(RUN)
+        served = ServedSampler(replicas, is_main=True, from_main=lambda value: value)
         self.opened.append(served)
         return SyncedSampler(served, probe_ids=PROBES, tolerance=Tolerance(1e-3)), served
 
@@ -139,6 +141,7 @@ def test_nccl(tiny_student: Path, weights: Weights, tmp_path: Path) -> None:
         weights.model.cuda()
         servers = SimpleNamespace(folder=tmp_path, model=tiny_student)
         replicas = SamplerReplicas(Servers.config(servers, server))  # pyright: ignore
+        replicas.work_for(RUN)
         served = ServedSampler(replicas, is_main=True, from_main=lambda value: value)
         synced = SyncedSampler(served, probe_ids=PROBES, tolerance=Tolerance(1e-2))
         for version in (0, 1):
@@ -166,11 +169,11 @@ def test_a_server_that_misses_an_update_gets_no_work_until_it_has_one(
     before = missing.in_flight
     assert len(synced.generate(REQUESTS, SETTINGS)) == len(REQUESTS), "the other one does its work"
     assert missing.is_down and missing.in_flight == before == 0
-    with pytest.raises(Exception, match="holds version 0, not 1"):
-        served._complete(missing, REQUESTS[0], SETTINGS, 1)
+    with pytest.raises(Exception, match=f"holds the weights of update 0-.*, not {served._update}"):
+        served._complete(missing, REQUESTS[0], SETTINGS, served._update)
     synced.load_weights(weights.train(), 2)
     assert not missing.is_down, "it took a whole update"
-    assert len(served._complete(missing, REQUESTS[0], SETTINGS, 2).token_ids) >= 1
+    assert len(served._complete(missing, REQUESTS[0], SETTINGS, served._update).token_ids) >= 1
 
 
 def test_without_any_server_left_the_error_names_the_address(servers: Servers, weights: Weights) -> None:
@@ -204,11 +207,12 @@ def test_an_update_cut_off_half_way_is_not_sampled_from_and_the_next_one_heals(
     monkeypatch.setattr("gkd.rollout.weight_transfer.WEIGHT_PIECE_BYTES", 1 << 14)  # many pieces
     synced, served = servers.sampler(getattr(servers, kind))
     synced.load_weights(weights, 0)
+    before = served._update
     with pytest.raises(KeyboardInterrupt):
         synced.load_weights(Interrupted(weights.model), 1)
-    for version in (0, 1):
+    for update in (before, served._update):
         with pytest.raises(Exception, match="no complete, proven weights"):
-            served._complete(served._pool.replicas[0], REQUESTS[0], SETTINGS, version)
+            served._complete(served._pool.replicas[0], REQUESTS[0], SETTINGS, update)
     assert synced.load_weights(weights.train(), 1)["sync/max_logprob_error"] < 1e-4
 
 
@@ -231,7 +235,7 @@ def test_pieces_that_are_not_the_announced_ones_are_refused(servers: Servers, we
 
 
 UPDATES = ("connect", "start", "piece", "finish", "accept")
-POSTS = ("/completions", "/probe", *(f"/weights/{step}" for step in UPDATES))
+POSTS = ("/completions", "/probe", "/lease", "/lease/end", *(f"/weights/{step}" for step in UPDATES))
 
 
 @pytest.mark.parametrize("authorization", [None, "Bearer", f"Bearer {TOKEN}x", TOKEN])
@@ -248,9 +252,10 @@ def test_malformed_requests_get_an_answer_and_the_server_lives(servers: Servers,
     synced, served = servers.sampler(servers.file)
     synced.load_weights(weights, 0)
     ids = b"".join(i.to_bytes(4, "little") for i in range(3, 10))
-    query = "weights_version=0&seed=1&max_new_tokens=4&temperature=1.0&top_p=1.0&top_k=0&stop_token_ids=2"
+    update = served._update
+    query = f"update={update}&seed=1&max_new_tokens=4&temperature=1.0&top_p=1.0&top_k=0&stop_token_ids=2"
     outside = b'{"update": "u", "piece": {"size_bytes": 1, "sha256": "x", "file": "../../etc/passwd"}}'
-    with httpx.Client(base_url=servers.file.address, headers=AUTHORIZED, trust_env=False) as client:
+    with httpx.Client(base_url=servers.file.address, headers=AUTHORIZED | RUN.headers, trust_env=False) as client:
         for path, body, status, words in (
             (f"/completions?{query}", b"", 400, "no token ids"),
             (f"/completions?{query}", b"\xff" * 8, 400, "no token id -1"),
@@ -258,12 +263,17 @@ def test_malformed_requests_get_an_answer_and_the_server_lives(servers: Servers,
             ("/completions", ids, 400, "seed"),
             (f"/completions?{query}&more=1", ids, 400, "more"),
             (f"/completions?{query.replace('=4', '=250')}", ids, 400, "more than the 256"),
-            (f"/completions?{query.replace('version=0', 'version=7')}", ids, 409, "holds version 0, not 7"),
-            ("/probe?weights_version=0", b"\xff" * 8, 400, "no token id -1"),
-            ("/probe?weights_version=0", (3).to_bytes(4, "little") * 256, 400, "more than the 256"),
-            ("/probe", ids, 400, "weights_version"),
+            (
+                f"/completions?{query.replace(update, '0-x')}",
+                ids,
+                409,
+                f"holds the weights of update {update}, not 0-x",
+            ),
+            (f"/probe?update={update}", b"\xff" * 8, 400, "no token id -1"),
+            (f"/probe?update={update}", (3).to_bytes(4, "little") * 256, 400, "more than the 256"),
+            ("/probe", ids, 400, "update"),
             (f"/probe?{query}", ids, 400, "seed"),
-            ("/probe?weights_version=7", ids, 409, "holds version 0, not 7"),
+            ("/probe?update=0-x", ids, 409, f"holds the weights of update {update}, not 0-x"),
             ("/weights/connect", b'{"info": {"folder": "/"}}', 400, "files need no connection"),
             ("/weights/start", b"nonsense", 400, "JSON"),
             ("/weights/piece", outside, 409, "not in this update"),

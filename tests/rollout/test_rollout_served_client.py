@@ -40,7 +40,7 @@ def description(**changes: Any) -> Answer:
 
 
 def answer(body: bytes = completion_to_bytes(COMPLETION), **headers: str) -> Answer:
-    right = {"x-gkd-weights-version": "4", "x-gkd-finish-reason": "stop"}
+    right = {"x-gkd-update": "4-u", "x-gkd-finish-reason": "stop"}
     return 200, right | {name.replace("_", "-"): value for name, value in headers.items()}, body
 
 
@@ -73,7 +73,7 @@ def config(*servers: FakeServer, **rollout: Any) -> Any:
 
 def generate(*servers: FakeServer, settings: SamplingSettings = SETTINGS) -> list[Completion]:
     sampler = ServedSampler(SamplerReplicas(config(*servers)), is_main=False, from_main=lambda value: value)
-    sampler._version = 4
+    sampler._update = "4-u"
     return sampler.generate([REQUEST], settings)
 
 
@@ -84,7 +84,7 @@ def test_what_a_server_sends_is_what_comes_out(make_server: MakeServer) -> None:
 
 def probed(server: FakeServer) -> list[Sequence[float]]:
     sampler = ServedSampler(SamplerReplicas(config(server)), is_main=False, from_main=lambda value: value)
-    sampler._version, sampler._is_main, sampler._holding = 4, True, list(sampler._pool.replicas)
+    sampler._update, sampler._is_main, sampler._holding = "4-u", True, list(sampler._pool.replicas)
     return sampler.probe((5, 6, 7))
 
 
@@ -101,7 +101,7 @@ def test_a_probe_is_what_the_server_says(make_server: MakeServer) -> None:
         (answer(logprobs_to_bytes((-0.5, float("nan")))), "not finite"),
         (answer(logprobs_to_bytes((-0.5, 1.0))), "a log-probability of 1: they are 0 at most"),
         (answer(logprobs_to_bytes((-0.5, -1.0)), x_gkd_digest="0" * 32), "is damaged, or is another request's"),
-        (answer(logprobs_to_bytes((-0.5, -1.0)), x_gkd_weights_version="3"), "from weights of version '3', not 4"),
+        (answer(logprobs_to_bytes((-0.5, -1.0)), x_gkd_update="3-u"), "from the weights of update '3-u', not '4-u'"),
         ((409, {}, b'{"error": "holds version 3"}'), "could be probed: .*status 409: holds version 3"),
     ],
 )
@@ -112,7 +112,7 @@ def test_a_probe_that_is_none_stops_the_run(make_server: MakeServer, probe: Answ
 
 def test_settings_survive_the_way() -> None:
     settings = SamplingSettings(9, 0.7, 0.1 + 0.2, 5, (2, 1_000_000))
-    query = CompletionQuery.of(settings, seed=2**63 - 1, weights_version=3)
+    query = CompletionQuery.of(settings, seed=2**63 - 1, update="3-u")
     again = CompletionQuery.model_validate(query.params)
     assert again == query and again.settings == settings
 
@@ -133,7 +133,7 @@ ANOTHERS_DIGEST = answer_digest(struct.pack("<2i", 6, 5), completion_to_bytes(CO
 @pytest.mark.parametrize(
     ("completion", "message"),
     [
-        (answer(x_gkd_weights_version="3"), "answered from weights of version '3', not 4"),
+        (answer(x_gkd_update="3-u"), "answered from the weights of update '3-u', not '4-u'"),
         (answer(x_gkd_finish_reason="tired"), "that is no completion"),
         (answer(completion_to_bytes(COMPLETION)[:-2]), "that is no completion"),
         (answer(b""), "that is no completion"),
@@ -192,7 +192,7 @@ def test_ids_that_the_teacher_lacks_are_not_sampled(make_server: MakeServer) -> 
 def test_a_server_that_fails_gets_no_further_work(make_server: MakeServer, completion: Answer, reason: str) -> None:
     broken, good = make_server(completion), make_server()
     sampler = ServedSampler(SamplerReplicas(config(broken, good)), is_main=False, from_main=lambda value: value)
-    sampler._version = 4
+    sampler._update = "4-u"
     for _ in range(3):
         assert sampler.generate([REQUEST, REQUEST], SETTINGS) == [COMPLETION, COMPLETION]
     assert 1 <= broken.requests.count("/completions") <= 2 and good.requests.count("/completions") == 6

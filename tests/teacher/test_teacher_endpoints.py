@@ -79,8 +79,8 @@ def asked(answer: Answer) -> TopkScores:
     server = FakeServer({MODELS: ONE_MODEL, COMPLETIONS: model()})
     try:
         endpoints = Endpoints(config(server.address))
+        teacher = TopkTeacher(endpoints, top_k=2, vocabulary_rows=ROWS, device=torch.device("cpu"))
         endpoints.check_vocabulary(ROWS)
-        teacher = TopkTeacher(endpoints, top_k=2, device=torch.device("cpu"))
         server.answers[COMPLETIONS] = answer
         (scores,) = teacher.score([ROLLOUT])
     finally:

@@ -66,7 +66,7 @@ def config(folder: Path, address: str, **keys: object) -> TeacherConfig:
 
 
 def teacher(folder: Path, address: str) -> TopkTeacher:
-    return TopkTeacher(Endpoints(config(folder, address)), top_k=7, device=CPU)
+    return TopkTeacher(Endpoints(config(folder, address)), top_k=7, vocabulary_rows=ROWS, device=CPU)
 
 
 def test_it_is_the_local_teachers_top_k(folder: Path, model: Path, server: TeacherServer) -> None:

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from canaries import plant, seal
 from limits import largest_file
+from teacher_servers import FakeServer
 
 from gkd.config import Config, Launch, load_config, make_config
 from gkd.errors import (
     CheckpointError,
+    ConfigError,
     InputError,
     MachineError,
     RunInterruptedError,
@@ -24,9 +26,11 @@ from gkd.errors import (
     TeacherError,
     WeightSyncError,
 )
+from gkd.models import read_config
 from gkd.monitor import RunSummary, read_metrics
 from gkd.rollout.sync import SyncedSampler
 from gkd.run_files import RunFiles
+from gkd.serving.sampler_protocol import PROTOCOL_VERSION, ServedSamplerModel, architecture_digest
 from gkd.teacher.base import Teacher
 from gkd.train import distributed
 from gkd.train.checkpoint import saved_steps
@@ -141,6 +145,28 @@ def test_a_start_that_fails_costs_nobody_anything(
     with pytest.raises(InputError, match=message):
         Distiller(make_config({**values, section: {**values[section], **keys}})).train(overwrite=True)
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.fault
+def test_a_sampler_of_another_run_is_known_before_anything_is_touched(config: Config, tiny_student: Path) -> None:
+    student = read_config(str(tiny_student))
+    served = ServedSamplerModel(
+        protocol=PROTOCOL_VERSION, model="m", architecture=architecture_digest(student), dtype="float32",
+        vocabulary_rows=student.vocab_size, max_tokens=256, weight_transfer="gloo", weights_folder=None, process="p",
+    )  # fmt: skip
+    server = FakeServer(
+        {"/sampler": (200, {}, served.model_dump_json().encode()),
+         "/lease": (423, {}, b'{"error": "this sampler works for another run, x"}'), "/lease/end": (200, {}, b"{}")}
+    )  # fmt: skip
+    values = config.model_dump(mode="json", exclude_unset=True)
+    rollout = {"placement": "served", "addresses": [server.address], "max_new_tokens": 6}
+    try:
+        with pytest.raises(ConfigError, match=rf"^rollout\.addresses: {server.address}: .*works for another run, x"):
+            Distiller(make_config({**values, "rollout": rollout})).train()
+    finally:
+        server.close()
+    assert server.requests == ["/sampler", "/lease", "/lease/end"]
+    assert [path.name for path in config.run.folder.iterdir()] == [".gkd-run"]
 
 
 class Failing:

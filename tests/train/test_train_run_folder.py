@@ -108,6 +108,20 @@ def test_nothing_is_touched_before_the_run_begins(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
+def test_whoever_goes_on_in_a_folder_is_the_same_run_to_its_servers(tmp_path: Path) -> None:
+    def run_id(name: str, **how: bool) -> str:
+        with claimed_folder(config(tmp_path / name), Launch(), **how) as folder:
+            folder.begin()
+            return folder.run_id
+
+    first = run_id("a")
+    assert len(first) == 32 and run_id("a", resume=True) == run_id("a", overwrite=True) == first
+    assert run_id("b") != first
+    for damaged in ("", "{", "[]", '{"id": 3}'):
+        (tmp_path / "b" / ".gkd-run").write_text(damaged)
+        assert len(run_id("b", resume=True)) == 32
+
+
 def test_a_start_that_failed_is_in_nobodys_way(tmp_path: Path) -> None:
     begin(config(tmp_path))
     (tmp_path / "student_init").mkdir()

@@ -7,7 +7,7 @@ from gkd.train.parts.dtypes import check_same_dtypes
 from gkd.train.parts.inputs import run_inputs
 from gkd.train.parts.measures import build_heldout, build_snapshots, describe_samples, shown_texts
 from gkd.train.parts.models import Models, locate_models
-from gkd.train.parts.sampling import build_rollouts, build_sampler, probe_texts
+from gkd.train.parts.sampling import build_rollouts, build_sampler, probe_texts, take_sampler
 from gkd.train.parts.settings import sampler_spec, sampling_settings
 from gkd.train.parts.student import build_checkpoints, build_student, checkpoint_layout, resume_step
 from gkd.train.parts.teachers import build_teacher
@@ -43,5 +43,6 @@ __all__ = [
     "sampler_spec",
     "sampling_settings",
     "shown_texts",
+    "take_sampler",
     "teacher_texts",
 ]

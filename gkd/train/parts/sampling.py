@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -11,11 +13,20 @@ from gkd.rollout.ahead import SampleAhead
 from gkd.rollout.mixture import MixtureRollouts
 from gkd.rollout.placements import SamplerPlacement, Site
 from gkd.rollout.sync import SyncedSampler, Tolerance, probe_text
+from gkd.run_files import RunFiles
+from gkd.serving.sampler_protocol import RunIdentity
 from gkd.train.distributed import Neighbours, compute_device, from_main, max_over_ranks, sum_all
 from gkd.train.parts.data import Prompts
 from gkd.train.parts.models import Models, student_revision
 from gkd.train.parts.settings import sampler_spec, student_settings
 from gkd.train.parts.texts import TeacherTexts
+
+
+def take_sampler(config: Config, folder: RunFiles, launch: Launch, placement: SamplerPlacement, run_id: str) -> None:
+    """For this run alone, until its placement is closed. Raises ConfigError, on all ranks, if another run has it."""
+    name = f"{config.run.name} in {folder.path.absolute()} on {socket.gethostname()}"
+    run = from_main(RunIdentity(id=run_id or uuid.uuid4().hex, name=name) if launch.is_main else None)
+    placement.take(run, is_main=launch.is_main, from_main=from_main)
 
 
 def build_sampler(
