@@ -61,6 +61,7 @@ class SamplerSpec:
     tensor_parallel: int = 1  # ranks, of a process group that is there already, that hold a share of the weights each
     sleep_level: int = 0  # of `VllmSampler.sleep`
     revision: str | None = None
+    key: str = "student.model"  # what an error about the model starts with
 
     @classmethod
     def of(cls, rollout: RolloutConfig, **others: Any) -> SamplerSpec:

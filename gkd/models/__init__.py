@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gkd.models.attention import use_short_attention
     from gkd.models.card import ModelCard
+    from gkd.models.coverage import check_covers
     from gkd.models.end_tokens import Closing, describe_sides, end_token_ids, union_of_ends
     from gkd.models.export import save_final
     from gkd.models.fingerprint import model_fingerprint
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "card": ("ModelCard",),
+    "coverage": ("check_covers",),
     "end_tokens": ("Closing", "describe_sides", "end_token_ids", "union_of_ends"),
     "export": ("save_final",),
     "heads": ("backbone_of", "head_logits", "head_settings", "output_head", "verify_head"),
@@ -74,6 +76,7 @@ __all__ = [
     "adapter_parameters",
     "adapter_weights",
     "backbone_of",
+    "check_covers",
     "check_tokenizer_pair",
     "choose_by_measure",
     "choose_layers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +59,7 @@ def load_causal_lm(
 
     folder = str(local_folder(path, revision=revision, key=key))
     config = read_config(folder, key=key)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"{key}: {path} is quantized; gkd needs plain weights: use the model it was made from")
+    refuse_quantized(config, path, key)
     with explained(path, key), quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -71,14 +71,29 @@ def load_causal_lm(
             output_loading_info=True,
         )
     model, info = loaded
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{key}: the weights of {path} lack {len(missing)} tensors of {type(model).__name__}, first {missing[0]}: "
-            "they belong to another model, or are incomplete"
-        )
+    refuse_missing(info["missing_keys"], model, path, key)
     _check_finite(model, path, key)
     return model.eval()
+
+
+def refuse_quantized(config: PreTrainedConfig, path: str, key: str) -> None:
+    """Raises ModelError, starting with `key`, for weights that are not plain numbers."""
+    chosen: Any = getattr(config, "quantization_config", None)
+    if chosen is not None:
+        values = chosen if isinstance(chosen, dict) else vars(chosen)
+        raise ModelError(
+            f"{key}: {path} is quantized ({values.get('quant_method', 'by a method without a name')}); gkd needs plain "
+            "weights: use the model it was made from"
+        )
+
+
+def refuse_missing(missing: Collection[str], model: PreTrainedModel, path: str, key: str) -> None:
+    """Raises ModelError, starting with `key`, if there are some: transformers makes them up."""
+    if missing:
+        raise ModelError(
+            f"{key}: the weights of {path} lack {len(missing)} tensors of {type(model).__name__}, first "
+            f"{min(missing)}: they belong to another model, or are incomplete"
+        )
 
 
 def _check_finite(model: PreTrainedModel, path: str, key: str) -> None:

@@ -64,8 +64,10 @@ class HfSampler:
         pad_token_id: int,
         max_num_seqs: int = 64,
         lora: LoraConfig | None = None,
+        key: str = "student.model",
     ) -> None:
-        self._model = load_causal_lm(model_folder, dtype, key="student.model").to(device).eval()  # pyright: ignore
+        """`key` is what an error about the model starts with."""
+        self._model = load_causal_lm(model_folder, dtype, key=key).to(device).eval()  # pyright: ignore
         if lora is not None:
             inject_lora(self._model, lora, seed=0)  # every update brings all of the adapter
             self._model.eval()

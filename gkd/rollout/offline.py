@@ -16,13 +16,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from gkd import errors
 from gkd.engines.sampling import SamplerSpec, VllmSampler
 from gkd.environment import die_with_parent, prepare_process, without_launcher
-from gkd.errors import SamplerError
+from gkd.errors import GkdError, MachineError, SamplerError
 from gkd.models import local_folder
 from gkd.rollout.base import Sampler
 from gkd.rollout.completion_cache import CompletionCache
-from gkd.system_errors import write_fault
+from gkd.system_errors import system_errors, write_fault
 from gkd.types import SampleRequest, SamplingSettings
 
 _SHARD_REQUESTS = 256  # what an interruption can lose
@@ -33,7 +34,7 @@ def start_sampler(spec: SamplerSpec) -> Sampler:
 
     Of an engine that spans several ranks it is this rank's share.
     """
-    folder = str(local_folder(spec.model_folder, revision=spec.revision))
+    folder = str(local_folder(spec.model_folder, revision=spec.revision, key=spec.key))
     if spec.engine == "vllm":
         return VllmSampler(replace(spec, model_folder=folder, revision=None))
     import torch
@@ -47,6 +48,7 @@ def start_sampler(spec: SamplerSpec) -> Sampler:
         pad_token_id=spec.pad_token_id,
         max_num_seqs=spec.max_num_seqs,
         lora=spec.lora,
+        key=spec.key,
     )
 
 
@@ -68,7 +70,8 @@ def complete(
     note: Callable[[str], None],
     whose: str = "teacher",
 ) -> None:
-    """Samples what the caches of `jobs` lack, in one child process. Raises SamplerError if that fails."""
+    """Samples what the caches of `jobs` lack, in one child process. Raises what that raises of gkd's own errors, and
+    SamplerError if it fails otherwise."""
     missing = [(cache, settings, cache.missing(requests)) for cache, settings, requests in jobs]
     count = sum(len(requests) for *_, requests in missing)
     if not count:
@@ -90,10 +93,22 @@ def complete(
         job_file.write_text(json.dumps(plan))
         command = [sys.executable, "-m", "gkd.rollout.offline", str(job_file)]
         result = subprocess.run(command, env=without_launcher(), stdin=subprocess.DEVNULL, check=False)
+        _raise_again(_error_file(job_file))
     for cache, _, _ in missing:
         cache.reload()
     if result.returncode or any(cache.missing(requests) for cache, _, requests in missing):
         raise SamplerError(f"sampling the {whose}'s completions failed: its process ended with {result.returncode}")
+
+
+def _error_file(job_file: Path) -> Path:
+    """Where the child says which of gkd's errors has ended it."""
+    return job_file.with_name("error.json")
+
+
+def _raise_again(error_file: Path) -> None:
+    if error_file.is_file():
+        kind, text = json.loads(error_file.read_text())
+        raise getattr(errors, kind)(text)
 
 
 def _run(plan: dict[str, Any]) -> None:
@@ -109,8 +124,17 @@ def _run(plan: dict[str, Any]) -> None:
     sampler.close()
 
 
-if __name__ == "__main__":
-    job = json.loads(Path(sys.argv[1]).read_text())
+def _main(job_file: Path) -> None:
+    job = json.loads(job_file.read_text())
     die_with_parent(job["parent_pid"])
     prepare_process()
-    _run(job)
+    try:
+        with system_errors(MachineError):
+            _run(job)
+    except GkdError as error:
+        _error_file(job_file).write_text(json.dumps([type(error).__name__, str(error)]))
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))

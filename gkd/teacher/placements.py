@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gkd.config import Config
-from gkd.models import model_fingerprint, read_config, resolve_model
+from gkd.models import check_covers, model_fingerprint, read_config, resolve_model
 from gkd.teacher.base import Teacher
 from gkd.teacher.endpoints import Endpoints
 from gkd.teacher.replicas import Replicas
@@ -77,6 +77,9 @@ class TeacherPlacement:
 
 class Local(TeacherPlacement):
     """Whole, on every rank."""
+
+    def _check_model(self, path: str) -> None:
+        check_covers(path, key=self._model_key)
 
     def build(self, path: str, site: Site) -> Teacher:
         return self._load(path, site, is_sharded=False)

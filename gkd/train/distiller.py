@@ -108,11 +108,12 @@ class Distiller:
 
     def _describe_models(self) -> list[str]:
         """Nothing of models on the hub, which are not asked for here."""
-        from gkd.models import Closing, describe_sides, read_config, resolve_model
+        from gkd.models import Closing, check_covers, describe_sides, read_config, resolve_model
         from gkd.models.hub import is_hub_name
         from gkd.models.resolve import WHEEL_PREFIX
 
         teachers = {f"{self.config.teacher_key(name)}.model": t.model for name, t in self.config.teachers.items()}
+        served = {f"{self.config.teacher_key(name)}.model" for name, t in self.config.teachers.items() if t.has_servers}
         student = self.config.student.model or self.config.teacher.model
         names = {"student.model": student, **teachers}
         paths = {
@@ -120,6 +121,9 @@ class Distiller:
             for key, name in names.items()
             if name.startswith(WHEEL_PREFIX) or not is_hub_name(name)
         }
+        for key, path in paths.items():
+            if key not in served:
+                check_covers(path, key=key)
         if paths.keys() != names.keys():
             return []
         sides = {key: Closing.of(path, key=key) for key, path in paths.items()}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,7 +16,9 @@ import pytest
 from launching import environment
 
 from gkd.engines.sampling import SamplerSpec
-from gkd.errors import SamplerError
+from gkd.errors import MachineError, ModelError, SamplerError
+from gkd.rollout import offline
+from gkd.rollout.base import Sampler
 from gkd.rollout.offline import cache_for, complete, start_sampler
 from gkd.types import SampleRequest, SamplingSettings
 
@@ -93,3 +96,27 @@ def test_a_hub_models_revision_is_the_samplers_too(
     spec = SamplerSpec("transformers", "org/name", "float32", max_model_tokens=64, pad_token_id=0, revision="v1")
     local = start_sampler(replace(spec, model_folder=str(tiny_student), revision=None))
     assert start_sampler(spec).probe(range(3, 20)) == local.probe(range(3, 20))
+
+
+@pytest.mark.fault
+def test_what_ends_the_child_is_raised_in_its_parent(
+    tmp_path: Path, tiny_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line by the teacher's key, not a traceback and a second error; a folder that cannot be written, too."""
+    monkeypatch.setattr(offline, "die_with_parent", lambda parent_pid: None)
+    monkeypatch.setattr(offline, "start_sampler", lambda spec: failing(spec))
+    spec = SamplerSpec("transformers", str(tiny_student), "float32", 64, key="teacher.model")
+    job_file = tmp_path / "job.json"
+    job_file.write_text(json.dumps({"parent_pid": 1, "spec": asdict(spec), "jobs": []}))
+
+    def failing(spec: SamplerSpec) -> Sampler:
+        raise ModelError(f"{spec.key}: is of no use") if not tmp_path.joinpath("full").exists() else full
+
+    full = OSError(28, "No space left on device", "/cache")
+    for kind, message in ((ModelError, r"^teacher\.model: is of no use"), (MachineError, "^/cache: No space left")):
+        with pytest.raises(SystemExit) as ended:
+            offline._main(job_file)
+        assert ended.value.code == 2
+        with pytest.raises(kind, match=message):
+            offline._raise_again(offline._error_file(job_file))
+        (tmp_path / "full").touch()

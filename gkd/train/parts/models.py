@@ -11,6 +11,7 @@ from gkd.config import MAIN_TEACHER, Config, Launch
 from gkd.errors import ConfigError
 from gkd.models import (
     Closing,
+    check_covers,
     check_tokenizer_pair,
     config_of_layers,
     describe_sides,
@@ -121,8 +122,12 @@ def _check_teacher(
 
 def _student_source(config: Config, teacher_path: str) -> str:
     if config.student.model is None:
-        return teacher_path
-    return resolve_model(config.student.model, revision=config.student.revision, key="student.model")
+        path, key = teacher_path, "teacher.model"
+    else:
+        key = "student.model"
+        path = resolve_model(config.student.model, revision=config.student.revision, key=key)
+    check_covers(path, key=key)
+    return path
 
 
 def source_revision(config: Config) -> str | None:

@@ -26,11 +26,15 @@ def sampling_settings(config: Config, models: Models) -> SamplingSettings:
     )
 
 
-def sampler_spec(config: Config, models: Models, path: str, dtype: str, revision: str | None = None) -> SamplerSpec:
+def sampler_spec(
+    config: Config, models: Models, path: str, dtype: str, revision: str | None = None, *, key: str = "student.model"
+) -> SamplerSpec:
+    """`key` is what an error about the model starts with."""
     return SamplerSpec.of(
         config.rollout,
         model_folder=path,
         revision=revision,
+        key=key,
         dtype=dtype,
         max_model_tokens=models.max_model_tokens,
         pad_token_id=models.pad_token_id,

@@ -88,7 +88,8 @@ def _complete_texts(
 ) -> tuple[CompletionCache, CompletionCache]:
     """The caches of a teacher's sampled and greedy texts, with everything in them."""
     teacher, path = config.teachers[name], models.teacher_paths[name]
-    spec = sampler_spec(config, models, path, teacher.dtype, teacher.revision)
+    key = f"{config.teacher_key(name)}.model"
+    spec = sampler_spec(config, models, path, teacher.dtype, teacher.revision, key=key)
     settings = sampling_settings(config, models)
     fingerprint = from_main(model_fingerprint(path, teacher.revision) if launch.is_main else None)
     sampled = cache_for(cache_folder(), spec, fingerprint, settings)
