@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 
 from gkd.errors import MachineError, shown
@@ -58,7 +58,7 @@ def without_launcher() -> dict[str, str]:
 
 
 @contextmanager
-def local_rank_taken_back() -> Iterator[None]:
+def local_rank_taken_back() -> Generator[None]:
     """Takes LOCAL_RANK out of the environment at the end, if it was not there: without the rest of a launcher's
     variables it misleads what this process starts later."""
     was_there = "LOCAL_RANK" in os.environ

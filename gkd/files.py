@@ -6,10 +6,10 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gkd.errors import InputError
 
@@ -17,6 +17,7 @@ from gkd.errors import InputError
 def read_json_object(path: Path, error: type[InputError], key: str = "") -> dict[str, Any]:
     """The object in a file. Raises `error`, starting with the config key if there is one, with file:line."""
     where = f"{key}: {path}" if key else f"{path}"
+    values: Any
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as cause:
@@ -27,11 +28,11 @@ def read_json_object(path: Path, error: type[InputError], key: str = "") -> dict
         raise error(f"{where}:{cause.lineno}: {cause.msg}") from None
     if not isinstance(values, dict):
         raise error(f"{where}:1: expected a JSON object")
-    return values
+    return cast("dict[str, Any]", values)
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path) -> Generator[Path]:
     """Yields a hidden name beside `path` for a file that becomes `path` when the block ends without an error.
 
     A reader, or a crash, sees the old file or the new one.
@@ -89,8 +90,8 @@ def finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {name: finite(item) for name, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return {name: finite(item) for name, item in cast("dict[str, Any]", value).items()}
+    return [finite(item) for item in cast("list[Any]", value)] if isinstance(value, list | tuple) else value
 
 
 def flatten(values: Any, path: str = "") -> dict[str, Any]:
@@ -98,6 +99,6 @@ def flatten(values: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(values, dict):
         return {path: values}
     flat: dict[str, Any] = {}
-    for key, value in values.items():
+    for key, value in cast("dict[str, Any]", values).items():
         flat.update(flatten(value, f"{path}.{key}" if path else str(key)))
     return flat

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 REPORT_PICTURES = ("loss", "time", "positions")  # beside a report
 
@@ -80,8 +80,12 @@ def picture_beside(report: Path, what: str) -> Path:
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
     """A line of metrics.jsonl or heldout_positions.jsonl: an object with its step; None for anything else."""
+    record: Any
     try:
         record = json.loads(line)
     except ValueError:  # JSON and UTF-8 errors alike
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    if not isinstance(record, dict):
+        return None
+    values = cast("dict[str, Any]", record)
+    return values if isinstance(values.get("step"), int) else None

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -134,7 +134,7 @@ def _wait_for(command: list[str]) -> int:
 
 
 @contextmanager
-def _handed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def _handed_on(process: subprocess.Popen[bytes]) -> Generator[None]:
     def hand_on(number: int, frame: FrameType | None) -> None:
         del frame
         with suppress(ProcessLookupError):

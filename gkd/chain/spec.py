@@ -13,7 +13,7 @@ from pydantic import Field
 
 from gkd.config import load_config, make_section, read_mapping
 from gkd.errors import ConfigError, shown
-from gkd.schema import Section
+from gkd.schema import Section, is_mapping
 
 _ROUND = "{{round}}"
 _NAME = r"[A-Za-z0-9][\w.-]{0,99}"
@@ -139,7 +139,7 @@ def _make_stage(
         raise ConfigError(f"{where}.name: another stage is called {name!r} already")
 
     def resolved(value: Any, key: str) -> Any:
-        if isinstance(value, Mapping) and "stage" in value:
+        if is_mapping(value) and "stage" in value:
             value = make_section(ReferenceForm, value, f"{where}.{key}")
         if isinstance(value, ReferenceForm):
             return _resolve(value, place, written, stages, key)
@@ -163,7 +163,7 @@ def _flat(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Dotted keys; a reference stays whole."""
     flat: dict[str, Any] = {}
     for key, value in overrides.items():
-        if isinstance(value, Mapping) and "stage" not in value:
+        if is_mapping(value) and "stage" not in value:
             flat |= {f"{key}.{inner}": deep for inner, deep in _flat(value).items()}
         else:
             flat[key] = value

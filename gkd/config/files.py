@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import ValidationError
@@ -39,7 +39,7 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """Constructors raise whatever their conversion raises: `!!int x` a ValueError, `!!bool x` a KeyError."""
         try:
-            return super().construct_object(node, deep)
+            return cast("Any", super().construct_object(node, deep))  # pyright: ignore[reportUnknownMemberType]
         except (yaml.YAMLError, RecursionError):
             raise
         except Exception:  # noqa: BLE001
@@ -47,7 +47,7 @@ class _Loader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem=text, problem_mark=node.start_mark) from None
 
 
-_Loader.add_implicit_resolver(
+_Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
@@ -109,7 +109,7 @@ def read_mapping(path: str | Path, expected: str) -> dict[str, Any]:
     values = _parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}:1: expected {expected}")
-    return values
+    return cast("dict[str, Any]", values)
 
 
 def make_config(values: Mapping[str, Any], origin: str = "config") -> Config:
@@ -153,13 +153,13 @@ def _check_plain(values: Mapping[str, Any], origin: str) -> None:
             most = f"{_MOST_VALUES:,} values or {_MOST_LEVELS} levels"
             raise ConfigError(f"{where}: the config has more than {most}; does an alias repeat itself?")
         if isinstance(value, Mapping):
-            for key, child in value.items():
+            for key, child in cast("Mapping[Any, Any]", value).items():
                 if not isinstance(key, str):
                     raise ConfigError(f"{where}: key {shown(key)} is no text; put it in quotes if it is meant")
                 _check_text(key, f"{where}: key {shown(key)}")
                 waiting.append(((*path, key), child))
         elif isinstance(value, list | tuple):
-            waiting += [((*path, str(index)), child) for index, child in enumerate(value)]
+            waiting += [((*path, str(index)), child) for index, child in enumerate(cast("list[Any]", value))]
         elif isinstance(value, str):
             _check_text(value, where)
         elif isinstance(value, int | float):
@@ -181,12 +181,11 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: expected section.key=value")
     node = values
     for key in keys[:-1]:
-        child = node.get(key)
-        if child is None:
-            child = node[key] = {}
-        if not isinstance(child, dict):
+        if node.get(key) is None:
+            node[key] = {}
+        if not isinstance(node[key], dict):
             raise ConfigError(f"override {override!r}: {key} is a value, not a section")
-        node = child
+        node = node[key]
     node[keys[-1]] = _parse_yaml(text, f"override {path}")
 
 

@@ -19,7 +19,7 @@ class MixtureConfig(Section):
     """Each source's probability for a sample: numbers or schedules that add up to 1 at every step."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True, allow_inf_nan=False)
-    __pydantic_extra__: dict[str, FractionSchedule] = Field(init=False)  # sources of plugins
+    __pydantic_extra__: dict[str, FractionSchedule] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]  # sources of plugins
 
     student: FractionSchedule = Field(1.0, description="lambda: probability that a completion is the student's")
     teacher: FractionSchedule = Field(0.0, description="probability that it is the teacher's, sampled once and cached")

@@ -12,7 +12,7 @@ from gkd.chunks import LOSS_CHUNK_BYTES
 from gkd.objectives.terms import TERMS, Term
 from gkd.objectives.token_weights import SequenceWeight
 from gkd.schedules import MetricMemory, MetricRule, Ramp, Schedule, TemperatureSchedule, describe_schedule, largest
-from gkd.schema import Section
+from gkd.schema import Section, is_mapping
 
 if TYPE_CHECKING:
     from gkd.objectives.objective import Objective
@@ -22,7 +22,7 @@ DEFAULT_KIND = "forward_kl"
 
 def _as_term(value: Any) -> Any:
     """A mapping by the class of its kind."""
-    if not isinstance(value, Mapping):
+    if not is_mapping(value):
         return value
     kind = value.get("kind", DEFAULT_KIND)
     if kind not in TERMS:
@@ -32,7 +32,7 @@ def _as_term(value: Any) -> Any:
 
 def _as_list(value: Any) -> Any:
     """The form of one term, whose keys stand beside those of the objective, as a list of one."""
-    if not isinstance(value, Mapping) or "terms" in value:
+    if not is_mapping(value) or "terms" in value:
         return value
     shared = {key: item for key, item in value.items() if key in ObjectiveConfig.model_fields}
     return {**shared, "terms": [{key: item for key, item in value.items() if key not in shared}]}

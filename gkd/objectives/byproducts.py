@@ -5,7 +5,8 @@ Legend: n rows of a tile, V vocabulary. P teacher, Q student, both at the loss's
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -43,7 +44,8 @@ def row_byproducts(
 def _entropy(probabilities: Tensor, log_top: Tensor, below_top: Tensor, temperature: float) -> Tensor:
     """-sum p log p, [n], from log p = log_top + below_top / temperature. Overwrites below_top [n, V]."""
     finite = below_top.clamp_(min=torch.finfo(below_top.dtype).min)  # 0 * inf = 0
-    return -(log_top.squeeze(-1) + torch.linalg.vecdot(probabilities, finite) / temperature)
+    vecdot = cast("Callable[[Tensor, Tensor], Tensor]", torch.linalg.vecdot)  # pyright: ignore[reportUnknownMemberType]
+    return -(log_top.squeeze(-1) + vecdot(probabilities, finite) / temperature)
 
 
 def concatenate(parts: list[dict[str, Tensor]], like: Tensor, names: Sequence[str] = BYPRODUCTS) -> dict[str, Tensor]:

@@ -225,7 +225,7 @@ class Definition:
 
     closed_form: ClosedForm
     parameter: str | None = None  # "beta" or "alpha"
-    ends: Mapping[float, str] = field(default_factory=dict)
+    ends: Mapping[float, str] = field(default_factory=dict[float, str])
 
 
 _DEFINITIONS: dict[str, Definition] = {

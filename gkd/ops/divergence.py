@@ -129,7 +129,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.options.gradient_mode == "recompute":
             return _late_gradient(upstream, ctx.options, *ctx.saved_tensors), None, None, None, None
         gradient, alive = ctx.saved_tensors  # [..., V], [...]

@@ -5,8 +5,9 @@ Legend: N rows (scored tokens), n rows of a chunk, Hs and Ht hidden sizes, V voc
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, cast, overload
 
 import torch
 from torch import Tensor
@@ -166,7 +167,8 @@ def linear_divergence(
         chunk_bytes,
         ignored=None if student_hidden.device.type == "cpu" else weights,  # there they have been left out
     )
-    outputs: Any = _LinearDivergence.apply(student_hidden, student_head, student_bias, job, weights, hard, reduction)
+    apply = cast("Callable[..., Sequence[Tensor]]", _LinearDivergence.apply)  # pyright: ignore[reportUnknownMemberType]
+    outputs = apply(student_hidden, student_head, student_bias, job, weights, hard, reduction)
     if live is not None:
         outputs = [out if out.dim() == 0 else out.new_zeros(rows).index_copy(0, live, out) for out in outputs]
     loss, *measured = outputs
@@ -227,7 +229,7 @@ class _LinearDivergence(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not ctx.late:
             scaled = [
                 None if gradient is None else times(gradient, upstream, dtype)

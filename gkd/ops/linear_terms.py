@@ -5,9 +5,9 @@ Legend: N rows (scored tokens), M of them that some loss acts on, K losses, V vo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -76,8 +76,8 @@ def linear_terms(
         compute_dtype,
         loss_chunk_bytes(device.type) if chunk_bytes is None else chunk_bytes,
     )
-    outputs: Any = _LinearTerms.apply(student.hidden, head.weight, head.bias, job)
-    loss, values, weights, *measured = outputs
+    apply = cast("Callable[..., Sequence[Tensor]]", _LinearTerms.apply)  # pyright: ignore[reportUnknownMemberType]
+    loss, values, weights, *measured = apply(student.hidden, head.weight, head.bias, job)
     if chosen is not None:
         values, weights, *measured = (_back_in_place(out, chosen, n_rows) for out in (values, weights, *measured))
     needs = torch.tensor([loss.needs_teacher and side is not None for loss in losses], dtype=torch.bool)
@@ -119,7 +119,8 @@ def _group_rows(acts: Tensor, losses: Sequence[WeightedLoss]) -> tuple[Tensor | 
     """
     n_losses, n_rows = acts.shape
     signature = (acts.long() << torch.arange(n_losses)[:, None]).sum(0)  # [N]
-    found = [int(bits) for bits in signature.unique()]
+    unique = cast("Tensor", signature.unique())  # pyright: ignore[reportUnknownMemberType]
+    found = [int(bits) for bits in unique]
     named = {bits: tuple(i for i in range(n_losses) if bits >> i & 1) for bits in found if bits}
     if len(named) == 1 and found == list(named):
         return None, (Group(slice(0, n_rows), next(iter(named.values()))),)
@@ -154,7 +155,7 @@ class _LinearTerms(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         scaled = [
             None if gradient is None else times(gradient, upstream, dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def _multiplies_as_is(operand: Tensor) -> bool:
 def _mkl_gemm() -> Callable[..., None] | None:
     """MKL inside torch: cblas_gemm_bf16bf16f32 (oneMKL manual, "cblas_gemm_*"); None where it is not, or is slow."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    if not (torch.backends.mkl.is_available() and torch.cpu._is_amx_tile_supported() and library.exists()):
+    if not (torch.backends.mkl.is_available() and torch.cpu._is_amx_tile_supported() and library.exists()):  # pyright: ignore[reportPrivateUsage]
         return None
     gemm = getattr(ctypes.CDLL(str(library)), "cblas_gemm_bf16bf16f32", None)
     if gemm is None:
@@ -146,7 +146,7 @@ def _form(matrix: Tensor) -> tuple[int, int, Tensor]:
 
 
 @contextlib.contextmanager
-def _precision(bfloat16: bool) -> Iterator[None]:
+def _precision(bfloat16: bool) -> Generator[None]:
     """Sets how float32 operands are multiplied, for oneDNN and CUDA, and puts back what was set before."""
     mkldnn: Any = torch.backends.mkldnn  # its `matmul` is set at run time, which a type checker does not see
     backends = (mkldnn.matmul, torch.backends.cuda.matmul)

@@ -8,7 +8,9 @@ kernels/shared/spec.h. The two ops for a teacher's top k are declared in kernels
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -28,20 +30,25 @@ def _load() -> frozenset[str]:
     if not (_FOLDER / "_cpu.so").exists():
         warnings.warn(f"gkd's native kernels are missing, the slow reference is used; {_REBUILD}", stacklevel=2)
         return frozenset()
-    torch.ops.load_library(_FOLDER / "_cpu.so")
+    load = cast("Callable[[Path], None]", torch.ops.load_library)  # pyright: ignore[reportUnknownMemberType]
+    load(_FOLDER / "_cpu.so")
     if not hasattr(torch.ops.gkd, "kinds"):
         warnings.warn(f"gkd's native kernels are of an older gkd, the slow reference is used; {_REBUILD}", stacklevel=2)
         return frozenset()
     for op in ("score_rows", "topk_log_probs", "topk_gradient"):
-        torch.library.register_fake(f"gkd::{op}", lambda *_: None)
+        torch.library.register_fake(f"gkd::{op}", _changes_its_outputs)  # pyright: ignore[reportUnknownMemberType]
     if torch.version.cuda is None:
         return frozenset({"cpu"})
     if not (_FOLDER / "_cuda.so").exists():
         if torch.cuda.is_available():
             warnings.warn(f"gkd's CUDA kernels are missing, the slow reference is used; {_REBUILD}", stacklevel=2)
         return frozenset({"cpu"})
-    torch.ops.load_library(_FOLDER / "_cuda.so")
+    load(_FOLDER / "_cuda.so")
     return frozenset({"cpu", "cuda"})
+
+
+def _changes_its_outputs(*_: object) -> None:
+    """What `torch.library` is told of an op that returns nothing."""
 
 
 DEVICES = _load()

@@ -102,8 +102,10 @@ class _TopkDivergence(torch.autograd.Function):
             valid = gradient.view(rows.numel(), gradient.shape[-1])[:, :columns]  # [N, V]
         factors = row_factors(student.new_empty(rows.numel(), dtype=working_dtype(student)), flat_weights, reduction)
         with torch.autocast(student.device.type, enabled=False):
-            options = {"gradient": valid, "gradient_scale": factors, "alive": alive, "functions": NATIVE}
-            value = score_topk_rows(student, ids, log_probs, spec, mode, **options)  # [N]
+            value = score_topk_rows(  # [N]
+                student, ids, log_probs, spec, mode,
+                gradient=valid, gradient_scale=factors, alive=alive, functions=NATIVE,
+            )  # fmt: skip
             loss = reduce_rows(value, flat_weights, reduction)
         if gradient is not None:
             ctx.save_for_backward(gradient, None if weights is None else weights != 0)
@@ -112,7 +114,7 @@ class _TopkDivergence(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         gradient, alive = ctx.saved_tensors  # [..., V], [...]
         if upstream.dim() and alive is not None:
             upstream = torch.where(alive, upstream, 0.0)
@@ -124,11 +126,10 @@ def student_topk_log_probs(student_logits: Tensor, ids: Tensor, temperature: flo
     """`gkd.objectives.topk.student_topk_log_probs`, natively where there is a kernel for it."""
     if not native.supports(student_logits):
         return reference.student_topk_log_probs(student_logits, ids, temperature)
-    new = {"dtype": working_dtype(student_logits), "device": student_logits.device}
-    on_k = torch.empty(ids.shape, **new)  # [N, K]
-    tail, logsumexp = torch.empty(2, ids.shape[0], **new)  # [N]
-    outputs = {"on_k": on_k, "tail": tail, "logsumexp": logsumexp}
-    native.topk_log_probs(student_logits, ids.contiguous(), temperature, **outputs)
+    dtype = working_dtype(student_logits)
+    on_k = student_logits.new_empty(ids.shape, dtype=dtype)  # [N, K]
+    tail, logsumexp = student_logits.new_empty(2, ids.shape[0], dtype=dtype)  # [N]
+    native.topk_log_probs(student_logits, ids.contiguous(), temperature, on_k=on_k, tail=tail, logsumexp=logsumexp)
     return on_k, tail, logsumexp
 
 

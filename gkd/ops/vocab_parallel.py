@@ -110,7 +110,7 @@ class _VocabParallel(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         student_shard, teacher_shard, weights, stats, sums = ctx.saved_tensors
         flat_weights = None if weights is None else weights.reshape(-1)
         alive = None if flat_weights is None else flat_weights != 0
@@ -211,13 +211,13 @@ def _all_gather(shard: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if world == 1 or shard.numel() == 0:
         return shard.unsqueeze(0)
     gathered = shard.new_empty(world * shard.shape[0], shard.shape[1])
-    dist.all_gather_into_tensor(gathered, shard, group=group)
+    dist.all_gather_into_tensor(gathered, shard, group=group)  # pyright: ignore
     return gathered.view(world, *shard.shape)
 
 
 def _all_reduce(shard: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if _world_size(group) > 1 and shard.numel():
-        dist.all_reduce(shard, group=group)
+        dist.all_reduce(shard, group=group)  # pyright: ignore[reportUnknownMemberType]
     return shard
 
 

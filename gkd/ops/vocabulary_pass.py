@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -293,7 +293,7 @@ class _Segment:
             tile = slice(start, min(start + tile_rows, n_rows))
             rows, tile_memory = self._rows[tile], None if memory is None else memory.of_rows(tile)
             own = {number: None if weight is None else weight[tile] for number, weight in weights.items()}
-            sums, found = total[: len(rows.student)], []
+            sums, found = total[: len(rows.student)], list[Scored]()
             ways = _ways(wanted, tile_memory, len(self._calls))
             for index, (call, how) in enumerate(zip(self._calls, ways, strict=True)):
                 out = part[: len(rows.student)] if index else sums
@@ -403,8 +403,9 @@ def _student_measures(rows: Rows) -> dict[str, Tensor]:
     best_ids = rows.teacher.ids.gather(-1, likeliest)[:, 0]
     logits = rows.student
     entropy, agreement = logits.new_empty(len(logits)), logits.new_empty(len(logits))
+    vecdot = cast("Callable[[Tensor, Tensor], Tensor]", torch.linalg.vecdot)  # pyright: ignore[reportUnknownMemberType]
     for tile in row_tiles(len(logits), logits.shape[1] * logits.element_size(), logits.device):
         log_probs = logits[tile].log_softmax(-1)
-        entropy[tile] = -torch.linalg.vecdot(log_probs.exp(), log_probs)
+        entropy[tile] = -vecdot(log_probs.exp(), log_probs)
         agreement[tile] = (log_probs.argmax(-1) == best_ids[tile]).to(logits.dtype)
     return {"student_entropy": entropy, "top1_agreement": agreement}

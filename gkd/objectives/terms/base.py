@@ -25,7 +25,7 @@ from pydantic import (
 
 from gkd.objectives.token_weights import TOKEN_WEIGHTS, TokenWeight
 from gkd.schedules import Ramp, Schedule, WeightSchedule, describe_schedule
-from gkd.schema import Section
+from gkd.schema import Section, is_mapping
 
 if TYPE_CHECKING:
     from gkd.objectives.row_losses import RowLoss
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 def _token_weights(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     """{name: options} by the classes of the names."""
-    if not isinstance(value, Mapping):
+    if not is_mapping(value):
         return handler(value)
     found: dict[str, TokenWeight] = {}
     for name, options in value.items():
