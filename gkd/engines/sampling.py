@@ -27,7 +27,7 @@ from gkd.engines.vllm import (
     vllm_request,
     without_dynamo_on_cpu,
 )
-from gkd.errors import SamplerError
+from gkd.errors import SamplerError, WeightSyncError, one_line
 from gkd.models import save_adapter
 from gkd.models.held import WeightChecksums
 from gkd.types import Completion, SampleRequest, SamplingSettings
@@ -148,7 +148,10 @@ class VllmSampler:
         if self._lora is not None:
             self._adapter = self._load_adapter(weights, self._lora)
         else:
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+            try:
+                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+            except (ValueError, KeyError, AssertionError) as error:  # names or shapes that its model does not have
+                raise WeightSyncError(f"vLLM does not take the student's weights: {one_line(str(error))}") from error
             self._llm.apply_model(refresh_tied_head)
         if self._is_asleep:
             self._llm.wake_up(["kv_cache"])  # no sooner: gathering the weights takes memory too

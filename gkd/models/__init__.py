@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gkd.models.layer_choice import LayerChoice, choose_by_measure
     from gkd.models.load import (
         empty_model,
+        has_experts,
         load_causal_lm,
         load_tokenizer,
         owns_head,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         adapter_weights,
         inject_lora,
         lora_targets,
+        not_adapted,
         save_adapter,
         use_float32_adapters,
         whole_weights,
@@ -50,12 +52,12 @@ _HOMES = {
     "heads": ("backbone_of", "head_logits", "head_settings", "output_head", "verify_head"),
     "layer_choice": ("LayerChoice", "choose_by_measure"),
     "load": (
-        "empty_model", "load_causal_lm", "load_tokenizer", "owns_head", "pad_token_id",
+        "empty_model", "has_experts", "load_causal_lm", "load_tokenizer", "owns_head", "pad_token_id",
         "read_config", "read_generation_config",
     ),
     "lora": (
-        "adapter_parameters", "adapter_weights", "inject_lora", "lora_targets", "save_adapter", "use_float32_adapters",
-        "whole_weights",
+        "adapter_parameters", "adapter_weights", "inject_lora", "lora_targets", "not_adapted", "save_adapter",
+        "use_float32_adapters", "whole_weights",
     ),
     "attention": ("use_short_attention",),
     "proof": ("Probe",),
@@ -85,6 +87,7 @@ __all__ = [
     "empty_model",
     "end_token_ids",
     "file_tensors",
+    "has_experts",
     "head_logits",
     "head_settings",
     "inject_lora",
@@ -94,6 +97,7 @@ __all__ = [
     "lora_targets",
     "make_student_from_layers",
     "model_fingerprint",
+    "not_adapted",
     "output_head",
     "owns_head",
     "packed_inputs",

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _GENERATION = "generation_config.json"
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_ROUTER_OUTPUTS = "output_router_logits"
 
 
 def load_tokenizer(path: str, key: str = "student.model", *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -60,6 +62,8 @@ def load_causal_lm(
     folder = str(local_folder(path, revision=revision, key=key))
     config = read_config(folder, key=key)
     refuse_quantized(config, path, key)
+    if hasattr(config, _ROUTER_OUTPUTS):  # for a loss of their own, which no run has: they cost every forward
+        setattr(config, _ROUTER_OUTPUTS, False)
     with explained(path, key), quiet_transformers():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -108,12 +112,22 @@ def _check_finite(model: PreTrainedModel, path: str, key: str) -> None:
 
 
 def _attention(config: PreTrainedConfig) -> str:
-    """PyTorch's attention caps no scores, and transformers would leave them uncapped without a word.
+    """PyTorch's attention where it can be had: it caps no scores, and transformers would leave them uncapped without a
+    word; models with sinks (gpt_oss) or without attention (mamba2) have what is their own.
 
     A config.json may name a kernel on the hub; it is not followed.
     """
+    from transformers import AutoModelForCausalLM
+
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    return "eager" if capped else "sdpa"
+    architecture: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return "eager" if capped or not getattr(architecture, "_supports_sdpa", True) else "sdpa"
+
+
+def has_experts(config: PreTrainedConfig) -> bool:
+    """Whether a config is of a mixture of experts, by the names that transformers has for how many there are."""
+    text_config = config.get_text_config()
+    return any((getattr(text_config, name, None) or 0) > 1 for name in _EXPERT_COUNTS)
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -122,7 +136,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation=_attention(config))
 
 
 def owns_head(path: str, *, revision: str | None = None, key: str = "student.model") -> bool:

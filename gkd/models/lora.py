@@ -60,6 +60,27 @@ def lora_targets(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
     return [name for name in linear if any(_matches(name, target) for target in targets)]
 
 
+def not_adapted(model: PreTrainedModel, lora: LoraConfig) -> str | None:
+    """One line about the matrices that `all-linear` leaves out, as they are no linear modules: fused experts, above
+    all. None if there are none, or if the targets were chosen by name."""
+    from torch import nn
+
+    if lora.target_modules != "all-linear":
+        return None
+    known = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Linear | nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    }
+    left = {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in known}
+    if not left:
+        return None
+    kinds = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in left))
+    share = sum(left.values()) / sum(parameter.numel() for parameter in model.parameters())
+    return f"{_KEY}: all-linear adapts no {kinds}: {len(left)} tensors, {share:.0%} of the model, stay frozen"
+
+
 def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 

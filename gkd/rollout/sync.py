@@ -73,11 +73,13 @@ class SyncedSampler:
         sent_dtype: Dtype | None = None,
         max_over_ranks: Callable[[float], float] = lambda value: value,
         retry_s: float = 0.0,
+        known_fault: str = "",
     ) -> None:
         """`probe_ids` gives each version's text. `sent_dtype` is what the sampler holds weights in; None: as they
-        come."""
+        come. `known_fault` of the engine with such a model, and what to do, ends what is said of other weights."""
         self._sampler = sampler
         self._retry_s = retry_s
+        self._known_fault = f"; {known_fault}" if known_fault else ""
         self._probe_ids = probe_ids
         self._tolerance = tolerance
         self._sent_dtype: Dtype | None = sent_dtype
@@ -113,7 +115,10 @@ class SyncedSampler:
         self._proven = False
         self.weights_version = None
         sent = _Sent(weights, version, self._sent_dtype, self._proof)
-        self._sampler.update_weights(sent, version)
+        try:
+            self._sampler.update_weights(sent, version)
+        except WeightSyncError as error:
+            raise WeightSyncError(f"{error}{self._known_fault}", is_temporary=error.is_temporary) from error
         sent.raise_faults()
         self._compare_contents(sent.checksums, version)
         if not self._is_rounding_known:
@@ -151,6 +156,7 @@ class SyncedSampler:
             what = f"{f'at {origin} ' if origin else ''}in {len(names)} tensors, the first is {names[0]}"
         raise WeightSyncError(
             f"after the update to version {version} the sampler holds other weights than it was sent, {what}"
+            f"{self._known_fault}"
         )
 
     def _compare_logprobs(self, weights: WeightStream, version: int) -> dict[str, float]:
@@ -164,7 +170,7 @@ class SyncedSampler:
                 f"after the update to version {version} the sampler's log-probabilities differ from the trainer's by "
                 f"{mean:.3g} on average ({largest:.3g} at most) over {len(errors[0])} probe tokens; "
                 f"the tolerance is {self.tolerance:.3g}. If the two engines only round differently, set "
-                "rollout.sync_tolerance, or student.dtype: float32"
+                f"rollout.sync_tolerance, or student.dtype: float32{self._known_fault}"
             )
         return {"sync/mean_logprob_error": mean, "sync/max_logprob_error": largest}
 

@@ -108,7 +108,15 @@ class Distiller:
 
     def _describe_models(self) -> list[str]:
         """Nothing of models on the hub, which are not asked for here."""
-        from gkd.models import Closing, check_covers, describe_sides, read_config, resolve_model
+        from gkd.models import (
+            Closing,
+            check_covers,
+            describe_sides,
+            empty_model,
+            not_adapted,
+            read_config,
+            resolve_model,
+        )
         from gkd.models.hub import is_hub_name
         from gkd.models.resolve import WHEEL_PREFIX
 
@@ -132,6 +140,8 @@ class Distiller:
             available = read_config(paths["student.model"]).get_text_config().num_hidden_layers
             init.check_fits(available)
             lines.append(f"student: {names['student.model']} of {available} layers: {init.describe()}")
+        if (lora := self.config.student.lora) is not None:
+            lines += filter(None, [not_adapted(empty_model(read_config(paths["student.model"])), lora)])
         return lines
 
     def _check_packages(self) -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
 
 from gkd.config import RolloutConfig
+from gkd.engines import sampling
 from gkd.engines.sampling import SamplerSpec
+from gkd.errors import WeightSyncError
 from gkd.rollout.offline import alone
 
 SET = {
@@ -33,3 +38,18 @@ def test_every_key_that_a_sampler_has_too_is_its_own() -> None:
 
 def test_a_process_that_only_samples_shares_no_engine_and_does_not_sleep() -> None:
     assert (alone(spec()).tensor_parallel, alone(spec()).sleep_level) == (1, 0)
+
+
+@pytest.mark.fault
+def test_weights_that_vllm_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of Mixtral, whose modules have other names there."""
+
+    class Refusing:
+        model_config = SimpleNamespace(get_vocab_size=lambda: 8)
+
+        def collective_rpc(self, method: str, **arguments: object) -> None:
+            raise ValueError("There is no module named 'layers.0.mlp'\nin MixtralModel")
+
+    monkeypatch.setattr(sampling, "start_llm", lambda spec: Refusing())
+    with pytest.raises(WeightSyncError, match=r"vLLM does not take the student's weights: There is no module named"):
+        sampling.VllmSampler(spec()).update_weights([], 1)

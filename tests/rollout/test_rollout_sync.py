@@ -205,6 +205,27 @@ def test_the_tolerance_follows_the_trainers_own_rounding(hf_sampler: Sampler, mo
 
 
 @pytest.mark.fault
+@pytest.mark.parametrize("seen", ["refused", "contents", "log-probabilities"])
+def test_a_known_fault_of_the_engine_is_named(
+    seen: str, hf_sampler: Sampler, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Faulty(Between):
+        def update_weights(self, weights: Pairs, version: int) -> None:
+            if seen == "refused":
+                raise WeightSyncError("vLLM does not take the student's weights")
+            super().update_weights(weights, version)
+
+    change = changed("model.norm.weight", lambda tensor: tensor + 1)
+    faulty = Faulty(hf_sampler, change if seen == "contents" else lambda pairs: pairs)
+    if seen == "log-probabilities":
+        faulty.probe = lambda token_ids: [[value - 0.8 for value in hf_sampler.probe(token_ids)[0]]]
+    fault = "set rollout.engine: transformers"
+    synced = SyncedSampler(faulty, probe_ids=PROBES, tolerance=Tolerance(1e-3), known_fault=fault)
+    with pytest.raises(WeightSyncError, match=f"; {fault}$"):
+        synced.load_weights(ModelWeights(model), version=1)
+
+
+@pytest.mark.fault
 @pytest.mark.vllm
 def test_which_form_of_a_tensor_is_compared(
     vllm_sampler: Sampler, hf_sampler: Sampler, model: PreTrainedModel, caplog: pytest.LogCaptureFixture
