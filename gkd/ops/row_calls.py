@@ -36,11 +36,15 @@ Wanted: TypeAlias = Literal["gradient", "values", "measures"]  # each with what 
 
 @dataclass(frozen=True)
 class Rows:
-    """Logits [n, V], the teacher's of the same rows or its top k, and labels [n], -1 for none."""
+    """Logits [n, V], the teacher's of the same rows or its top k, and labels [n], -1 for none.
+
+    Where alive [n] is False, logits that are compared are not read, and score 0.
+    """
 
     student: Tensor
     teacher: Tensor | TopkScores | None
     labels: Tensor | None
+    alive: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> Rows:
         teacher = self.teacher
@@ -48,7 +52,8 @@ class Rows:
             teacher = TopkScores(teacher.ids[rows], teacher.log_probs[rows])
         elif teacher is not None:
             teacher = teacher[rows]
-        return Rows(self.student[rows], teacher, None if self.labels is None else self.labels[rows])
+        labels, alive = (None if of_row is None else of_row[rows] for of_row in (self.labels, self.alive))
+        return Rows(self.student[rows], teacher, labels, alive)
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,7 @@ class DivergenceCall:
             divergence,
             gradient=gradient,
             gradient_scale=scale,
+            alive=rows.alive,
             hard_labels=hard_labels,
             kl_weights=kl_weights,
             byproducts=wanted == "measures" or (wanted == "values" and is_mixed),

@@ -171,6 +171,7 @@ class _Logits:
         self._teacher_product = (
             teacher.product(job.columns, job.ignored, job.compute_dtype, job.dtype) if teacher else None
         )
+        self._alive = None if job.ignored is None else job.ignored != 0
         largest, device = max((rows.stop - rows.start for rows in job.chunks()), default=0), job.student.hidden.device
         sides = 2 if teacher else 1
         self._logits = [scratch.take((largest, job.columns), job.dtype, device) for _ in range(sides)]
@@ -194,8 +195,8 @@ class _Logits:
             compared = slice(chunk.start, min(chunk.stop, max(chunk.start, job.teacher_rows)))
             if compared.stop > compared.start:
                 job.teacher.logits(self._teacher_product, compared, teacher[: compared.stop - compared.start])
-        labels = None if job.labels is None else job.labels[chunk]
-        return Rows(student, teacher, labels), None if self._gradient is None else self._gradient[:n]
+        labels, alive = (None if of_row is None else of_row[chunk] for of_row in (job.labels, self._alive))
+        return Rows(student, teacher, labels, alive), None if self._gradient is None else self._gradient[:n]
 
     def give_back(self) -> None:
         scratch.give_back(*self._logits)

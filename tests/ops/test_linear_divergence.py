@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -17,7 +18,10 @@ from torch import Tensor
 
 from gkd.errors import ConfigError, InputError
 from gkd.objectives import BYPRODUCTS, KINDS, Divergence, divergence_value, reduce_rows, score_rows
+from gkd.objectives.divergence import RowScores
 from gkd.ops import divergence, linear_divergence
+from gkd.ops.rows import score_rows as score_rows_natively
+from gkd.ops.vocabulary_pass import PassJob, PassResult, run_pass
 
 N, HS, HT, V = 23, 12, 20, 61
 DOUBLE = torch.float64
@@ -225,6 +229,29 @@ def test_nan_in_an_ignored_row_leaks_nowhere(kind: str, reduction: str, bad: flo
     assert gradients[0][[3, 17]].abs().max() == 0
     for name in BYPRODUCTS:
         assert measured[name][[3, 17]].abs().max() == 0
+
+
+def test_a_gpu_is_told_which_rows_are_ignored(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where looking at the weights would make the host wait, the rows stay, and the kernel passes over them."""
+    want = linear_divergence(*case.sides, weights=case.weights)
+    want_gradients = torch.autograd.grad(want, case.student[:2])
+    told: list[Tensor] = []
+
+    def on_a_gpu(job: PassJob, needs: tuple[bool, bool, bool]) -> PassResult:
+        return run_pass(replace(job, ignored=case.weights), needs)
+
+    def scored(*args: Any, alive: Tensor, **options: Any) -> RowScores:
+        told.append(alive)
+        return score_rows_natively(*args, alive=alive, **options)
+
+    module = import_module("gkd.ops.linear_divergence")  # the package has a function of that name
+    monkeypatch.setattr(module, "_live_rows", lambda weights: None)
+    monkeypatch.setattr(module, "run_pass", on_a_gpu)
+    monkeypatch.setattr("gkd.ops.row_calls.score_rows", scored)
+    got = linear_divergence(*case.sides, weights=case.weights, chunk_bytes=V * 8 * 7)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, case.student[:2]), want_gradients)
+    assert torch.equal(torch.cat(told), case.weights != 0)
 
 
 def test_nan_in_a_row_that_counts_is_seen(case: Case) -> None:
