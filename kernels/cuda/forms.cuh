@@ -28,7 +28,7 @@ struct Exponents {
   float student_inverse_sum, teacher_inverse_sum;
   float log_sum_ratio;  // natural logarithm of the student's sum over the teacher's
 
-  GKD_DEVICE Exponents() = default;
+  Exponents() = default;
   template <bool kCross>
   GKD_DEVICE Exponents(const BitSums<kCross>& sums, float scale_)
       : scale(scale_), student_reference(sums.student.reference), teacher_reference(sums.teacher.reference),
@@ -46,7 +46,7 @@ struct HalfForwardKl {
   float weight;
 
   static bool serves(double) { return true; }
-  GKD_DEVICE HalfForwardKl() = default;
+  HalfForwardKl() = default;
   GKD_DEVICE HalfForwardKl(const BitSums<false>& sums, const Exponents& row_, const ForwardKl<CudaMath>&, float weight_)
       : row(row_), weight(weight_) {}
   GKD_DEVICE float gradient(float s, float t, float& value) const {
@@ -68,7 +68,7 @@ struct HalfReverseKl {
   float kl, mean, factor;
 
   static bool serves(double) { return true; }
-  GKD_DEVICE HalfReverseKl() = default;
+  HalfReverseKl() = default;
   GKD_DEVICE HalfReverseKl(const BitSums<true>& sums, const Exponents& row_, const ReverseKl<CudaMath>&, float weight)
       : row(row_), mean(sums.cross / sums.student.sum), factor(weight * row.student_inverse_sum * kLn2) {
     kl = kLn2 * mean - row.log_sum_ratio;
@@ -96,7 +96,7 @@ struct HalfJsd {
 
   // A value is in proportion to beta (1 - beta), and its error is not.
   static bool serves(double beta) { return beta >= 1.0 / 64 && beta <= 1 - 1.0 / 64; }
-  GKD_DEVICE HalfJsd() = default;
+  HalfJsd() = default;
   GKD_DEVICE HalfJsd(const BitSums<false>&, const Exponents& row_, const Jsd<CudaMath>& divergence, float weight_)
       : row(row_), bits_ratio(row.log_sum_ratio * float(kLog2E)), student_weight(divergence.student_weight),
         weight(weight_) {

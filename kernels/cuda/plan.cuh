@@ -1,6 +1,9 @@
 // How many blocks share a row: pure arithmetic, so that it can be tested without a device.
 #pragma once
 
+#include <stdexcept>
+#include <string>
+
 #include "kernel.cuh"
 
 namespace gkd::cuda {
@@ -24,6 +27,27 @@ Plan plan_of(const Job<float>& job, int ranks) {
   const int slice = (groups_of(job.columns, Shape::kGroup) + ranks - 1) / ranks;
   const bool hopeless = Shape::kOnChip && slice > (1 << 20);  // and its bytes might overflow
   return {ranks, slice, hopeless ? 1 << 30 : Shape::shared_bytes(job, ranks, slice)};
+}
+
+// GKD_CUDA_RANKS, for tuning and tests: how many blocks share a row, 0 for rows from memory. -1 where it is not set.
+inline int asked_ranks(const char* text) {
+  if (!text || !*text) return -1;
+  for (int ranks = 1; ranks <= kMaxCluster; ranks *= 2) {
+    if (text == std::to_string(ranks)) return ranks;
+  }
+  if (text == std::string("0")) return 0;
+  throw std::runtime_error(std::string("gkd: GKD_CUDA_RANKS must be 0, 1, 2, 4, 8 or 16, not ") + text);
+}
+
+template <class Shape>
+Plan asked_plan(const Device& device, const Job<float>& job, int ranks) {
+  if (ranks == 0) return {0, 0, 0};
+  const Plan plan = plan_of<Shape>(job, ranks);
+  const bool forms = ranks == 1 || device.major >= 9;
+  if (forms && plan.shared_bytes <= device.shared_per_block) return plan;
+  throw std::runtime_error("gkd: GKD_CUDA_RANKS is " + std::to_string(ranks) + ", but " +
+                           (forms ? "a row of " + std::to_string(job.columns) + " columns does not fit into so many blocks"
+                                  : "this GPU has no clusters of blocks"));
 }
 
 // The fewest blocks a row that leave room for kBlocksPerProcessor on a processor; failing that, the number of which

@@ -39,7 +39,7 @@ struct SoftmaxSums {
   OnlineSum student, teacher;
   float scale;
 
-  GKD_DEVICE SoftmaxSums() = default;
+  SoftmaxSums() = default;
   GKD_DEVICE explicit SoftmaxSums(float scale_) : scale(scale_) { clear(); }
   GKD_DEVICE void clear() { student.clear(), teacher.clear(); }
   template <int kWidth>

@@ -13,7 +13,8 @@ struct Row {
   S inverse_temperature, log2_scale;  // e^(x / T) = 2^(x log2_scale)
   S student_max, student_inverse_sum, student_log_sum;
   S teacher_max, teacher_inverse_sum, teacher_log_sum;
-  S offset;  // log P - log Q is (teacher - student) / temperature + offset
+  S offset;  // log P - log Q is (teacher - student) / temperature + offset ...
+  S student_origin, teacher_origin, origin_offset;  // ... and so of logits taken from their origins first
 
   Row() = default;
   // The stats are those of enum Stat, for the whole vocabulary.
@@ -26,7 +27,11 @@ struct Row {
     teacher_inverse_sum = S(1 / stats[kTeacherSum]);
     student_log_sum = M::log(S(stats[kStudentSum]));
     teacher_log_sum = M::log(S(stats[kTeacherSum]));
-    offset = (student_max - teacher_max) * inverse_temperature + M::log(S(stats[kStudentSum] / stats[kTeacherSum]));
+    const S lead = student_max - teacher_max, log_sum_ratio = M::log(S(stats[kStudentSum] / stats[kTeacherSum]));
+    const bool near = lead <= S(kLead) && lead >= -S(kLead);
+    offset = lead * inverse_temperature + log_sum_ratio;
+    student_origin = near ? S(0) : student_max, teacher_origin = near ? S(0) : teacher_max;
+    origin_offset = near ? offset : log_sum_ratio;
   }
 
   GKD_INLINE S student_logsumexp() const { return student_max * inverse_temperature + student_log_sum; }
@@ -38,9 +43,11 @@ struct Row {
   GKD_INLINE F student_exponent(F logit) const { return (logit - student_max) * inverse_temperature; }
   GKD_INLINE F teacher_exponent(F logit) const { return (logit - teacher_max) * inverse_temperature; }
 
-  // From differences of raw logits, which are exact where the two are close. A difference of two log-probabilities
-  // would carry the rounding of each.
-  GKD_INLINE F log_ratio(F student, F teacher) const { return (teacher - student) * inverse_temperature + offset; }
+  // From differences of raw logits, which are exact where the two are close (`kLead`). A difference of two
+  // log-probabilities would carry the rounding of each.
+  GKD_INLINE F log_ratio(F student, F teacher) const {
+    return ((teacher - teacher_origin) - (student - student_origin)) * inverse_temperature + origin_offset;
+  }
 
   GKD_INLINE Pair<M> pair(F student, F teacher) const {
     return {M::product(M::exp2_nonpositive(student - student_max, log2_scale), student_inverse_sum),

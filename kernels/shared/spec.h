@@ -40,6 +40,9 @@ constexpr float kFar = 45.0f;
 // Up to here a term that is second order in the log ratio comes from a series, beyond from its definition.
 constexpr float kNearLogRatio = 0.5f;
 constexpr float kNearRatio = 0.25f;
+// Up to this difference of the two sides' largest logits, differences between the sides are taken as they are, which is
+// exact where the two are close; beyond, each logit is taken from its side's largest first, which is where they matter.
+constexpr float kLead = 16.0f;
 
 // Columns of the `stats` of a row or of a shard of it. Maxima are those of the raw logits, sums those of
 // e^((logit - maximum) / temperature). cross is, with x the logits over the temperature,

@@ -15,5 +15,6 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     library = ctypes.CDLL(str(target))
     for name in ("gkd_run_rows", "gkd_kinds", "gkd_run_topk_log_probs", "gkd_run_topk_gradient"):
         getattr(library, name).restype = ctypes.c_char_p
+    library.gkd_plan.restype = ctypes.c_char_p
     library.gkd_is_whole.restype = ctypes.c_bool
     return library

@@ -84,6 +84,22 @@ def test_extreme_logits(library, kind: str, team: Team) -> None:
 
 @two_teams
 @each_kind
+def test_logits_far_from_each_other(library, kind: str, team: Team) -> None:
+    """Differences across the two sides would be rounded at the size of the logits, not of what matters of them."""
+    for student_shift, teacher_shift, spread in ((1e3, 0.0, 3.0), (0.0, -1e6, 3.0), (-1e6, 1e6, 3.0), (0.0, 0.0, 4e5)):
+        values = random_rows(2, 300, spread=spread)
+        student = Rows.place(values[0] + student_shift, torch.float32)
+        teacher = Rows.place(values[1] + teacher_shift, torch.float32)
+        value, gradient = truth(student, teacher, spec_of(kind))
+        out = Rows.place(student.view, torch.float32)
+        got = emulate(library, student, teacher, spec_of(kind), team, gradient=out)
+        check_value(got["value"], value, rtol=1e-5)
+        if spread == 3.0:
+            check_gradient(out.view, gradient)
+
+
+@two_teams
+@each_kind
 def test_student_near_and_at_the_teacher(library, kind: str, team: Team) -> None:
     values, noise = random_rows(2, 1003)
     for spread in (0.0, 1e-3):
@@ -327,7 +343,7 @@ def test_blocks_of_a_row(library, device: tuple[int, ...], dtype: torch.dtype, c
     matrix = Matrix(None, DTYPES.index(dtype), columns)
     job = Job(student=matrix, teacher=matrix, rows=1, columns=columns)
     limits, plan = (ctypes.c_int * 7)(*device), (ctypes.c_int * 3)()
-    library.gkd_plan(ctypes.byref(job), limits, 3, 12, plan)
+    assert library.gkd_plan(ctypes.byref(job), limits, 3, 12, None, plan) == b""
     got_ranks, slice_groups, shared_bytes = plan
     assert got_ranks == ranks
     if ranks:
@@ -335,6 +351,30 @@ def test_blocks_of_a_row(library, device: tuple[int, ...], dtype: torch.dtype, c
         assert ranks * slice_groups * group >= columns + group - 1  # wherever the row starts
         assert 2 * slice_groups * 16 <= shared_bytes <= 2 * slice_groups * 16 + 1024
         assert ranks == 1 or dtype == torch.float32 or 3 * (shared_bytes + 1024) <= device[3]
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "outcome"),
+    [
+        (H100, b"", 8),
+        (H100, b"0", 0),
+        (H100, b"16", 16),
+        (H100, b"1", "a row of 128256 columns does not fit"),
+        (A100, b"4", "no clusters"),
+        (H100, b"3", "must be 0, 1, 2, 4, 8 or 16, not 3"),
+    ],
+)
+def test_blocks_that_a_user_asks_for(library, device: tuple[int, ...], asked: bytes, outcome: int | str) -> None:
+    matrix = Matrix(None, DTYPES.index(torch.bfloat16), 128256)
+    job = Job(student=matrix, teacher=matrix, rows=1, columns=128256)
+    plan = (ctypes.c_int * 3)()
+    error = library.gkd_plan(ctypes.byref(job), (ctypes.c_int * 7)(*device), 3, 12, asked, plan).decode()
+    if isinstance(outcome, str):
+        assert "GKD_CUDA_RANKS" in error
+        assert outcome in error
+    else:
+        assert error == ""
+        assert plan[0] == outcome
 
 
 # ---- order and races

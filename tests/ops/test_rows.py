@@ -323,6 +323,18 @@ def test_a_divergence_of_1e_7_keeps_its_relative_accuracy(kind: str) -> None:
     check_gradient(gradient, want.gradient, 1e-3)  # a first-order difference: of numbers 3000 times its size
 
 
+@pytest.mark.parametrize(("student_shift", "teacher_shift"), [(1e3, 0.0), (0.0, -1e6), (-1e6, 1e6)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_logits_far_from_each_other(kind: str, student_shift: float, teacher_shift: float) -> None:
+    student = (randn(3, 1500, seed=1) + student_shift).float()
+    teacher = (randn(3, 1500, seed=2) + teacher_shift).float()
+    want = exact(student, teacher, spec_of(kind))
+    gradient = torch.empty_like(student)
+    got = score(student, teacher, spec_of(kind), gradient=gradient)
+    torch.testing.assert_close(got.value.double(), want.value, rtol=1e-5, atol=0.0)
+    check_gradient(gradient, want.gradient)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_may_overwrite_the_student(kind: str, dtype: torch.dtype) -> None:

@@ -68,16 +68,28 @@ extern "C" bool gkd_is_whole(const gkd::Job<float>* job) {
 }
 
 // The plan for a device like that, with 256 threads a block of which a processor holds `blocks_per_processor` as far as
-// registers go, and in a cluster in groups of `processors_per_gpc` processors. Plan is 3 ints.
-extern "C" void gkd_plan(const gkd::Job<float>* job, const gkd::cuda::Device* device, int blocks_per_processor,
-                         int processors_per_gpc, gkd::cuda::Plan* plan) {
+// registers go, and in a cluster in groups of `processors_per_gpc` processors; or as GKD_CUDA_RANKS = `asked` has it,
+// unless that is null. Plan is 3 ints. Returns what went wrong, or an empty string.
+extern "C" const char* gkd_plan(const gkd::Job<float>* job, const gkd::cuda::Device* device, int blocks_per_processor,
+                                int processors_per_gpc, const char* asked, gkd::cuda::Plan* plan) {
   using namespace gkd;
+  static std::string error;
+  error.clear();
   const auto resident = [&](const cuda::Plan& plan) {
     const int room = device->shared_per_processor / (plan.shared_bytes + device->reserved_per_block);
     const int blocks = std::min(room, blocks_per_processor);
     const int in_gpc = blocks * processors_per_gpc / plan.ranks * plan.ranks;
     return in_gpc * (device->processors / processors_per_gpc);
   };
-  *plan = cuda::with_shape<ForwardKl, 256>(
-      *job, [&](auto shape) { return cuda::best_plan<decltype(shape)>(*device, *job, resident); });
+  try {
+    const int ranks = cuda::asked_ranks(asked);
+    *plan = cuda::with_shape<ForwardKl, 256>(*job, [&](auto shape) {
+      using Chosen = decltype(shape);
+      return ranks < 0 ? cuda::best_plan<Chosen>(*device, *job, resident)
+                       : cuda::asked_plan<Chosen>(*device, *job, ranks);
+    });
+  } catch (const std::runtime_error& refused) {
+    error = refused.what();
+  }
+  return error.c_str();
 }
