@@ -58,6 +58,8 @@ def divergence(
                [...] logsumexp(logits / temperature) over the valid columns, if known: saves a pass. Give both or none.
 
     Returns float32 (float64 for float64 logits). Differentiable once, in student_logits only.
+    On a GPU, where both sides are bfloat16 or both float16 and the gradient is computed with the value, a forward or
+    reverse KL or a JSD is off by up to about 3e-7 nat; elsewhere values keep their relative accuracy down to 1e-7 nat.
     Raises InputError for shapes or dtypes that do not fit, ConfigError (a kind of InputError) for an option's value.
     """
     spec = Divergence(kind, beta, alpha, temperature, scale_by_temperature_squared, normalize_jsd)
