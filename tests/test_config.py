@@ -241,4 +241,4 @@ def test_launch_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
     assert Launch.from_environment() == Launch(rank=0, local_rank=0, world_size=1)
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "5"}.items():
         monkeypatch.setenv(name, value)
-    assert Launch.from_environment() == Launch(rank=3, local_rank=0, world_size=4)
+    assert Launch.from_environment() == Launch(rank=3, world_size=4, meeting_point="node1:5")

@@ -38,7 +38,7 @@ def test_nobody() -> None:
 def test_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     import os
 
-    assert launched(monkeypatch, SRUN) == Launch(rank=11, local_rank=3, world_size=16)
+    assert launched(monkeypatch, SRUN) == Launch(rank=11, local_rank=3, world_size=16, meeting_point="10.0.0.7:23456")
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.7", "23456")
 
 
@@ -51,7 +51,9 @@ def test_what_is_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_torchrun_under_srun_knows_better(monkeypatch: pytest.MonkeyPatch) -> None:
     torchrun = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "5"}
-    assert launched(monkeypatch, {**SRUN, **torchrun}) == Launch(rank=1, local_rank=1, world_size=2)
+    assert launched(monkeypatch, {**SRUN, **torchrun}) == Launch(
+        rank=1, local_rank=1, world_size=2, meeting_point="node1:5"
+    )
 
 
 @pytest.mark.parametrize("tasks", [None, "1"])

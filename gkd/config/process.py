@@ -18,6 +18,7 @@ class Launch(BaseModel):
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    meeting_point: str = ""  # HOST:PORT where several ranks find one another
 
     @classmethod
     def from_environment(cls) -> Launch:
@@ -30,11 +31,12 @@ class Launch(BaseModel):
         )
         if launch.rank >= launch.world_size:
             raise MachineError(f"RANK is {launch.rank}, but WORLD_SIZE makes ranks 0 to {launch.world_size - 1}")
-        if launch.world_size > 1:
-            launch_number("MASTER_PORT", least=1)
-            if not os.environ.get("MASTER_ADDR"):
-                raise MachineError(f"MASTER_ADDR is not set, where {launch.world_size} ranks meet; launchers set it")
-        return launch
+        if launch.world_size == 1:
+            return launch
+        port = launch_number("MASTER_PORT", least=1)
+        if not os.environ.get("MASTER_ADDR"):
+            raise MachineError(f"MASTER_ADDR is not set, where {launch.world_size} ranks meet; launchers set it")
+        return launch.model_copy(update={"meeting_point": f"{os.environ['MASTER_ADDR']}:{port}"})
 
     @property
     def is_main(self) -> bool:

@@ -6,10 +6,8 @@ A server that fails is set aside and the others go on; it takes part again in th
 from __future__ import annotations
 
 import hashlib
-import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -28,7 +26,7 @@ from gkd.serving import sampler_protocol as protocol
 from gkd.serving.gloo_pair import GlooPair, listen_towards
 from gkd.serving.replicas import Replica, ReplicaPool, ServerFailedError, ServerRefusedError
 from gkd.serving.sampler_protocol import ServedSamplerModel
-from gkd.serving.threads import map_in_threads
+from gkd.serving.threads import in_thread, map_in_threads
 
 T = TypeVar("T")
 FAILURES = (httpx.HTTPError, ServerFailedError, ServerRefusedError, ConfigError, OSError, RuntimeError)
@@ -204,14 +202,6 @@ def _pieces(weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> 
 
 def _both(here: Callable[[], T], there: Callable[[], object]) -> T:
     """Runs two sides that wait for each other. An error of the server's is raised at once, without ours."""
-    made: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            made.set_result(here())
-        except BaseException as error:  # noqa: BLE001  (raised again below)
-            made.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
+    made = in_thread(here)
     there()
     return made.result()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed
 
+from gkd.serving.threads import in_thread
+
 _distributed: Any = torch.distributed  # its stubs lack most of what is used here
 
 
@@ -33,7 +35,14 @@ class GlooPair:
         """Returns when both are there. Raises RuntimeError if the other does not come in time."""
         timeout = timedelta(seconds=timeout_s)
         own: dict[str, Any] = {} if listener is None else {"master_listen_fd": listener.detach()}
-        store = _distributed.TCPStore(host, port, 2, listener is not None, timeout, wait_for_workers=False, **own)
+        try:  # torch would wait without end for a word of who takes the connection and is silent
+            store = in_thread(
+                lambda: _distributed.TCPStore(
+                    host, port, 2, listener is not None, timeout, wait_for_workers=False, **own
+                )
+            ).result(timeout_s)
+        except TimeoutError:
+            raise RuntimeError(f"{host}:{port} takes connections, and says nothing for {timeout_s:g} s") from None
         options = _distributed.ProcessGroupGloo._Options()
         options._timeout = timeout
         options._devices = [

@@ -1,14 +1,29 @@
-"""Many requests at once, from threads that nobody has to wait for when the process ends."""
+"""Calls in threads that nobody has to wait for when the process ends: many requests, or one that may hang."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def in_thread(call: Callable[[], Result]) -> Future[Result]:
+    """What `call` will return. A time limit of the future's bounds what has none of its own."""
+    made: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(call())
+        except BaseException as error:  # noqa: BLE001  (raised again by who asks)
+            made.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return made
 
 
 def map_in_threads(call: Callable[[Item], Result], items: Sequence[Item], threads: int) -> list[Result]:

@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from gkd.config import Launch
-from gkd.errors import PartError
+from gkd.errors import MachineError, PartError
+from gkd.serving.threads import in_thread
 from gkd.train.heartbeat import heartbeat
 
 T = TypeVar("T")
@@ -24,6 +26,8 @@ T = TypeVar("T")
 # collectives gives up after minutes, as it should when a rank hangs; of this one `ranks_heard` finds a rank that does
 # not run.
 _PATIENCE = timedelta(days=7)
+_MEETING = timedelta(minutes=10)  # ranks may start minutes apart
+_TORCH_IS_LATE = 1.1  # times its own limit: what it knows of the reason is better
 _patient_group: Any = None  # of all ranks; None is the group of all collectives
 
 
@@ -53,21 +57,43 @@ def load_deepspeed() -> Any:
 
 
 def initialize(launch: Launch) -> None:
-    """Joins the process group that the launcher described; without a launcher, makes a group of one."""
+    """Joins the process group that the launcher described; without a launcher, makes a group of one.
+
+    Raises MachineError if the other ranks are not found.
+    """
     deepspeed, on_gpu = load_deepspeed(), torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(launch.local_rank)
     backend = "nccl" if on_gpu else "gloo"
     if launch.world_size == 1:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
-        if not dist.is_initialized():
-            # no address and no port: what this process starts later would inherit them and find the port taken
-            store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-            dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    if not dist.is_initialized():
+        # alone: no address and no port, which what this process starts later would inherit, and find the port taken
+        store = dist.HashStore() if launch.world_size == 1 else meet(launch, _MEETING)  # pyright: ignore
+        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world_size)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     if launch.world_size > 1:
         global _patient_group
         _patient_group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+
+def meet(launch: Launch, limit: timedelta) -> Any:
+    """The store by which the ranks find one another. Raises MachineError if that takes longer than `limit`.
+
+    torch bounds how long it takes to connect, but waits without end for a word of a port that is somebody else's.
+    """
+    limit_s = limit.total_seconds()
+    store = in_thread(lambda: next(rendezvous("env://", launch.rank, launch.world_size, timeout=limit))[0])
+    try:
+        return store.result(_TORCH_IS_LATE * limit_s)
+    except TimeoutError:
+        reason = "who listens there says nothing"
+    except dist.DistError as error:
+        reason = str(error).partition("\n")[0]
+    raise MachineError(
+        f"rank {launch.rank} has not found the others within {limit_s:g} s: {reason}; is {launch.meeting_point} "
+        "(MASTER_ADDR, MASTER_PORT) rank 0's machine, and a port that nobody else uses?"
+    )
 
 
 def ranks_heard(launch: Launch, limit_s: float, on_silence: Callable[[str], None]) -> AbstractContextManager[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -31,3 +32,12 @@ def test_bytes_arrive(host: str) -> None:
         sent = pool.submit(first.result().send, b"weights")
         assert second.receive(7) == b"weights"
         sent.result()
+
+
+@pytest.mark.fault
+def test_a_port_that_takes_connections_and_is_silent_is_not_waited_for() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        started = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"takes connections, and says nothing for 0\.5 s"):
+            GlooPair(*silent.getsockname()[:2], timeout_s=0.5)
+        assert time.monotonic() - started < 5
