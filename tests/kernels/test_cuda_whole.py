@@ -83,6 +83,20 @@ def test_logits_of_any_size_and_shift(library, kind: str, dtype, gradient) -> No
         check_gradient(out.view, want, atol=1e-6 * max(size, 1.0))
 
 
+@each_case
+def test_logits_that_a_threads_first_ones_do_not_foretell(library, kind: str, dtype, gradient) -> None:
+    """Beyond what a reference leaves room for, so that it moves: the student's, the teacher's, or both at once."""
+    values = random_rows(3, 1100)
+    values[0][[0, 2], :512] -= 60.0  # the first groups of 64 threads
+    values[1][[1, 2], :512] -= 60.0
+    student, teacher = (Rows.place(x, dtype) for x in values)
+    spec = spec_of(kind, 1.0)
+    value, want = truth(student, teacher, spec)
+    out = Rows.place(student.view, gradient)
+    check_value(run(library, student, teacher, spec, Team(1), out), value, spec)
+    check_gradient(out.view, want, atol=1e-6)
+
+
 @pytest.mark.parametrize("beta", [1 / 64, 0.1, 0.5, 0.9, 1 - 1 / 64])
 def test_jsd_of_any_beta(library, beta: float) -> None:
     values, noise = random_rows(3, 1003)
