@@ -31,15 +31,15 @@ def digest(*parts: Any) -> bytes:
     return state.digest()
 
 
-def sealed(data: bytes) -> bytes:
-    """`data` after its digest."""
-    return digest(data) + data
+def sealed(data: bytes, name: str) -> bytes:
+    """`data` after its digest, which is of what it is called too."""
+    return digest(name.encode(), data) + data
 
 
-def unsealed(data: bytes) -> bytes:
-    """What was sealed. Raises ValueError if a bit of it is not as it was."""
+def unsealed(data: bytes, name: str) -> bytes:
+    """What was sealed under this name. Raises ValueError if a bit of it is not as it was, or it was another's."""
     content = data[_SEAL_BYTES:]
-    if digest(content) != data[:_SEAL_BYTES]:
+    if digest(name.encode(), content) != data[:_SEAL_BYTES]:
         raise ValueError("its checksum does not fit")
     return content
 

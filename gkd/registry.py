@@ -45,7 +45,7 @@ class Registry(Generic[T]):
         return self._found[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._built_in or name in self._found
+        return isinstance(name, str) and (name in self._built_in or name in self._found)
 
     def names(self) -> tuple[str, ...]:
         """Built in ones first, each group in the order of its registration."""

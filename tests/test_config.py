@@ -146,6 +146,8 @@ REFUSED_OVERRIDES = [
     ("data.train=''", r"data\.train: expected a path or name, not ''"),
     ("data.train=" + "x" * 300, r"data\.train: expected what a path has room for, not 'x+\.\.\.x+'"),
     ("deepspeed.config=" + "x" * 300, r"deepspeed\.config: expected what a path has room for"),
+    ("objective.kind=[a]", r"objective\.kind: unknown kind \['a'\]"),
+    ("<x.a=1", "<x: unknown key"),
     ("run.dir=~nobody-of-this-name/x", r"run\.dir: expected a home folder that there is"),
 ]
 

@@ -190,9 +190,12 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _explain(detail: dict[str, Any], root: type[Section]) -> str:
-    location = [str(part) for part in detail["loc"] if not str(part).startswith(("function-", "constrained", "<"))]
+    is_unknown = detail["type"] == "extra_forbidden"  # its last part is a user's word, whatever that looks like
+    parts = [str(part) for part in detail["loc"]]
+    inner = parts[: len(parts) - is_unknown]
+    location = [part for part in inner if not part.startswith(("function-", "constrained", "<"))] + parts[len(inner) :]
     path = ".".join(location)
-    if detail["type"] == "extra_forbidden":
+    if is_unknown:
         return f"{path}: unknown key{_suggestion(location, root)}"
     if detail["type"] == "missing":
         return f"{path}: is missing"

@@ -63,14 +63,15 @@ class CompletionCache:
         }
         names = json.dumps({"keys": keys, "finish_reasons": [c.finish_reason for c in completions]})
         arrays["names"] = np.frombuffer(names.encode(), dtype=np.uint8)
-        with written_aside(self.folder / f"{uuid.uuid4().hex}{_SUFFIX}") as aside:
-            aside.write_bytes(sealed(save(arrays)))
+        path = self.folder / f"{uuid.uuid4().hex}{_SUFFIX}"
+        with written_aside(path) as aside:
+            aside.write_bytes(sealed(save(arrays), path.name))
         self._completions.update(zip(keys, completions, strict=True))
 
 
 def _read_shard(path: Path) -> dict[str, Completion]:
     try:
-        arrays = load(unsealed(path.read_bytes()))
+        arrays = load(unsealed(path.read_bytes(), path.name))
     except (OSError, ValueError) as error:
         _log.warning("%s cannot be read, and what it held is sampled again: %s", path, error)
         return {}

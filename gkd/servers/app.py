@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from gkd.errors import GkdError
 from gkd.serving.protocol import DIGEST_HEADER, TOKEN_ID_BYTES, TOKEN_ID_FORMAT, Description, answer_digest
 
 if TYPE_CHECKING:
@@ -33,10 +34,12 @@ def make_app(description_path: str, served: Description, routes: Sequence[BaseRo
     async def description(request: Request) -> Response:
         return JSONResponse(served.model_dump())
 
-    return Starlette(
+    app = Starlette(
         routes=[Route(description_path, description, methods=["GET"]), *routes],
         exception_handlers={HTTPException: _as_json, RuntimeError: _engine_failed},  # pyright: ignore
     )
+    app.router.redirect_slashes = False  # to wherever the request's Host says
+    return app
 
 
 class _Guard:
@@ -148,7 +151,8 @@ def bytes_response(data: memoryview, headers: dict[str, str]) -> Response:
 
 
 def _error(status: int, message: str) -> JSONResponse:
-    return JSONResponse({"error": message}, status_code=status)
+    """In one line and not too long a one: it may quote the request."""
+    return JSONResponse({"error": str(GkdError(message))}, status_code=status)
 
 
 async def _as_json(request: Request, error: HTTPException) -> Response:

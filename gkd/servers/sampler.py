@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
 import shutil
 import tempfile
 import uuid
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 _KEY = "gkd serve-sampler"
+_FOLDER_PREFIX, _LOCK = "gkd-weights-", ".lock"
 _LARGEST_JSON_BYTES = 1 << 24  # NCCL: names and shapes of all parameters of a piece
 Message = TypeVar("Message", bound=BaseModel)
 T = TypeVar("T")
@@ -114,9 +117,21 @@ def _weights_folder(backend: Transfer, transfer: TransferSettings, engine: Sampl
     """Where the file engine looks: nobody else can read or write a folder of the server's own."""
     if backend != "file":
         return None
-    folder = transfer.folder or Path(tempfile.mkdtemp(prefix="gkd-weights-"))
+    folder = transfer.folder or _own_folder()
     engine.connect({"folder": str(folder)}).result()
     return folder.absolute()
+
+
+def _own_folder() -> Path:
+    """A new one of this process's, which holds its lock. Those of servers that were killed are removed."""
+    for other in Path(tempfile.gettempdir()).glob(f"{_FOLDER_PREFIX}*"):
+        with suppress(OSError), (other / _LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(other)
+    folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX))
+    own = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR)  # open as long as the process lives
+    fcntl.flock(own, fcntl.LOCK_EX)
+    return folder
 
 
 def _words(served: ServedSamplerModel) -> str:

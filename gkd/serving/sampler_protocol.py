@@ -101,8 +101,8 @@ class CompletionQuery(ProbeQuery):
     max_new_tokens: int = Field(ge=1)
     temperature: float = Field(ge=0.0)
     top_p: float = Field(gt=0.0, le=1.0)
-    top_k: int = Field(ge=0)
-    stop_token_ids: str = Field(pattern=r"^(\d+(,\d+)*)?$")
+    top_k: int = Field(ge=0, lt=1 << 31)
+    stop_token_ids: str = Field(pattern=r"^([0-9]{1,9}(,[0-9]{1,9})*)?$")  # a larger one is in no int32
     shared_vocab: int = Field(0, ge=0)
 
     @classmethod

@@ -84,7 +84,7 @@ class CachedTeacher:
     def _read(self, rollout: Rollout, empty: TeacherScores) -> TeacherScores | None:
         path = self._path(rollout)
         try:
-            scores = _scores(load(unsealed(path.read_bytes())), empty)
+            scores = _scores(load(unsealed(path.read_bytes(), path.name)), empty)
             os.utime(path)  # used now
         except FileNotFoundError:
             return None
@@ -95,12 +95,12 @@ class CachedTeacher:
 
     def _write(self, path: Path, data: bytes) -> None:
         with written_aside(path) as aside:
-            self._used_bytes += aside.write_bytes(sealed(data))
+            self._used_bytes += aside.write_bytes(sealed(data, path.name))
 
     def _read_empty(self) -> TeacherScores | None:
         path = self._folder / _EMPTY
         try:
-            data = unsealed(path.read_bytes())
+            data = unsealed(path.read_bytes(), path.name)
             tensors = load(data)
             if _IDS in tensors:
                 return TopkScores(tensors[_IDS].long(), tensors[_LOG_PROBS]).to(self._device)

@@ -10,12 +10,13 @@ proves that they are whole, and only as data (`gkd.train.unpickling`), whoever w
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
+
+from pydantic import BaseModel, ConfigDict
 
 from gkd.errors import CheckpointError, RunFolderError
 from gkd.files import flush, flush_tree, write_json
@@ -24,6 +25,21 @@ from gkd.train.distributed import barrier, from_main
 from gkd.train.unpickling import check_is_data
 
 _MANIFEST = "manifest.json"
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    bytes: int
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    step: int
+    layout: dict[str, int]
+    files: dict[str, _File]
 
 
 class HasState(Protocol):
@@ -97,7 +113,8 @@ class Checkpointer:
             self._state.save_state(str(aside))
         barrier()  # every rank's files are there
         if self._is_main:
-            write_json(aside / _MANIFEST, {"step": step, **self._layout, "files": _describe_files(aside)})
+            manifest = _Manifest(step=step, layout=self._layout, files=_describe_files(aside))
+            write_json(aside / _MANIFEST, manifest.model_dump())
             flush_tree(aside)  # a renamed folder must not hold files that a power cut can still empty
             shutil.rmtree(final, ignore_errors=True)
             aside.replace(final)
@@ -119,14 +136,12 @@ def find_resume_step(folder: Path, layout: Mapping[str, int], note: Callable[[st
     steps = saved_steps(folder)
     for step in reversed(steps):
         checkpoint = folder / f"step_{step}"
-        fault = find_fault(checkpoint)
+        fault = find_fault(checkpoint, layout)
         if fault is not None:
             note(f"checkpoint step_{step} is damaged ({fault}); trying the one before")
             continue
-        manifest = json.loads((checkpoint / _MANIFEST).read_text())
-        differences = [
-            f"{key} was {manifest[key]}, is {value}" for key, value in layout.items() if manifest[key] != value
-        ]
+        saved = _read_manifest(checkpoint).layout
+        differences = [f"{key} was {saved[key]}, is {value}" for key, value in layout.items() if saved[key] != value]
         if differences:
             raise RunFolderError(f"--resume: {checkpoint} does not fit: {'; '.join(differences)}")
         check_is_data(checkpoint)
@@ -142,26 +157,33 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in names if match)
 
 
-def find_fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+def find_fault(folder: Path, layout: Mapping[str, int]) -> str | None:
+    """What is wrong with a checkpoint's files, or None. `layout`: whose keys its manifest has to have."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-        expected: dict[str, Any] = manifest["files"]
-    except (OSError, ValueError, KeyError):
+        manifest = _read_manifest(folder)
+    except (OSError, ValueError):
         return f"{_MANIFEST} is missing or unreadable"
+    if folder.name != f"step_{manifest.step}" or manifest.layout.keys() != layout.keys():
+        return f"{_MANIFEST} is another's"
+    expected = manifest.files
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {_MANIFEST}
     if found != expected.keys():
         return f"files differ from the manifest: {sorted(found ^ expected.keys())[0]}"
     for name, entry in expected.items():
         path = folder / name
-        if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+        if path.stat().st_size != entry.bytes or _sha256(path) != entry.sha256:
             return f"{name} does not match its size and hash"
     return None
 
 
-def _describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+def _read_manifest(folder: Path) -> _Manifest:
+    """Raises OSError or ValueError for one that is not whole."""
+    return _Manifest.model_validate_json((folder / _MANIFEST).read_bytes())
+
+
+def _describe_files(folder: Path) -> dict[str, _File]:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+    return {str(p.relative_to(folder)): _File(bytes=p.stat().st_size, sha256=_sha256(p)) for p in files}
 
 
 def _sha256(path: Path) -> str:

@@ -76,8 +76,8 @@ class Run:
         """All of it. `started` is `time.monotonic` of the beginning."""
         with self.monitor:
             self.monitor.note(self.prompts.description)
-            self.build()
             try:
+                self.build()
                 self.start()
                 with system_errors(StorageError):
                     self.loop()

@@ -1,4 +1,7 @@
-"""The full fuzz: PYTHONPATH=tests python -m fuzz [--seed N] [--out FILE]; exit status 1 if anything was found."""
+"""The full fuzz: PYTHONPATH=tests python -m fuzz [--seed N] [--out FILE]; exit status 1 if anything was found.
+
+The figures of the last one are in benchmarks/results/fuzz.json.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,20 @@ def main() -> None:
             continue
         started = time.process_time()
         outcome = trial(options.seed, full)
-        results[name] = {"inputs": full, **outcome.counts, "processor_s": round(time.process_time() - started, 1)}
+        results[name] = {
+            "inputs": full,
+            **dict.fromkeys(("taken", "refused", "faults"), 0),
+            **outcome.counts,
+            "longest_s": round(outcome.longest_s, 3),
+            "processor_s": round(time.process_time() - started, 1),
+        }
         found += len(outcome.faults)
         print(name, results[name], flush=True)
         print(*outcome.faults[:10], sep="\n\n", file=sys.stderr, flush=True)
     if options.out is not None:
-        libraries = {name: version(name) for name in ("pyarrow", "pydantic", "PyYAML")}
+        libraries = {
+            name: version(name) for name in ("pyarrow", "pydantic", "PyYAML", "starlette", "torch", "safetensors")
+        }
         record = {
             "command": f"PYTHONPATH=tests python -m fuzz --seed {options.seed}",
             "device": platform.machine(),

@@ -1,142 +1,20 @@
-"""What an input came to: taken, refused in one line, or a fault of gkd's."""
+"""All trials: what each tries so and so many inputs of."""
 
 from __future__ import annotations
 
-import random
-import signal
-import tempfile
-import time
-import traceback
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from functools import partial
 
-from fuzz import cases
-from gkd.config import load_config, make_config
-from gkd.data.formats import read_table
-from gkd.errors import InputError
-
-_LIMIT_S = 3.0
-_LONGEST_MESSAGE = 4000
-
-
-@dataclass
-class Outcome:
-    """Counts of `taken` and `refused`, and the faults: what was given, and what happened."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    faults: list[str] = field(default_factory=list)
-
-    def add(self, given: object, call: Callable[[], str | None]) -> None:
-        """`call` returns what is wrong with a value that was taken, or None."""
-        started = time.process_time()
-        signal.signal(signal.SIGVTALRM, _stop)
-        signal.setitimer(signal.ITIMER_VIRTUAL, 4 * _LIMIT_S)
-        try:
-            wrong = call()
-            self.counts["taken"] += 1
-        except InputError as error:
-            self.counts["refused"] += 1
-            text = str(error)
-            fine = text.isprintable() and len(text) <= _LONGEST_MESSAGE
-            wrong = None if fine else f"message of {len(text)} characters: {text[:200]!r}"
-        except (Exception, _HangError):  # noqa: BLE001  what a user would see as a traceback
-            wrong = traceback.format_exc(limit=-3)
-        finally:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        elapsed = time.process_time() - started
-        if wrong is None and elapsed > _LIMIT_S:
-            wrong = f"took {elapsed:.1f} s"
-        if wrong is not None:
-            self.counts["faults"] += 1
-            self.faults.append(f"{str(given)[:500]!r}\n{wrong}")
-
-
-class _HangError(BaseException):
-    pass
-
-
-def _stop(_signal: int, _frame: object) -> None:
-    raise _HangError
-
-
-def configs(seed: int, count: int) -> Outcome:
-    """Half of them files, half overrides of a good file."""
-    outcome, rng = Outcome(), random.Random(seed)
-    import yaml
-
-    with tempfile.TemporaryDirectory() as folder:
-        path, good = Path(folder) / "run.yaml", yaml.safe_dump(cases.CONFIG)
-        for index in range(count):
-            overrides = [cases.override(rng)] if index % 2 else []
-            text = good if overrides else cases.config_text(rng)
-            path.write_bytes(text.encode("utf-8", "surrogatepass"))
-
-            def load(overrides: list[str] = overrides) -> str | None:
-                config = load_config(path, overrides)
-                kept = make_config(config.model_dump(mode="json"))  # as the run folder keeps it
-                yaml.safe_dump(kept.model_dump(mode="json"))
-                return None if kept == config else "its copy in the run folder is another config"
-
-            outcome.add(overrides or text, load)
-    return outcome
-
-
-def json_rows(seed: int, count: int) -> Outcome:
-    outcome, rng = Outcome(), random.Random(seed)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.jsonl"
-        for _ in range(count):
-            line = cases.json_line(rng)
-            path.write_bytes(line)
-            column = rng.choice([None, None, "tutor"])
-            outcome.add(line, lambda column=column: _texts_are_whole(path, column))
-    return outcome
-
-
-def _texts_are_whole(path: Path, column: str | None) -> str | None:
-    for row in read_table(str(path), "train", teacher_column=column).rows:
-        messages = (*(row.messages or ()), *(row.completion_messages or ()))
-        texts: list[Any] = [row.prompt_text or "", row.completion_text or "", *(m["content"] for m in messages)]
-        if not all(isinstance(text, str) and text.encode() is not None for text in texts):
-            return f"{row} was taken"
-    return None
-
-
-def parquet_rows(seed: int, count: int, rows_a_file: int = 4) -> Outcome:
-    outcome, rng = Outcome(), random.Random(seed)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.parquet"
-        for index in range(count // rows_a_file):
-            texts = cases.parquet_file(path, rng, rows_a_file)
-            outcome.add(f"seed {seed}, file {index}", lambda texts=texts: _same_texts(path, texts))
-    return outcome
-
-
-def parquet_damage(seed: int, count: int) -> Outcome:
-    """Half of the files have page checksums: what is read of these is what was written."""
-    outcome, rng = Outcome(), random.Random(seed)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.parquet"
-        for index in range(count):
-            checksums = index % 2 == 0
-            texts = cases.parquet_file(path, rng, 50, checksums=checksums)
-            path.write_bytes(cases.damaged(path.read_bytes(), rng))
-            wanted = texts if checksums else None
-            outcome.add(f"seed {seed}, file {index}", lambda wanted=wanted: _same_texts(path, wanted))
-    return outcome
-
-
-def _same_texts(path: Path, texts: list[str] | None) -> str | None:
-    rows = read_table(str(path), "train").rows
-    return None if texts is None or [row.prompt_text for row in rows] == texts else "other texts were read"
-
+from fuzz import inputs, servers, stores
+from fuzz.outcome import Outcome
 
 TRIALS: dict[str, tuple[Callable[[int, int], Outcome], int, int]] = {  # name -> trial, full count, short count
-    "configs": (configs, 5_000, 150),
-    "JSONL rows": (json_rows, 18_000, 1_500),
-    "Parquet rows": (parquet_rows, 2_000, 80),
-    "damaged Parquet files": (parquet_damage, 400, 40),
+    "configs": (inputs.configs, 5_000, 150),
+    "JSONL rows": (inputs.json_rows, 18_000, 1_500),
+    "Parquet rows": (inputs.parquet_rows, 2_000, 80),
+    "damaged Parquet files": (inputs.parquet_damage, 400, 40),
+    "damaged checkpoints": (stores.checkpoints, 600, 40),
+    "damaged texts": (stores.texts, 500, 40),
+    "damaged scores": (stores.scores, 500, 40),
+    **{f"requests to {path}": (partial(servers.requests, path), 5_000, 60) for path in servers.ROUTES},
 }

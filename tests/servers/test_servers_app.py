@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from gkd.servers.app import LoopbackGuard, TokenGuard, make_app
+from gkd.servers.app import LoopbackGuard, TokenGuard, bad_request, make_app
 from gkd.serving.protocol import Description
 
 
@@ -58,3 +58,31 @@ def test_a_token_is_asked_for_everywhere() -> None:
     guarded = TokenGuard(APP, "secret")
     assert status(guarded) == status(guarded, authorization="Bearer wrong") == 401
     assert status(guarded, "http://10.0.0.7:8400", authorization="Bearer secret") == 200
+
+
+@pytest.mark.fault
+def test_a_path_that_is_nearly_one_is_none() -> None:
+    """Not a redirection to whatever host the request names."""
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app=APP)  # pyright: ignore[reportArgumentType]
+        async with httpx.AsyncClient(transport=transport, base_url="http://evil.example") as client:
+            return await client.get("/anything/")
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == 404 and answer.json() == {"error": "Not Found"}
+
+
+@pytest.mark.fault
+def test_an_error_is_one_line_whatever_it_quotes() -> None:
+    async def quoting(request: Request) -> Response:
+        raise bad_request("keys: \x1b[2J\n" + "x" * 9000)
+
+    async def ask() -> str:
+        app = make_app("/description", SERVED, [Route("/quoting", quoting)])
+        transport = httpx.ASGITransport(app=app)  # pyright: ignore[reportArgumentType]
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return (await client.get("/quoting")).json()["error"]
+
+    told = asyncio.run(ask())
+    assert told.isprintable() and len(told) < 3000

@@ -110,6 +110,15 @@ def test_damaged_files_are_computed_again(tiny_teacher: Path, tmp_path: Path, da
     assert office.asked[1:] == [[0, 1, 2, 3], [3]]
 
 
+def test_a_file_in_anothers_place_is_computed_again(tiny_teacher: Path, tmp_path: Path) -> None:
+    texts = [rollout(index, 5) for index in range(2)]
+    subject = cached(Office(tiny_teacher), tmp_path)
+    expected = subject.score(texts)
+    first, second = map(subject._path, texts)
+    second.write_bytes(first.read_bytes())
+    assert_same(cached(Office(tiny_teacher), tmp_path).score(texts), expected)
+
+
 def test_beyond_the_limit_the_longest_unused_goes(tiny_teacher: Path, tmp_path: Path) -> None:
     office = Office(tiny_teacher)
     subject = cached(office, tmp_path)

@@ -63,22 +63,28 @@ def test_a_save_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("fault", ["flip", "cut", "extra", "no-manifest"])
+@pytest.mark.parametrize("fault", ["flip", "cut", "extra", "no-manifest", "no-sha256", "no-layout", "renamed"])
 def test_damage_falls_back_to_the_one_before(tmp_path: Path, fault: str) -> None:
     saver = checkpointer(tmp_path, FileState())
     saver.save(2)
     saver.save(4)
-    damaged = tmp_path / "step_4" / "engine" / "state.bin"
+    damaged, manifest = tmp_path / "step_4" / "engine" / "state.bin", tmp_path / "step_4" / "manifest.json"
     if fault == "flip":
         damaged.write_text("b" + damaged.read_text()[1:])
     elif fault == "cut":
         damaged.write_text("a")
     elif fault == "extra":
         (tmp_path / "step_4" / "planted.pkl").write_text("x")
+    elif fault == "no-manifest":
+        manifest.unlink()
+    elif fault == "no-sha256":
+        manifest.write_text(manifest.read_text().replace("sha256", "sha257"))
+    elif fault == "no-layout":
+        manifest.write_text(manifest.read_text().replace("world_size", "world_sice"))
     else:
-        (tmp_path / "step_4" / "manifest.json").unlink()
+        manifest.write_bytes((tmp_path / "step_2" / "manifest.json").read_bytes())
     notes: list[str] = []
-    assert find_fault(tmp_path / "step_4") is not None
+    assert find_fault(tmp_path / "step_4", LAYOUT) is not None
     assert find_resume_step(tmp_path, LAYOUT, notes.append) == 2
     assert len(notes) == 1 and "step_4 is damaged" in notes[0]
 

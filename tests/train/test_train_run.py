@@ -267,6 +267,20 @@ def test_a_sync_that_fails_ends_the_run_after_its_step(config: Config, monkeypat
 
 
 @pytest.mark.fault
+def test_a_sampler_that_is_away_at_the_start_ends_the_run_for_a_while(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the code of a run that goes on later: whoever starts runs again goes by it."""
+
+    def fails(self: SyncedSampler, weights: WeightStream, version: int) -> dict[str, float]:
+        raise WeightSyncError("no served sampler took the weights of version 0", is_temporary=True)
+
+    monkeypatch.setattr(SyncedSampler, "load_weights", fails)
+    with pytest.raises(RunInterruptedError, match=r"after step 0 .*nothing was trained since the start; go on with: "):
+        train(with_heldout(config, "cut"))
+
+
+@pytest.mark.fault
 def test_a_resume_runs_no_code_of_whoever_wrote_the_checkpoint(config: Config, tmp_path: Path) -> None:
     """The manifest was made to fit."""
     cut, canary = with_heldout(config, "cut"), tmp_path / "canary"
