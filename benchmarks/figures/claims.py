@@ -28,6 +28,7 @@ from gkd.bench.tables import BASELINE, GREEDY, SAMPLED
 
 README, BENCHMARKS, TOUR = ("README.md",), ("docs/benchmarks.md",), ("docs/index.md",)
 BOTH_PAGES = (*README, *BENCHMARKS)
+RELIABILITY = ("docs/reliability.md",)
 SERVING, TABLE, RECIPES = ("docs/serving.md",), ("docs/table.md",), ("docs/recipes.md",)
 QUICKSTART, VERSUS_TRL, PACKING = "quickstart.json", "versus_trl_cpu.json", "packing_cpu.json"
 DIVERGENCE, LINEAR, SCORING = "divergence_cpu.csv", "linear_divergence_cpu.csv", "teacher_scoring_cpu.json"
@@ -158,6 +159,16 @@ QUICKSTART_TIMES = [
         ("time/other_s", r"rest of the steps +(\S+s) "),
     )
 ] + [Claim("quickstart: rest", r"load, evaluate, save +(\S+s) ", Figure(QUICKSTART, load_evaluate_save_s), pages=TOUR)]
+
+SOAK_CLAIMS = [
+    Claim(f"soak: {'/'.join(keys)}", says, of("soak.json", *keys), pages=RELIABILITY)
+    for keys, says in (
+        (("steps",), r"is of (\d+) steps"),
+        (("disturbed", "resumes"), r"(\d+) resumes"),
+        (("disturbed", "steps_lost"), r"did (\d+) steps again"),
+        (("disturbed", "most_steps_lost"), r"at most (\d+) at once"),
+    )
+]
 
 CUT_CLAIMS = [
     Claim(
@@ -351,6 +362,7 @@ CLAIMS = [
     *QUICKSTART_CLAIMS,
     *QUICKSTART_TIMES,
     *CUT_CLAIMS,
+    *SOAK_CLAIMS,
     *LOSS_CLAIMS,
     *WHOLE_RUN_CLAIMS,
     *SERVING_CLAIMS,

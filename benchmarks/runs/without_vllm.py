@@ -22,7 +22,7 @@ from transformers import AutoConfig
 from gkd.engines.prefill import PrefillSettings
 from gkd.engines.sampling import SamplerSpec
 from gkd.engines.thread import EngineThread
-from gkd.engines.updated import SamplerEngine, Versioned
+from gkd.engines.updated import FromUpdate, SamplerEngine
 from gkd.models import load_causal_lm
 from gkd.models.held import WeightChecksums
 from gkd.rollout.hf import HfSampler
@@ -54,13 +54,13 @@ class _Sampler(_OneByOne):
         self.sampler = HfSampler(spec.model_folder, dtype=spec.dtype, device=torch.device("cpu"), pad_token_id=0)
         config = AutoConfig.from_pretrained(spec.model_folder)
         super().__init__(spec.max_model_tokens or config.max_position_embeddings, self._complete_or_probe)
-        self._version, self._folder = 0, Path()
+        self._update, self._folder = "", Path()
 
-    def _complete_or_probe(self, request: tuple[SampleRequest, SamplingSettings] | list[int]) -> Versioned[Any]:
+    def _complete_or_probe(self, request: tuple[SampleRequest, SamplingSettings] | list[int]) -> FromUpdate[Any]:
         if isinstance(request, list):
-            return Versioned(self.sampler.probe(request)[0], self._version)
+            return FromUpdate(self.sampler.probe(request)[0], self._update)
         sample, settings = request
-        return Versioned(self.sampler.generate([sample], settings)[0], self._version)
+        return FromUpdate(self.sampler.generate([sample], settings)[0], self._update)
 
     def collective_rpc(self, method: str, kwargs: Any = None) -> None:
         if method == "init_weight_transfer_engine":
@@ -75,7 +75,7 @@ class _Sampler(_OneByOne):
         self.sampler.update_weights(load(data).items(), 0)
 
     def set_weight_version(self, version: str) -> None:
-        self._version = int(version)
+        self._update = version
 
     def reset_prefix_cache(self) -> bool:
         return True
@@ -89,24 +89,23 @@ class TransformersSampler(SamplerEngine):
     def _start(self, spec: SamplerSpec, transfer: Transfer) -> Any:
         return _Sampler(spec)
 
-    def complete(self, prompt_ids: Sequence[int], query: CompletionQuery) -> Future[Versioned[Completion]]:
+    def complete(self, prompt_ids: Sequence[int], query: CompletionQuery) -> Future[FromUpdate[Completion]]:
         request = SampleRequest(tuple(prompt_ids), query.seed), query.settings
-        return self._answered(request, query.weights_version, must_be_accepted=True)
+        return self._answered(request, query.update, must_be_accepted=True)
 
-    def probe(self, token_ids: Sequence[int], version: int) -> Future[Versioned[Sequence[float]]]:
-        return self._answered(list(token_ids), version, must_be_accepted=False)
+    def probe(self, token_ids: Sequence[int], update: str) -> Future[FromUpdate[Sequence[float]]]:
+        return self._answered(list(token_ids), update, must_be_accepted=False)
 
-    def _answered(self, request: Any, version: int, *, must_be_accepted: bool) -> Future[Any]:
+    def _answered(self, request: Any, update: str, *, must_be_accepted: bool) -> Future[Any]:
         def prepare() -> tuple[Any, None]:
-            self._check_held(version, must_be_accepted=must_be_accepted)
+            self._check_held(update, must_be_accepted=must_be_accepted)
             return request, None
 
         return self._thread.submit(prepare, lambda output: output.answer)
 
-    def held_weights(self, version: int) -> Future[WeightChecksums]:
+    def held_weights(self, update: str) -> Future[WeightChecksums]:
         def look(engine: Any) -> WeightChecksums:
-            self._check_held(version, must_be_accepted=False)
-            return engine.sampler.held_weights(version)[0]
+            return engine.sampler.held_weights(self._check_held(update, must_be_accepted=False).version)[0]
 
         return self._thread.run_alone(look)
 

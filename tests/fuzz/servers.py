@@ -9,7 +9,6 @@ import json
 import random
 import shutil
 import tempfile
-import uuid
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -28,16 +27,18 @@ from gkd.servers.app import TokenGuard
 from gkd.servers.sampler import make_sampler_app
 from gkd.servers.teacher import make_teacher_app
 from gkd.serving import sampler_protocol, teacher_protocol
-from gkd.serving.sampler_protocol import ServedSamplerModel
+from gkd.serving.sampler_protocol import RunIdentity, ServedSamplerModel
 from gkd.serving.teacher_protocol import ServedTeacherModel
 
 TOKEN = "token-of-the-tests"
 MAX_TOKENS, ROWS, HIDDEN, VERSION = 24, 259, 64, 3
+UPDATE = "u"
+OWN, OTHER = (RunIdentity(id=name, name=name) for name in ("own", "other"))
 HEAD = b"the output head"
-_REFUSALS = {400, 401, 404, 405, 408, 409, 413}
+_REFUSALS = {400, 401, 404, 405, 408, 409, 413, 423}
 _FAILURES_TOLD = {sampler_protocol.PIECE_PATH}  # what the engine says of a piece that it cannot load is a 500
 _QUERY = {
-    "weights_version": VERSION, "seed": 7, "max_new_tokens": 3, "temperature": 1.0, "top_p": 1.0, "top_k": 0,
+    "update": UPDATE, "seed": 7, "max_new_tokens": 3, "temperature": 1.0, "top_p": 1.0, "top_k": 0,
     "stop_token_ids": "2,5", "shared_vocab": 0,
 }  # fmt: skip
 _ODD = (
@@ -62,6 +63,13 @@ class Request:
     @property
     def body(self) -> bytes:
         return b"".join(self.pieces)
+
+
+_TOKEN_HEADER = (b"authorization", b"Bearer " + TOKEN.encode())
+
+
+def _run_header(run: RunIdentity) -> tuple[bytes, bytes]:
+    return sampler_protocol.RUN_HEADER.encode(), run.headers[sampler_protocol.RUN_HEADER].encode()
 
 
 @dataclass
@@ -114,9 +122,14 @@ class _Servers:
         (self.folder / "0.safetensors").write_bytes(data)
         self.piece = {"size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "file": "0.safetensors"}
 
+    def lease(self) -> None:
+        """For the run `OWN`, whoever has it."""
+        for path, run in ((sampler_protocol.LEASE_END_PATH, OTHER), (sampler_protocol.LEASE_PATH, OWN)):
+            self.ask(self.sampler, Request("POST", path, headers=[_TOKEN_HEADER, _run_header(run)]))
+
     def hold(self, stage: int) -> str:
         """Brings an update of version `VERSION` on so far: begun, received, finished, accepted. Returns its name."""
-        update = uuid.uuid4().hex
+        update = UPDATE
         self.engine.start_update(update, VERSION).result()
         if stage > 0:
             self.engine.receive_piece(update, self.piece).result()
@@ -227,10 +240,12 @@ def _nothing(servers: _Servers, rng: random.Random) -> tuple[bytes, bytes]:
 ROUTES: dict[str, Any] = {  # path -> (whose, what is sent there: a query and a body)
     sampler_protocol.DESCRIPTION_PATH: ("sampler", _nothing),
     sampler_protocol.COMPLETIONS_PATH: ("sampler", _sequence(_QUERY)),
-    sampler_protocol.PROBE_PATH: ("sampler", _sequence({"weights_version": VERSION})),
-    sampler_protocol.HELD_PATH: ("sampler", _post(lambda servers, _: {"weights_version": VERSION})),
+    sampler_protocol.PROBE_PATH: ("sampler", _sequence({"update": UPDATE})),
+    sampler_protocol.LEASE_PATH: ("sampler", _post(lambda servers, _: {})),
+    sampler_protocol.LEASE_END_PATH: ("sampler", _post(lambda servers, _: {})),
+    sampler_protocol.HELD_PATH: ("sampler", _post(lambda servers, _: {"update": UPDATE})),
     sampler_protocol.CONNECT_PATH: ("sampler", _post(lambda servers, _: {"info": {"folder": "/"}})),
-    sampler_protocol.START_PATH: ("sampler", _post(lambda servers, _: {"update": "u", "version": VERSION})),
+    sampler_protocol.START_PATH: ("sampler", _post(lambda servers, _: {"update": UPDATE, "version": VERSION})),
     sampler_protocol.PIECE_PATH: (
         "sampler", _post(lambda servers, stage: {"update": servers.hold(stage // 2), "piece": servers.piece}),
     ),
@@ -255,6 +270,11 @@ def _drawn(path: str, servers: _Servers, rng: random.Random) -> Request:
     if rng.random() < 0.05:
         tokens = rng.choice([[], [b"Bearer x"], tokens * 2, [b"bearer " + TOKEN.encode()], [b"\xff"], [b""]])
     headers = [(b"authorization", token) for token in tokens]
+    run = _run_header(OWN)
+    if rng.random() < 0.05:
+        odd = (run[0], rng.choice([b"", b"{}", b"\xff", b'{"id": "", "name": ""}', b"[" * 3000]))
+        run = rng.choice([(b"x", b""), _run_header(OTHER), odd])
+    headers.append(run)
     if rng.random() < 0.2:
         headers.append((rng.choice(_HEADERS), rng.choice(_VALUES)))
     cut = rng.randrange(len(body) + 1)
@@ -271,6 +291,7 @@ def requests(path: str, seed: int, count: int) -> Outcome:
     app = getattr(servers, ROUTES[path][0])
     servers.hold(3)
     for _ in range(count):
+        servers.lease()
         request = _drawn(path, servers, rng)
         outcome.add(request, lambda request=request: _judged(request, servers.ask(app, request)))
     return outcome
@@ -294,6 +315,8 @@ def _judged(request: Request, answer: Answer) -> str | None:
 
 def _wrong_with(request: Request, answer: Answer) -> str | None:
     """Whether what was taken was good, and what came is what was asked for."""
+    if request.path.startswith("/lease"):
+        return None  # of the run in its header alone
     if request.goes_away:
         return "a request that was never whole was answered"
     if request.path.startswith("/weights/"):

@@ -36,7 +36,7 @@ def test_the_folder_of_a_server_that_was_killed_goes_with_the_next(
 @pytest.mark.parametrize("odd", [{"stop_token_ids": "9" * 30}, {"stop_token_ids": "٣"}, {"top_k": 1 << 40}])
 def test_no_request_holds_numbers_that_no_engine_takes(odd: dict[str, Any]) -> None:
     """They would end the engine, and with it everybody's server."""
-    good = {"weights_version": 1, "seed": 2, "max_new_tokens": 3, "temperature": 1, "top_p": 1, "top_k": 0}
+    good = {"update": "u", "seed": 2, "max_new_tokens": 3, "temperature": 1, "top_p": 1, "top_k": 0}
     CompletionQuery.model_validate({**good, "stop_token_ids": "2,259"})
     with pytest.raises(ValidationError):
         CompletionQuery.model_validate({**good, "stop_token_ids": "", **odd})
