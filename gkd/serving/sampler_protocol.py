@@ -198,6 +198,6 @@ def logprobs_from_bytes(data: bytes | bytearray) -> tuple[float, ...]:
     logprobs = np.frombuffer(data, LOGPROB_FORMAT)
     if not np.isfinite(logprobs).all():
         raise ValueError("its log-probabilities are not finite")
-    if logprobs.max() > LOGPROB_ROUNDING:
+    if logprobs.size and logprobs.max() > LOGPROB_ROUNDING:  # none of a text of one token
         raise ValueError(f"a log-probability of {logprobs.max():.4g}: they are 0 at most")
     return tuple(logprobs.tolist())
