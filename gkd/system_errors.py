@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gkd.errors import GkdError
+from gkd.errors import GkdError, RunError
 
 _ELSEWHERE = "name another place: run.dir for a run, GKD_CACHE for the cache, TMPDIR for temporary files"
 _REMEDIES = {
@@ -31,6 +31,7 @@ _REMEDIES = {
     errno.ENOENT: "bring it back",
 }
 _RUST_CODE = re.compile(r"\(os error (\d+)\)")
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory")  # of CUDA, of torch's CPU allocator
 _TRIED_BYTES = 1 << 20
 _BEYOND_BYTES = 64 << 20  # torch writes a tensor at once: where that stopped is somewhere before its end
 
@@ -45,6 +46,21 @@ def system_errors(kind: type[GkdError]) -> Iterator[None]:
         if text is None:
             raise
         raise kind(text) from error
+
+
+@contextmanager
+def memory_for(work: str, remedy: str) -> Iterator[None]:
+    """Around `work`: memory that does not suffice for it is a RunError, which says what to do.
+
+    torch has a RuntimeError for it, in words of each allocator's own.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+            raise
+        said = next(iter(str(error).splitlines()), "")
+        raise RunError(f"{work}: memory does not suffice ({said}); {remedy}") from error
 
 
 def explained(error: OSError) -> str | None:

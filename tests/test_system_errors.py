@@ -16,11 +16,11 @@ from gkd.cli import app as cli_app
 from gkd.cli.main import main
 from gkd.config import cache_folder
 from gkd.engines.sampling import SamplerSpec
-from gkd.errors import MachineError, StorageError
+from gkd.errors import MachineError, RunError, StorageError
 from gkd.monitor import JsonlSink
 from gkd.rollout.completion_cache import CompletionCache
 from gkd.rollout.offline import complete
-from gkd.system_errors import system_errors, write_fault, writing_into
+from gkd.system_errors import memory_for, system_errors, write_fault, writing_into
 from gkd.train.checkpoint import Checkpointer, saved_steps
 from gkd.types import SampleRequest, SamplingSettings
 
@@ -138,3 +138,16 @@ def test_a_command_ends_with_one_line(
         fault, f"{fault} is 'zero', no whole number"
     )
     assert ended.value.code == 2 and said.startswith(f"gkd: MachineError: {expected}") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")])
+def test_memory_that_does_not_suffice(error: Exception) -> None:
+    with pytest.raises(RunError, match=r"^a forward: memory .*; lower it$"), memory_for("a forward", "lower it"):
+        raise error
+
+
+def test_an_allocator_that_refuses() -> None:
+    with pytest.raises(RunError, match=r"can't allocate memory.*; lower it$"), memory_for("a forward", "lower it"):
+        torch.empty(1 << 55)
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), memory_for("a forward", "lower it"):
+        raise RuntimeError("shapes differ")

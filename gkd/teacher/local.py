@@ -13,8 +13,10 @@ import torch
 from gkd.data.order import longest_first
 from gkd.errors import RunError
 from gkd.models import backbone_of, output_head
+from gkd.system_errors import memory_for
 from gkd.types import HiddenScores, OutputHead, Rollout, TeacherScores
 
+_LESS_MEMORY = "lower teacher.micro_batch_size, which changes no result, or shard the teacher or serve it (placement)"
 Backbone = Callable[..., Any]  # called as a transformers backbone is
 Placing = Callable[[Any, torch.device], tuple[Backbone, OutputHead]]
 
@@ -62,7 +64,9 @@ class LocalTeacher:
         idle = self._agree_on_largest(len(starts)) - len(starts)  # asked for before any forward: that may be collective
         for start in starts:
             rows = scored[start : start + self._micro_batch_size]
-            for i, states in zip(rows, self._forward([rollouts[i] for i in rows]), strict=True):
+            with memory_for("the teacher's forward", _LESS_MEMORY):
+                found = self._forward([rollouts[i] for i in rows])
+            for i, states in zip(rows, found, strict=True):
                 hidden[i] = states
         for _ in range(idle):
             self._backbone(input_ids=torch.tensor([[self._pad_token_id]], device=self._device), use_cache=False)

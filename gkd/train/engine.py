@@ -20,6 +20,7 @@ from gkd.errors import CheckpointError
 from gkd.models.lora import LeavingWeight, adapter_weights, whole_weights
 from gkd.objectives.objective import Objective
 from gkd.schedules import MetricMemory
+from gkd.system_errors import memory_for
 from gkd.train.deepspeed_check import deepspeed_refusals, where
 from gkd.train.deepspeed_config import deepspeed_config, scales_loss
 from gkd.train.distributed import compute_device, sum_over_ranks
@@ -32,6 +33,10 @@ from gkd.train.step_sums import StepSums
 from gkd.train.unpickling import read_as_data
 from gkd.types import TokenBatch, WeightStream
 
+_LESS_MEMORY = (
+    "lower optim.micro_batch_size or micro_batch_tokens, which change no result, or objective.chunk_mib; set "
+    "student.gradient_checkpointing; or shard the student (deepspeed.zero_stage)"
+)
 _METRIC_MEANS = "metric_means.json"  # of a checkpoint: what the schedules that follow a metric remember
 Phase = Callable[[str], AbstractContextManager[None]]
 
@@ -140,10 +145,11 @@ class StudentEngine:
         return {term.label: self._memory.value(term.weight, step) for term in self._objective.terms}
 
     def _forward_backward(self, micro_batch: TokenBatch, objective: Objective, denominator: float) -> ObjectiveSums:
-        sums: ObjectiveSums = self._engine(micro_batch.to(self._device), objective)
         # DeepSpeed averages gradients over ranks; the loss is already a share of the global mean
         scale = self._world_size / max(denominator, 1e-30)
-        self._engine.backward(sums.loss * scale, scale_wrt_gas=False)
+        with memory_for("forward and backward of a micro-batch", _LESS_MEMORY):
+            sums: ObjectiveSums = self._engine(micro_batch.to(self._device), objective)
+            self._engine.backward(sums.loss * scale, scale_wrt_gas=False)
         return sums
 
     def _gradient_norm(self) -> float | None:

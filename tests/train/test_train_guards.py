@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny import save_prompts
 
 from gkd.config import Config, Launch, make_config
-from gkd.errors import LossScaleError, MismatchError, NonFiniteError
+from gkd.errors import LossScaleError, MismatchError, NonFiniteError, RunError
 from gkd.objectives.mismatch import mismatch_means, mismatch_sums
 from gkd.rollout.sync import SyncedSampler
 from gkd.run_files import RunFiles
@@ -112,6 +112,22 @@ class RunWithNaN(Run):
         return Spoilt()
 
 
+class StarvedRun(Run):
+    """Memory does not suffice for the second step's second micro-batch."""
+
+    def build_student(self) -> Any:
+        student, calls = super().build_student(), iter(range(99))
+        engine: Any = student._engine
+        forward = engine.module.forward
+
+        def starved(*args: Any, **kwargs: Any) -> Any:
+            is_training = torch.is_grad_enabled()
+            return torch.empty(1 << 55) if is_training and next(calls) == 3 else forward(*args, **kwargs)
+
+        engine.module.forward = starved
+        return student
+
+
 @pytest.fixture
 def config(tmp_path: Path, tiny_teacher: Path, tiny_student: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setenv("GKD_CACHE", str(tmp_path / "cache"))
@@ -152,3 +168,14 @@ def test_a_step_that_is_refused_costs_no_step_before_it(
     expected = load_file(whole / "model.safetensors")
     for name, tensor in load_file(resumed / "model.safetensors").items():
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_memory_that_does_not_suffice_names_the_keys_and_makes_no_half_step(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(
+        RunError, match=r"^forward and backward .*; lower optim\.micro_batch_size or micro_batch_tokens"
+    ):
+        run(StarvedRun, config, tmp_path / "run")
+    records = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(records) == 1
