@@ -80,4 +80,10 @@ def install() -> None:
     stand_in.initialize = initialize
     stand_in.init_distributed = lambda **_: None
     stand_in.ops = SimpleNamespace(__compatible_ops__={})
-    sys.modules["deepspeed"] = stand_in
+    config: Any = ModuleType("deepspeed.runtime.config")
+    config.DeepSpeedConfigError = ValueError  # nothing here raises it
+    sys.modules |= {
+        "deepspeed": stand_in,
+        "deepspeed.runtime": ModuleType("deepspeed.runtime"),
+        config.__name__: config,
+    }

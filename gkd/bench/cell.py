@@ -156,6 +156,7 @@ class CellRun(Run):
     def __init__(self, folder: Folder, cell: Cell, budget: TokenBudget) -> None:
         self._budget = budget
         config = cell_config(folder, cell)
+        distributed.initialize(_LAUNCH)
         super().__init__(config, _LAUNCH, RunFiles(config.run.folder), ask_placements(config))
         self.build()
         self._curve: list[dict[str, Any]] = []

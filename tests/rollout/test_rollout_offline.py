@@ -47,8 +47,8 @@ def test_a_child_process_fills_the_caches_once(
 
 
 @pytest.mark.slow
-def test_a_failing_child_is_an_error(tmp_path: Path) -> None:
-    spec = SamplerSpec("transformers", str(tmp_path / "missing"), "float32", 64, pad_token_id=0)
+def test_a_failing_child_is_an_error(tmp_path: Path, tiny_student: Path) -> None:
+    spec = SamplerSpec("transformers", str(tiny_student), "float7", 64, pad_token_id=0)
     with pytest.raises(SamplerError, match="its process ended with 1"):
         complete(spec, [(cache_for(tmp_path, spec, "f", SETTINGS), SETTINGS, REQUESTS)], lambda text: None)
 
