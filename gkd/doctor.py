@@ -19,7 +19,7 @@ from gkd.planning.disk import checkpoint_bytes, result_bytes, run_folder_bytes
 from gkd.planning.memory import gb
 from gkd.planning.models import architectures
 from gkd.planning.setup import make_setup
-from gkd.system_errors import explained, write_fault
+from gkd.system_errors import explained, nearest_above, write_fault
 
 _LEAST_SHARED_BYTES = 1 << 30
 _LEAST_FREE_BYTES = 1 << 30  # of the cache and of temporary files
@@ -142,8 +142,7 @@ def _run_folder(config: Config) -> Finding:
 def _place(what: str, folder: Path, needed_bytes: float, sizes: str = "") -> Finding:
     if (fault := write_fault(folder)) is not None:
         return Finding("fault", what, explained(fault) or str(fault))
-    while not folder.exists():
-        folder = folder.parent
+    folder = nearest_above(folder)
     free_bytes = shutil.disk_usage(folder).free
     text = f"{folder} has {gb(free_bytes)} free" + (f"; {sizes}" if sizes else "")
     if free_bytes < needed_bytes:

@@ -103,13 +103,19 @@ def _fault(code: int, place: Path) -> OSError:
     return OSError(code, os.strerror(code), str(place))
 
 
+def nearest_above(folder: Path) -> Path:
+    """`folder`, or the nearest one above it that is there."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
 def write_fault(folder: Path, size_bytes: int = _TRIED_BYTES) -> OSError | None:
     """What the system says to a new file in `folder`, or in the nearest folder above it that is there; None: nothing.
 
     The file has no name and leaves nothing behind; beyond its first MiB it is a hole.
     """
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    folder = nearest_above(folder)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.truncate(size_bytes)

@@ -43,5 +43,4 @@ def chain_command(
         page = chain.folder / "report.html"
         write_report(read_runs(trained), page, gkd.__version__)
         typer.echo(str(page))
-    go_on = shlex.quote(str(chain.folder))
-    typer.echo(f"every stage is done; their folders are in {go_on}")
+    typer.echo(f"every stage is done; their folders are in {shlex.quote(str(chain.folder))}")

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -187,24 +187,7 @@ def make_sampler_app(served: ServedSamplerModel, engine: SamplerEngine) -> ASGIA
     async def accept(request: Request) -> Response:
         return await _done(engine.accept((await _message(request, protocol.WhichUpdate)).update))
 
-    lease = Lease()
-
-    def of_holder(endpoint: Endpoint) -> Endpoint:
-        async def guarded(request: Request) -> Response:
-            lease.check(_run_of(request))
-            return await endpoint(request)
-
-        return guarded
-
-    async def take_lease(request: Request) -> Response:
-        lease.take(_run_of(request))
-        return JSONResponse({})
-
-    async def end_lease(request: Request) -> Response:
-        lease.give_back(_run_of(request))
-        return JSONResponse({})
-
-    for_holder = {
+    posts = {
         protocol.COMPLETIONS_PATH: completions,
         protocol.PROBE_PATH: probe,
         protocol.HELD_PATH: held,
@@ -214,10 +197,32 @@ def make_sampler_app(served: ServedSamplerModel, engine: SamplerEngine) -> ASGIA
         protocol.FINISH_PATH: finish,
         protocol.ACCEPT_PATH: accept,
     }
-    posts = {path: of_holder(endpoint) for path, endpoint in for_holder.items()}
-    posts |= {protocol.LEASE_PATH: take_lease, protocol.LEASE_END_PATH: end_lease}
-    routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()]
+    routes = [Route(path, endpoint, methods=["POST"]) for path, endpoint in _for_one_run(posts).items()]
     return make_app(protocol.DESCRIPTION_PATH, served, routes)
+
+
+def _for_one_run(posts: Mapping[str, Endpoint]) -> dict[str, Endpoint]:
+    """Path -> endpoint: each of `posts` for the run that has the lease alone, and the two by which a run takes it and
+    gives it back."""
+    lease = Lease()
+
+    def of_holder(endpoint: Endpoint) -> Endpoint:
+        async def guarded(request: Request) -> Response:
+            lease.check(_run_of(request))
+            return await endpoint(request)
+
+        return guarded
+
+    async def take(request: Request) -> Response:
+        lease.take(_run_of(request))
+        return JSONResponse({})
+
+    async def end(request: Request) -> Response:
+        lease.give_back(_run_of(request))
+        return JSONResponse({})
+
+    guarded_posts = {path: of_holder(endpoint) for path, endpoint in posts.items()}
+    return {**guarded_posts, protocol.LEASE_PATH: take, protocol.LEASE_END_PATH: end}
 
 
 def _run_of(request: Request) -> RunIdentity:

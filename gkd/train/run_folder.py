@@ -51,9 +51,8 @@ class RunFolder(RunFiles):
         self._resume, self._overwrite = resume, overwrite
         self._lock: Any = None
         self._is_begun = False
-        self.run_id = (
-            ""  # of all runs in this folder, known to who has claimed it: whoever goes on is the same to others
-        )
+        # Of all runs in this folder, known to who has claimed it: whoever goes on is the same to others.
+        self.run_id = ""
 
     @property
     def is_used(self) -> bool:
