@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,15 @@ from gkd.environment import prepare_process
 pytest_plugins = ["leftovers", "skips"]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 prepare_process()  # before any test imports torch
+
+
+@pytest.fixture(autouse=True)
+def _log_level() -> Iterator[None]:
+    """A command run in this process says what it does from then on: no later test shall find that in its own log."""
+    logger = logging.getLogger("gkd")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

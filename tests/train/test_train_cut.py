@@ -106,6 +106,7 @@ def test_a_run_goes_on_with_the_layers_it_has(
     first = _cut(_with_init(values), tmp_path / "one")
     (file,) = (own_cache / "cuts").iterdir()
     file.unlink()
+    caplog.clear()
     with caplog.at_level(logging.INFO, "gkd"):
         assert _cut(_with_init(values), tmp_path / "one") == first
     assert MEASURING not in caplog.text and not list((own_cache / "cuts").iterdir())
