@@ -7,7 +7,7 @@ Weights leave under transformers' names where they are whole, and under those of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,18 +41,19 @@ class LeavingWeight:
 def lora_targets(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
     """Names of the linear modules that get an adapter. `model` may be on the meta device.
 
-    Raises ConfigError, naming the key, for a target that is none of them.
+    Raises ConfigError, naming the key, for a target that is none of them, and for "all" of a model with fused experts.
     """
     from torch import nn
 
     head = model.get_output_embeddings()
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
     if lora.target_modules == "all-linear" and linear:
+        _check_no_fused_experts(model, linear)
         return linear
     targets = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
     for target in targets:
         if not any(_matches(name, target) for name in linear):
-            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+            known = ", ".join(_kinds(linear, 1))
             raise ConfigError(
                 f"{_KEY}: {type(model).__name__} has no linear module {target!r} that can be adapted "
                 f"(the output head stays frozen); known: {known or 'none'}"
@@ -60,25 +61,29 @@ def lora_targets(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
     return [name for name in linear if any(_matches(name, target) for target in targets)]
 
 
-def not_adapted(model: PreTrainedModel, lora: LoraConfig) -> str | None:
-    """One line about the matrices that `all-linear` leaves out, as they are no linear modules: fused experts, above
-    all. None if there are none, or if the targets were chosen by name."""
+def _check_no_fused_experts(model: PreTrainedModel, linear: Sequence[str]) -> None:
+    """Their matrices lie in one tensor a layer, which is no linear module: "all" of them would leave out most."""
     from torch import nn
 
-    if lora.target_modules != "all-linear":
-        return None
-    known = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, nn.Linear | nn.Embedding)
-        for parameter in module.parameters(recurse=False)
+    known = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
+    fused = {
+        f"{name}.{part}": parameter.numel()
+        for name, module in model.named_modules()
+        if not isinstance(module, known)
+        for part, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 2
     }
-    left = {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in known}
-    if not left:
-        return None
-    kinds = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in left))
-    share = sum(left.values()) / sum(parameter.numel() for parameter in model.parameters())
-    return f"{_KEY}: all-linear adapts no {kinds}: {len(left)} tensors, {share:.0%} of the model, stay frozen"
+    if fused:
+        share = sum(fused.values()) / sum(parameter.numel() for parameter in model.parameters())
+        raise ConfigError(
+            f"{_KEY}: all-linear leaves out {', '.join(_kinds(fused, 2))}, {share:.0%} of the model, as fused "
+            f"experts are no linear modules; to adapt the others alone, name them: [{', '.join(_kinds(linear, 1))}]"
+        )
+
+
+def _kinds(names: Iterable[str], parts: int) -> list[str]:
+    """The last `parts` of each name, once."""
+    return list(dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names))
 
 
 def _matches(name: str, target: str) -> bool:

@@ -113,7 +113,7 @@ class Distiller:
             check_covers,
             describe_sides,
             empty_model,
-            not_adapted,
+            lora_targets,
             read_config,
             resolve_model,
         )
@@ -141,7 +141,7 @@ class Distiller:
             init.check_fits(available)
             lines.append(f"student: {names['student.model']} of {available} layers: {init.describe()}")
         if (lora := self.config.student.lora) is not None:
-            lines += filter(None, [not_adapted(empty_model(read_config(paths["student.model"])), lora)])
+            lora_targets(empty_model(read_config(paths["student.model"])), lora)  # raises, too
         return lines
 
     def _check_packages(self) -> None:

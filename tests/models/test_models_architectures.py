@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GptOssConfig, Mamba2C
 
 from gkd.config import LoraConfig, make_config
 from gkd.errors import ConfigError
-from gkd.models import empty_model, has_experts, load_causal_lm, lora_targets, not_adapted, verify_head
+from gkd.models import empty_model, has_experts, load_causal_lm, lora_targets, verify_head
 from gkd.train.distiller import Distiller
 from gkd.train.parts import sampling
 
@@ -74,16 +75,19 @@ def test_router_outputs_are_off(tmp_path: Path) -> None:
     assert json.loads((folder / "config.json").read_text())["output_router_logits"] is True
 
 
-def test_what_all_linear_leaves_out(tiny_student: Path) -> None:
-    lora, model = LoraConfig(rank=2), empty_model(mixtral())
-    line = not_adapted(model, lora)
-    assert line is not None and line.startswith(
-        "student.lora.target_modules: all-linear adapts no gate.weight, experts."
+def test_all_linear_of_fused_experts_is_refused(tiny_student: Path) -> None:
+    """It would leave out most of the model. Convolutions are no reason to refuse."""
+    model = empty_model(mixtral())
+    with pytest.raises(ConfigError) as refused:
+        lora_targets(model, LoraConfig(rank=2))
+    assert re.fullmatch(
+        r"student\.lora\.target_modules: all-linear leaves out experts\.gate_up_proj, experts\.down_proj, 49% of the "
+        r"model, as fused .*, name them: \[q_proj, k_proj, v_proj, o_proj\]",
+        str(refused.value),
     )
-    assert "experts.gate_up_proj, experts.down_proj: 6 tensors, 5" in line
-    assert not any("experts" in name for name in lora_targets(model, lora)), "or the line is not true"
-    assert not_adapted(model, LoraConfig(rank=2, target_modules=["q_proj"])) is None
-    assert not_adapted(empty_model(AutoConfig.from_pretrained(tiny_student)), lora) is None
+    named = lora_targets(model, LoraConfig(rank=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+    assert len(named) == 8
+    assert lora_targets(empty_model(mamba2()), LoraConfig(rank=2))
     with pytest.raises(ConfigError, match="no linear module 'gate_up_proj'"):
         lora_targets(model, LoraConfig(rank=2, target_modules=["gate_up_proj"]))
 
@@ -98,10 +102,9 @@ def run_of(folder: Path, **rollout: Any) -> Any:
     )  # fmt: skip
 
 
-def test_a_dry_run_says_what_stays_frozen(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "model", mixtral())
-    lines = Distiller(run_of(folder, engine="transformers")).check()
-    assert any("all-linear adapts no gate.weight, experts.gate_up_proj" in line for line in lines)
+def test_a_dry_run_refuses_it_too(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="all-linear leaves out experts"):
+        Distiller(run_of(saved(tmp_path / "model", mixtral()), engine="transformers")).check()
 
 
 def test_which_runs_have_the_known_fault(tmp_path: Path, tiny_student: Path) -> None:

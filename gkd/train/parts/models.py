@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from gkd.config import MAIN_TEACHER, Config, Launch, LoraConfig
+from gkd.config import MAIN_TEACHER, Config, Launch
 from gkd.errors import ConfigError
 from gkd.models import (
     Closing,
@@ -17,7 +17,6 @@ from gkd.models import (
     describe_sides,
     empty_model,
     lora_targets,
-    not_adapted,
     pad_token_id,
     read_config,
     resolve_model,
@@ -80,7 +79,7 @@ def locate_models(config: Config, folder: RunFiles, launch: Launch, placements: 
     if launch.is_main:
         placements.sampler.check_student(student_config)
     if config.student.lora is not None:
-        check_lora(student_config, config.student.lora)
+        lora_targets(empty_model(student_config), config.student.lora)  # raises for what cannot be adapted
     sides = {"student.model": Closing.of(source, revision=revision)}
     tokenizer = sides["student.model"].tokenizer
     _check_context("student.model", student_config, config.longest_sequence)
@@ -104,14 +103,6 @@ def locate_models(config: Config, folder: RunFiles, launch: Launch, placements: 
         max_model_tokens=config.longest_sampled,
         other_teacher_paths=teacher_paths,
     )
-
-
-def check_lora(student_config: PreTrainedConfig, lora: LoraConfig) -> None:
-    """Raises ConfigError for targets that are not there; warns of what "all" of them leaves out."""
-    model = empty_model(student_config)
-    lora_targets(model, lora)
-    if (line := not_adapted(model, lora)) is not None:
-        _log.warning(line)
 
 
 def _check_teacher(
