@@ -28,7 +28,6 @@ from gkd.objectives.objective import Objective
 from gkd.ops.linear_terms import linear_terms
 from gkd.ops.matmul import HeadProduct
 from gkd.ops.vocabulary_pass import WeightedLoss
-from gkd.schedules import MetricMemory
 from gkd.types import HiddenScores, OutputHead
 
 SOURCES = ("student", "teacher", "dataset")  # a third of the rows each
@@ -134,7 +133,8 @@ def objective_of(terms: list[dict[str, Any]]) -> Objective:
         "mixture": {"student": 0.4, "teacher": 0.3, "dataset": 0.3},
         "objective": {"terms": terms},
     }
-    return make_config(values).objective.at(0, MetricMemory([]))
+    objective = make_config(values).objective
+    return objective.at(0, objective.memory())
 
 
 def measured(shape: str, objectives: dict[str, Objective], options: argparse.Namespace) -> dict[str, Any]:

@@ -70,6 +70,12 @@ class Config(Section):
         if any(teacher.placement == "topk" for teacher in self.teachers.values()):
             self.objective.check_topk()
         self._check_routes()
+        for metric in sorted(self.objective.followed_metrics):
+            if metric.startswith("heldout/") and not (self.data.heldout and self.eval.every):
+                raise ValueError(
+                    f"objective: goes by {metric}, which is not measured while this run goes on; set data.heldout and "
+                    "eval.every"
+                )
         if optim.schedule != "constant" and optim.warmup_steps >= self.run.steps:
             raise ValueError(
                 f"optim.warmup_steps: {optim.warmup_steps} leaves nothing of run.steps = {self.run.steps} for the "

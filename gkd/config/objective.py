@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from gkd.chunks import LOSS_CHUNK_BYTES
+from gkd.objectives.memory import ObjectiveMemory
 from gkd.objectives.terms import TERMS, Term
 from gkd.objectives.token_weights import SequenceWeight
-from gkd.schedules import MetricMemory, MetricRule, Ramp, Schedule, TemperatureSchedule, describe_schedule, largest
+from gkd.objectives.weight_rules import WEIGHT_RULES, WeightRule
+from gkd.schedules import MetricRule, Ramp, Schedule, TemperatureSchedule, describe_schedule, largest
 from gkd.schema import Section, is_mapping
 
 if TYPE_CHECKING:
@@ -38,6 +40,17 @@ def _as_list(value: Any) -> Any:
     return {**shared, "terms": [{key: item for key, item in value.items() if key not in shared}]}
 
 
+def _as_rule(value: Any) -> Any:
+    """A mapping by the class of its rule."""
+    if not is_mapping(value):
+        return value
+    if "rule" not in value:
+        raise ValueError(f"rule: is missing; one of {', '.join(WEIGHT_RULES.names())}")
+    if value["rule"] not in WEIGHT_RULES:
+        raise ValueError(f"rule: {WEIGHT_RULES.explain(value['rule'])}")
+    return WEIGHT_RULES[value["rule"]].model_validate(value)
+
+
 class ObjectiveConfig(Section):
     """Sum over terms and scored tokens of weight x row weight x token weights x value, by the number of tokens."""
 
@@ -46,6 +59,9 @@ class ObjectiveConfig(Section):
     )
     temperature: TemperatureSchedule = Field(
         1.0, description="divides the logits of both sides in every divergence; a number or a schedule"
+    )
+    weights: Annotated[SerializeAsAny[WeightRule], BeforeValidator(_as_rule)] | None = Field(
+        None, description="a rule that moves weight between the terms: {rule: dwa | adaptive, ...}; null: none"
     )
     reduction: Literal["token_mean", "sequence_mean"] = Field(
         "token_mean", description="mean over the global batch's scored tokens, or of each sequence's mean"
@@ -64,6 +80,8 @@ class ObjectiveConfig(Section):
             raise ValueError(f"terms: {count} are called {name!r}; give each a name of its own")
         if all(isinstance(term.weight, (int, float)) and term.weight == 0 for term in self.terms):
             raise ValueError("terms: every weight is 0; nothing would be trained")
+        if self.weights is not None and (fault := self.weights.misfit(self.terms)) is not None:
+            raise ValueError(f"weights: {fault}")
         return self
 
     @property
@@ -86,17 +104,42 @@ class ObjectiveConfig(Section):
         schedules: list[Schedule] = [self.temperature, *(s for term in self.terms for s in term.schedules.values())]
         return [schedule for schedule in schedules if isinstance(schedule, MetricRule)]
 
+    @property
+    def followed_metrics(self) -> set[str]:
+        """Metrics that schedules and the rule over the weights go by."""
+        by_rule = self.weights.heldout_metric if self.weights is not None else None
+        return {rule.metric for rule in self.metric_rules} | ({by_rule} if by_rule else set())
+
     def describe(self) -> str:
         """One line for people."""
         text = " + ".join(term.describe() for term in self.terms)
+        text += f", weighed by {self.weights.rule}" if self.weights is not None else ""
         return text if self.temperature == 1.0 else f"{text}, temperature {describe_schedule(self.temperature)}"
 
-    def at(self, step: int, memory: MetricMemory) -> Objective:
+    def memory(self) -> ObjectiveMemory:
+        """That of a run that begins."""
+        return ObjectiveMemory(self.metric_rules, self.weights)
+
+    def at(self, step: int, memory: ObjectiveMemory) -> Objective:
         """With the numbers of a step in the place of schedules."""
         from gkd.objectives.objective import objective_at  # torch loads here, not with a config
 
         chunk_bytes = None if self.chunk_mib is None else self.chunk_mib << 20
-        return objective_at(self.terms, self.temperature, step, memory, chunk_bytes)
+        weights, temperature = self.weights_at(step, memory), self._temperature_at(step, memory)
+        return objective_at(self.terms, weights, temperature, step, memory.schedules, chunk_bytes)
+
+    def weights_at(self, step: int, memory: ObjectiveMemory) -> dict[str, float]:
+        """Of all terms, by their labels."""
+        own = {term.label: memory.schedules.value(term.weight, step) for term in self.terms}
+        return own if self.weights is None else self.weights.weights_of(memory.rule_state, self.terms, own)
+
+    def rule_metrics(self, memory: ObjectiveMemory) -> dict[str, float]:
+        """What is logged of the rule over the weights, beside these."""
+        return {} if self.weights is None else self.weights.metrics(memory.rule_state)
+
+    def _temperature_at(self, step: int, memory: ObjectiveMemory) -> float:
+        own = memory.schedules.value(self.temperature, step)
+        return own if self.weights is None else self.weights.temperature_of(memory.rule_state, own)
 
     def check_topk(self) -> None:
         """Raises ValueError where a teacher's top k cannot serve a term; the message begins with the key."""

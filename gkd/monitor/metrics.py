@@ -15,6 +15,9 @@ METRICS: dict[str, str] = {  # name -> "unit: meaning"
     "loss": "nats: what the optimizer minimises, over the global batch",
     "objective/*/loss": "the term's own: value of the term of that name, unweighed; mean over the tokens it is for",
     "objective/*/weight": "factor: weight of the term of that name, as its schedule has it at the step",
+    "objective/stage": "count: stages that `objective.weights: {rule: adaptive}` has ended before the step",
+    "objective/transfer_efficiency": "nats per million tokens: fall of the held-out divergence a million scored "
+    "tokens, over the last window of evaluations; with that rule only",
     "objective/temperature": "factor: divides both sides' logits in the step's divergences",
     "divergence/forward_kl": "nats: KL(teacher || student), mean over the step's tokens that a term compares with it",
     "divergence/reverse_kl": "nats: KL(student || teacher), mean over the same tokens",

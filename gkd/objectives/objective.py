@@ -5,7 +5,7 @@ Legend: N scored tokens of a micro-batch, K terms.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from gkd.objectives.divergence import Divergence
 from gkd.objectives.row_losses import RowLoss
 from gkd.objectives.terms import Term
 from gkd.objectives.token_weights import RowWeight, SequenceWeight
-from gkd.schedules import MetricMemory, Schedule
+from gkd.schedules import MetricMemory
 
 
 @dataclass(frozen=True)
@@ -51,28 +51,32 @@ class Objective:
 
 
 def objective_at(
-    terms: Sequence[Term], temperature: Schedule, step: int, memory: MetricMemory, chunk_bytes: int | None = None
+    terms: Sequence[Term],
+    weights: Mapping[str, float],
+    temperature: float,
+    step: int,
+    memory: MetricMemory,
+    chunk_bytes: int | None = None,
 ) -> Objective:
-    """The objective of these terms at a step; a term of weight 0 is left out."""
-    heat = memory.value(temperature, step)
+    """The objective of these terms, `weights` by their labels, at a step; a term of weight 0 is left out."""
     active: list[ActiveTerm] = []
     for term in terms:
-        values = {name: memory.value(schedule, step) for name, schedule in term.schedules.items()}
-        if values["weight"] == 0.0:
+        if weights[term.label] == 0.0:
             continue
-        weights = term.token_weight.values()
+        values = {name: memory.value(schedule, step) for name, schedule in term.schedules.items()}
+        token_weights = term.token_weight.values()
         active.append(
             ActiveTerm(
                 term.label,
                 term.kind,
-                term.loss(values, heat),
-                values["weight"],
+                term.loss(values, temperature),
+                weights[term.label],
                 None if term.on is None else frozenset(term.on),
-                tuple(weight for weight in weights if isinstance(weight, RowWeight)),
-                tuple(weight for weight in weights if isinstance(weight, SequenceWeight)),
+                tuple(weight for weight in token_weights if isinstance(weight, RowWeight)),
+                tuple(weight for weight in token_weights if isinstance(weight, SequenceWeight)),
             )
         )
-    return Objective(tuple(active), heat, chunk_bytes)
+    return Objective(tuple(active), temperature, chunk_bytes)
 
 
 def divergence_objective(kind: str, beta: float = 0.5) -> Objective:

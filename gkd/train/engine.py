@@ -19,7 +19,6 @@ from gkd.config import Launch
 from gkd.errors import CheckpointError
 from gkd.models.lora import LeavingWeight, adapter_weights, whole_weights
 from gkd.objectives.objective import Objective
-from gkd.schedules import MetricMemory
 from gkd.system_errors import memory_for
 from gkd.train.deepspeed_check import deepspeed_refusals, where
 from gkd.train.deepspeed_config import deepspeed_config, scales_loss
@@ -37,7 +36,7 @@ _LESS_MEMORY = (
     "lower optim.micro_batch_size or micro_batch_tokens, which change no result, or objective.chunk_mib; set "
     "student.gradient_checkpointing; or shard the student (deepspeed.zero_stage)"
 )
-_METRIC_MEANS = "metric_means.json"  # of a checkpoint: what the schedules that follow a metric remember
+_OBJECTIVE_MEMORY = "objective.json"  # of a checkpoint: what the objective remembers of the run
 Phase = Callable[[str], AbstractContextManager[None]]
 
 
@@ -69,7 +68,7 @@ class StudentEngine:
         self._adapter = adapter_weights(model)
         # what is frozen is in the student's own folder, and in no checkpoint
         self._is_partly_frozen = not all(parameter.requires_grad for parameter in model.parameters())
-        self._memory = MetricMemory(training.objective.metric_rules)
+        self._memory = training.objective.memory()
         module = StudentModule(model, valid_vocab, getattr(torch, training.dtype))
         optimizer = None if "optimizer" in settings else make_optimizer(module, training.optim)
         schedule: Any = None  # a function, as it may be DeepSpeed that makes the optimizer
@@ -122,7 +121,8 @@ class StudentEngine:
         self._loss_scale.check(grad_norm, step)
         metrics = {
             **measured,
-            **{f"objective/{name}/weight": weight for name, weight in self._term_weights(step).items()},
+            **{f"objective/{name}/weight": w for name, w in self._objective.weights_at(step, self._memory).items()},
+            **self._objective.rule_metrics(self._memory),
             "objective/temperature": objective.temperature,
             "tokens/scored": scored_tokens,
             "grad_norm": grad_norm,
@@ -132,7 +132,7 @@ class StudentEngine:
         return metrics
 
     def observe(self, metrics: Mapping[str, object]) -> None:
-        """What is logged of a step, the same on all ranks: for the schedules that follow a metric."""
+        """What is logged of a step, the same on all ranks: for schedules and rules that follow it."""
         self._memory.observe(metrics)
 
     def _denominator(self, micro_batches: Sequence[TokenBatch]) -> int:
@@ -140,9 +140,6 @@ class StudentEngine:
         if self._objective.reduction == "token_mean":
             return sum(batch.scored_tokens for batch in micro_batches)
         return sum(length > 0 for batch in micro_batches for length in batch.completion_lengths)
-
-    def _term_weights(self, step: int) -> dict[str, float]:
-        return {term.label: self._memory.value(term.weight, step) for term in self._objective.terms}
 
     def _forward_backward(self, micro_batch: TokenBatch, objective: Objective, denominator: float) -> ObjectiveSums:
         # DeepSpeed averages gradients over ranks; the loss is already a share of the global mean
@@ -226,7 +223,7 @@ class StudentEngine:
             folder, tag="engine", save_latest=False, exclude_frozen_parameters=self._is_partly_frozen
         )
         if self._is_main:
-            write_json(Path(folder) / _METRIC_MEANS, self._memory.means)
+            write_json(Path(folder) / _OBJECTIVE_MEMORY, self._memory.saved())
 
     def load_state(self, folder: str) -> None:
         """Raises CheckpointError if DeepSpeed's files hold more than data, or are not all there."""
@@ -234,7 +231,7 @@ class StudentEngine:
             found, _ = self._engine.load_checkpoint(folder, tag="engine", load_module_strict=not self._is_partly_frozen)
         if found is None:
             raise CheckpointError(f"{folder}: DeepSpeed finds nothing to load in it")
-        self._memory.means = json.loads((Path(folder) / _METRIC_MEANS).read_text(encoding="utf-8"))
+        self._memory.restore(json.loads((Path(folder) / _OBJECTIVE_MEMORY).read_text(encoding="utf-8")))
 
 
 class _EngineWeights:

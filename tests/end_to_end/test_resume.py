@@ -27,6 +27,7 @@ def test_resume_is_bitwise(make_run_config: MakeConfig, tmp_path: Path) -> None:
         "rollout": {"max_new_tokens": {"from": 4.0, "to": 12.0, "steps": 4}},
         "objective": {
             "temperature": {"metric": "loss", "from": 2.0, "to": 1.0, "low": 0.0, "high": 10.0, "smoothing": 0.5},
+            "weights": {"rule": "dwa", "window": 1},
             "terms": [
                 {"kind": "reverse_kl", "token_weight": {"drift": {}}},
                 {"kind": "cross_entropy", "on": ["dataset"], "weight": {"from": 0.0, "to": 0.5, "steps": 4}},

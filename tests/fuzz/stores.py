@@ -58,7 +58,7 @@ class _State:
         weights = {"module": {"w": torch.arange(64.0)}, "global_steps": 4}
         torch.save(weights, engine / "mp_rank_00_model_states.pt")
         torch.save({"optimizer_state_dict": {"m": torch.ones(64)}}, engine / "zero_pp_rank_0_optim_states.pt")
-        (Path(folder) / "metric_means.json").write_text('{"loss": 1.5}')
+        (Path(folder) / "objective.json").write_text('{"metric_means": {"loss": 1.5}, "weight_rule": {}}')
 
     def load_state(self, folder: str) -> None: ...
 

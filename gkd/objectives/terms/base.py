@@ -64,6 +64,7 @@ class Term(Section):
     is_divergence: ClassVar[bool] = False  # between the two distributions of a row
     needs_teacher: ClassVar[bool] = True  # its distribution, at the scored tokens
     whole_teacher_only: ClassVar[bool] = False  # over the whole vocabulary: not from a teacher's top k
+    is_nonnegative: ClassVar[bool] = True  # its value of any token
     on_policy_only: ClassVar[bool] = False  # means nothing for tokens that the student did not sample
 
     kind: str = Field(description="which term; a divergence, cross_entropy, policy_gradient, or a plugin's")

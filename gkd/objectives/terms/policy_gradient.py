@@ -28,6 +28,7 @@ class PolicyGradient(Term):
 
     needs_teacher: ClassVar[bool] = False
     on_policy_only: ClassVar[bool] = True
+    is_nonnegative: ClassVar[bool] = False
 
     advantage: Literal["constant"] = Field("constant", description="where a token's advantage comes from")
     constant: float = Field(-1.0, description="the advantage of every token")
