@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ def environment(**extra: str) -> dict[str, str]:
     own = {
         name: value for name, value in without_launcher().items() if not name.startswith(("VLLM_", "DS_", "PYTEST_"))
     }
+    if extra.get("PYTHONPATH"):  # and this checkout, whichever one is installed
+        extra["PYTHONPATH"] += f"{os.pathsep}{REPOSITORY}"
     return {**own, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **extra}
 
 

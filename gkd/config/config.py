@@ -66,6 +66,11 @@ class Config(Section):
                 f"optim.micro_batch_tokens: {optim.micro_batch_tokens} does not hold one sequence of "
                 f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}; at least {longest}"
             )
+        if self.student.compile and optim.micro_batch_tokens is not None:
+            raise ValueError(
+                "student.compile: packed sequences would be compiled again for other lengths; set it to false, or "
+                "optim.micro_batch_tokens to null"
+            )
         self.objective.check_sources(self.mixture.shares)
         if any(teacher.placement == "topk" for teacher in self.teachers.values()):
             self.objective.check_topk()

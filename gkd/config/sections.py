@@ -196,6 +196,10 @@ class StudentConfig(Section):
         "auto", description="dtype of compute and of the sampler; master weights are float32; auto as in teacher.dtype"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    compile: bool = Field(
+        False,
+        description="torch.compile each layer for training; takes half a minute at the start, and then less a step",
+    )
 
     @model_validator(mode="after")
     def _has_an_origin(self) -> StudentConfig:

@@ -50,6 +50,10 @@ def deepspeed_config(training: TrainingSettings, world_size: int) -> dict[str, A
         else:
             # float32 master weights under autocast: the update is exact whatever the ZeRO stage
             filled["torch_autocast"] = {"enabled": True, "dtype": training.dtype}
+    if training.compile and filled["zero_optimization"]["stage"] == 3:
+        raise ConfigError(
+            "student.compile: ZeRO-3 gathers weights inside the layers; set it to false, or a lower stage"
+        )
     return filled
 
 

@@ -6,6 +6,7 @@ Legend: B rows, T positions, N scored tokens of a micro-batch.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +18,7 @@ import torch
 
 from gkd.config import Launch
 from gkd.errors import CheckpointError
+from gkd.models.compiled import compile_layers, warm_up
 from gkd.models.lora import LeavingWeight, adapter_weights, whole_weights
 from gkd.objectives.objective import Objective
 from gkd.system_errors import memory_for
@@ -32,6 +34,7 @@ from gkd.train.step_sums import StepSums
 from gkd.train.unpickling import read_as_data
 from gkd.types import TokenBatch, WeightStream
 
+_log = logging.getLogger(__name__)
 _LESS_MEMORY = (
     "lower optim.micro_batch_size or micro_batch_tokens, which change no result, or objective.chunk_mib; set "
     "student.gradient_checkpointing; or shard the student (deepspeed.zero_stage)"
@@ -83,9 +86,20 @@ class StudentEngine:
                 config=settings,
                 dist_init_required=False,
             )[0]
+        if training.compile:
+            self._compile(model, training, settings)
         self._finite = FiniteGuard(module, enabled=not scales_loss(settings))
         self._mismatch = mismatch or MismatchGuard()
         self._loss_scale = LossScaleGuard(training.optim.max_skipped_steps, training.steps)
+
+    def _compile(self, model: Any, training: TrainingSettings, settings: dict[str, Any]) -> None:
+        """After DeepSpeed has changed dtypes and devices, and before anything watches gradients."""
+        compile_layers(model, "student.compile")
+        autocast = getattr(torch, training.dtype) if settings.get("torch_autocast", {}).get("enabled") else None
+        seconds = warm_up(model, training.optim.micro_batch_size, training.longest_sequence, autocast)
+        _log.info(
+            "student.compile: the layers took %.0f s to compile; a later start finds them in torch's cache", seconds
+        )
 
     # ---- training
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gkd.models import backbone_of, output_head, packed_inputs
+from gkd.models.compiled import only_in_training
 from gkd.objectives.measures import SequenceMeasures
 from gkd.objectives.mismatch import log_ratios, mismatch_sums
 from gkd.objectives.objective import ActiveTerm, Objective
@@ -167,7 +168,8 @@ class StudentModule(nn.Module):
     ) -> ObjectiveSums | torch.Tensor:
         packed = {} if batch.sequence_lengths is None else packed_inputs(batch.sequence_lengths, batch.input_ids.device)
         backbone = backbone_of(self.model)
-        states = backbone(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state  # [B, T, H]
+        with only_in_training():
+            states = backbone(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state  # [B, T, H]
         hidden = states.flatten(0, 1)[batch.score_index]  # [N, H]
         return self.objective_head(hidden, batch, objective, dtype)
 

@@ -14,6 +14,8 @@ class TrainingSettings(Section):
     steps: int = 100
     dtype: Dtype = "float32"
     gradient_checkpointing: bool = False
+    compile: bool = False
+    longest_sequence: int = 1  # tokens
     objective: ObjectiveSection = default_objective()
     optim: OptimConfig = OptimConfig()  # pyright: ignore[reportCallIssue]
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()  # pyright: ignore[reportCallIssue]
@@ -24,6 +26,8 @@ class TrainingSettings(Section):
             steps=config.run.steps,
             dtype=config.student.dtype,  # pyright: ignore[reportArgumentType]  # of a settled config; anything else raises
             gradient_checkpointing=config.student.gradient_checkpointing,
+            compile=config.student.compile,
+            longest_sequence=config.longest_sequence,
             objective=config.objective,
             optim=config.optim,
             deepspeed=config.deepspeed,
