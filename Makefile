@@ -79,7 +79,7 @@ test-avx2: $(KERNELS)
 	$(AVX2) $(PYTEST) -m "not long" $(AVX2_TESTS) $(ARGS)
 
 # The tables and plots of docs from benchmarks/results; a test fails where they are not up to date.
-PAGES := $(addprefix docs/,benchmarks.md objectives.md recipes.md scaling.md serving.md table.md)
+PAGES := $(addprefix docs/,benchmarks.md objectives.md recipes.md scaling.md serving.md table.md text.md)
 tables: $(READY)
 	$(BIN)/python -m benchmarks.figures.tables --write $(PAGES) --plots docs/plots
 

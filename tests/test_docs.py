@@ -75,7 +75,7 @@ def test_the_whole_run_is_what_the_config_says(
 
 
 PAGES_WITH_TABLES = [
-    f"docs/{name}.md" for name in ("benchmarks", "objectives", "recipes", "scaling", "serving", "table")
+    f"docs/{name}.md" for name in ("benchmarks", "objectives", "recipes", "scaling", "serving", "table", "text")
 ]
 
 

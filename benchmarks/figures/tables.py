@@ -6,8 +6,9 @@ A file says where a table goes: what stands between the lines <!-- begin: NAME -
 The names are divergence (medians of value and gradient, one line a shape), divergence-full (a table for each case),
 linear_divergence, terms, before_and_after, versus_trl (whole runs), versus_trl-profile (a step of gkd), quickstart,
 cut, packing, teacher_scoring, overlap, scaling, gkd_table, gkd_table-tasks, -grid, -temperature, -ratios, -sweep and
--verdict (docs/table.md), and plan-links, -phases, -overlap, -limits, -verdicts, -errors and
--error-sentence (docs/scaling.md; all but the errors are what the planner says today).
+-verdict (docs/table.md), bench_text, bench_text-seconds, -times, -drift and -verdict (docs/text.md), and plan-links,
+-phases, -overlap, -limits, -verdicts, -errors and -error-sentence (docs/scaling.md; all but the errors are what the
+planner says today).
 Every CSV or JSON in benchmarks/results/ whose name begins so is part of it. --check changes nothing and fails if a
 file is not what --write would make of it. --plots needs matplotlib.
 """
@@ -20,6 +21,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.figures.sections.bench_text import BENCH_TEXT_SECTIONS
 from benchmarks.figures.sections.cut import cut_section
 from benchmarks.figures.sections.gkd_table import GKD_TABLE_SECTIONS
 from benchmarks.figures.sections.losses import divergence_section, full_section
@@ -49,6 +51,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "overlap": overlap_section,
     "scaling": scaling_section,
     **GKD_TABLE_SECTIONS,
+    **BENCH_TEXT_SECTIONS,
     **PLANNER_SECTIONS,
 }
 

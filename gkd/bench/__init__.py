@@ -1,1 +1,1 @@
-"""`gkd bench table`: ways to distil, compared on tasks that a program checks."""
+"""`gkd bench`: ways to distil, compared, on tasks that a program checks (here) and on text (`text`)."""

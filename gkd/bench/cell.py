@@ -1,8 +1,6 @@
 """One cell: a student distilled by one method through gkd's own parts and loop, up to a number of trained tokens.
 
-It is gkd's `Run` with another monitor: a run of gkd ends after a number of steps, a cell after a number
-of tokens, as the lengths of the student's own completions differ between methods; and it is scored by tasks, at several
-points, by the sampler that the run has anyway.
+It is scored by tasks, at several points, by the sampler that the run has anyway.
 """
 
 from __future__ import annotations
@@ -10,31 +8,20 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
-
+from gkd.bench.budget import BudgetRun, TokenBudget, processor_clock
 from gkd.bench.folder import Folder
 from gkd.bench.methods import SLOW, START, Cell, Method
 from gkd.bench.score import HeldOut, Judge
 from gkd.bench.sizes import Size
-from gkd.config import Config, Launch, make_config
+from gkd.config import Config, make_config
 from gkd.data import render_message
-from gkd.run_files import RunFiles
-from gkd.train import distributed, parts
+from gkd.train import parts
 from gkd.train.parts import Models
-from gkd.train.placements import ask_placements
-from gkd.train.run import Run
-from gkd.types import Rollout, TokenBatch
 
 JUDGE_SEED = 0  # of the draws that a student is scored on: the same for all
-_LAUNCH = Launch()
-_DEVICE = distributed.compute_device(_LAUNCH)
 
 
 def run_cell(folder: Folder, cell: Cell) -> dict[str, Any]:
@@ -42,24 +29,19 @@ def run_cell(folder: Folder, cell: Cell) -> dict[str, Any]:
 
     Of the seconds, `all` is from start to end, and the others are the phases of training.
     """
-    started_s = clock()
+    started_s = processor_clock()
     budget = TokenBudget(0 if cell.method == START else tokens(folder.size, cell.method), folder.size.looks)
     run = CellRun(folder, cell, budget)
-    curve = run.curve()
+    curve = run.greedy_curve()
     scores = run.judge.everything(run.sampler, run.student)
     return {
         "trained_tokens": budget.trained,
         "sampled_tokens": budget.sampled,
         "steps": budget.step_count,
-        "seconds": {**budget.seconds, "all": clock() - started_s},
+        "seconds": {**budget.seconds, "all": processor_clock() - started_s},
         "curve": curve,
         "scores": scores,
     }
-
-
-def clock() -> float:
-    """Seconds. On a CPU those of the processor, as a cell has one thread: other programs beside it do not count."""
-    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
 
 
 def tokens(size: Size, method: Method) -> int:
@@ -111,85 +93,21 @@ def _term(method: Method) -> dict[str, Any]:
     return {"kind": "policy_gradient", "advantage": "constant", "constant": -1.0}
 
 
-@dataclass
-class TokenBudget:
-    """Implements the loop's `Monitor`: steps until so many completion tokens were trained on, and what they took."""
-
-    tokens: int
-    looks: int
-    trained: int = 0
-    sampled: int = 0  # by the student, for training
-    step_count: int = 0
-    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    def steps(self) -> Iterator[int]:
-        while self.trained < self.tokens:
-            yield self.step_count
-            self.step_count += 1
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        started_s = clock()
-        yield
-        self.seconds[name] += clock() - started_s
-
-    def note(self, text: str) -> None:
-        del text
-
-    def first_batch(self, rollouts: Sequence[Rollout], micro_batches: Sequence[TokenBatch]) -> None:
-        del rollouts, micro_batches
-
-    def log(self, step: int, *groups: dict[str, float]) -> None:
-        del step
-        metrics = {name: value for group in groups for name, value in group.items()}
-        self.trained += int(metrics["tokens/scored"])
-        self.sampled += int(metrics["tokens/sampled"])
-
-    def looks_due(self) -> int:
-        """How many of the evenly spaced points are behind."""
-        return min(self.looks, self.trained * self.looks // max(self.tokens, 1))
-
-
-class CellRun(Run):
-    """A run with the budget for its monitor and a judge; it measures with the judge alone, and writes nothing."""
+class CellRun(BudgetRun):
+    """A run with a judge; it measures with the judge alone."""
 
     def __init__(self, folder: Folder, cell: Cell, budget: TokenBudget) -> None:
-        self._budget = budget
-        config = cell_config(folder, cell)
-        distributed.initialize(_LAUNCH)
-        super().__init__(config, _LAUNCH, RunFiles(config.run.folder), ask_placements(config))
-        self.build()
-        self._curve: list[dict[str, Any]] = []
+        super().__init__(cell_config(folder, cell), budget)
         self.judge = Judge(
             heldout=read_heldout(folder, self.models),
-            settings=replace(parts.sampling_settings(config, self.models), temperature=1.0),
+            settings=replace(parts.sampling_settings(self.config, self.models), temperature=1.0),
             teacher=self.teacher,
             pack=self.pack,
         )
 
-    def curve(self) -> list[dict[str, Any]]:
+    def greedy_curve(self) -> list[dict[str, Any]]:
         """Trains; the greedy accuracy by task at the start and at the budget's points."""
-        self._look()
-        self.loop()
-        return self._curve
-
-    def _look(self) -> None:
-        self._curve.append({"tokens": self._budget.trained, "greedy": self.judge.greedy(self.sampler)})
-
-    def build_monitor(self) -> TokenBudget:
-        return self._budget
-
-    def measure(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
-        return {"tokens/sampled": float(sum(len(r.completion_ids) for r in rollouts if r.source == "student"))}
-
-    def evaluate(self, steps_done: int) -> dict[str, float]:
-        del steps_done
-        return {}
-
-    def save(self, steps_done: int) -> None:
-        del steps_done
-        if self._budget.looks_due() >= len(self._curve):
-            self._look()
+        return self.curve(lambda: {"greedy": self.judge.greedy(self.sampler)})
 
 
 def read_heldout(folder: Folder, models: Models) -> HeldOut:

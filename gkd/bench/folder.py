@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from gkd.bench.methods import Cell, Completions
 from gkd.bench.sizes import Size, key
@@ -74,10 +73,6 @@ class Folder:
     def teacher_problems(self, step: int, exclude: set[str]) -> list[Problem]:
         """New ones in every step."""
         return problems(_TEACHER_SEED + step, self.size.teacher_schooling.problems_a_task, exclude)
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
 
 
 def write_rows(path: Path, prompts: Iterable[str], completions: Iterable[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -22,3 +24,29 @@ def device_kind() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def measured_with() -> dict[str, str]:
+    """`device` and `versions` of a record."""
+    from gkd.train.run_folder import library_versions
+
+    versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
+    return {"device": device(device_kind()), "versions": versions}
+
+
+@contextmanager
+def burden() -> Iterator[dict[str, float]]:
+    """What else this machine did meanwhile, filled in at the end: the load averages of the last minute before and
+    after, and the share of the processors' time that the host gave to others (`stolen`)."""
+    found = {"load_before": os.getloadavg()[0]}
+    before, stolen_before = _processor_times()
+    yield found
+    after, stolen_after = _processor_times()
+    found["load_after"] = os.getloadavg()[0]
+    found["stolen_share"] = (stolen_after - stolen_before) / max(after - before, 1)
+
+
+def _processor_times() -> tuple[int, int]:
+    """All, and what was stolen, in ticks since the start (proc(5), /proc/stat)."""
+    times = [int(number) for number in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return sum(times), times[7]

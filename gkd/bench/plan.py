@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gkd.bench.folder import Folder, read_json
+from gkd.bench.folder import Folder
+from gkd.bench.kept import kept_result, read_json
 from gkd.bench.methods import SWEPT, Cell, cells
 from gkd.bench.sizes import Size
 from gkd.bench.work import Job
 from gkd.config import Launch
 from gkd.environment import prepare_process
-from gkd.files import write_json
 
 AS_IT_STANDS = ""  # the setting of the table itself
 _STEP_COST = 2e-3  # of a step of a student's supervised phase, in cells of the same size: for the time that is left
@@ -141,16 +141,10 @@ def _write_train_files(folder: Folder, seed: int) -> str:
 
 
 def _run_cell(folder: Folder, cell: Cell) -> str:
-    """A run that gkd had to stop is a result too, and is kept with its reason."""
     _get_ready()
     from gkd.bench.cell import run_cell
-    from gkd.errors import RunError
 
-    try:
-        done: dict[str, Any] = run_cell(folder, cell)
-    except RunError as error:
-        done = {"failed": f"{type(error).__name__}: {error}"}
-    write_json(folder.result(cell), done)
+    done = kept_result(folder.result(cell), lambda: run_cell(folder, cell))
     return done["failed"] if "failed" in done else f"{accuracy(done):.1%} greedy, {done['seconds']['all']:.0f} s"
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gkd.bench import tables
+from gkd.bench.rows import columns
 from gkd.bench.summary import CellResult
 
 
@@ -23,14 +23,6 @@ def show(record: dict[str, Any]) -> None:
         print()
         columns(rows)
     print(f"\n{tables.verdict(record)}\n")
-
-
-def columns(rows: Sequence[Sequence[str]]) -> None:
-    """The first column to the left, all others to the right."""
-    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    for first, *rest in rows:
-        cells = (cell.rjust(width + 2) for cell, width in zip(rest, widths[1:], strict=True))
-        print(first.ljust(widths[0]) + "".join(cells))
 
 
 def write_csv(path: Path, record: dict[str, Any]) -> None:

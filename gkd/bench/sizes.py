@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+from gkd.bench.kept import short_name
 from gkd.errors import InputError
 
 RESULTS_VERSION = 4  # to be raised when a change of the code alters results: kept parts are then made anew
@@ -123,6 +122,5 @@ def size_named(name: str) -> Size:
 
 
 def key(*parts: Any) -> str:
-    """A short name for values that decide a result; dataclasses count with all their fields."""
-    text = json.dumps([RESULTS_VERSION, *parts], sort_keys=True, default=asdict)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    """A short name for values that decide a result."""
+    return short_name(RESULTS_VERSION, *parts)

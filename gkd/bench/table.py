@@ -9,22 +9,19 @@ out.
 
 from __future__ import annotations
 
-import signal
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gkd.bench import plan
-from gkd.bench.folder import read_json
+from gkd.bench.kept import read_json
+from gkd.bench.machine import measured_with
 from gkd.bench.show import show, write_csv
 from gkd.bench.sizes import Size
-from gkd.bench.work import Workers
+from gkd.bench.work import Workers, run_stages
 from gkd.errors import InputError
 from gkd.files import write_json
-
-CUT_OFF = "stopped; the same command goes on from here"
 
 
 def make_table(
@@ -39,7 +36,8 @@ def make_table(
     out = out or folder / f"gkd_table_{size.name}.json"
     if not so_far:
         say(f"results so far are kept in {folder / size.name}")
-        run(chosen, workers, say)
+        stages = (jobs(chosen) for jobs in (plan.start_jobs, plan.text_jobs, plan.cell_jobs))
+        run_stages(Workers(workers, say), stages)
     elif not chosen[0].folder.teacher_texts.exists():
         raise InputError(f"--so-far: nothing is finished in {folder / size.name}; start without it")
     record = recorded(size, chosen)
@@ -49,28 +47,14 @@ def make_table(
     say(f"written: {out} and {out.with_suffix('.csv').name}")
 
 
-def run(chosen: list[plan.Setting], workers: int, say: Callable[[str], None]) -> None:
-    """Everything that is not there yet. Exits at a signal: what is finished is kept."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(CUT_OFF))
-    try:
-        with Workers(workers, say) as pool:
-            for jobs in (plan.start_jobs, plan.text_jobs, plan.cell_jobs):
-                pool.run(jobs(chosen))
-    except KeyboardInterrupt:
-        sys.exit(CUT_OFF)
-
-
 def recorded(size: Size, chosen: list[plan.Setting]) -> dict[str, Any]:
     """Every finished cell, and what it was measured with."""
-    from gkd.bench.machine import device, device_kind  # torch loads here, and not before: workers set its threads
-    from gkd.bench.models import make_model, parameters
-    from gkd.train.run_folder import library_versions
+    from gkd.bench.models import make_model, parameters  # torch loads here, and not before: workers set its threads
 
     texts, cells = read_json(chosen[0].folder.teacher_texts), plan.results(chosen)
     return {
         "command": f"gkd bench table --size {size.name}",
-        "device": device(device_kind()),
-        "versions": ", ".join(f"{name} {version}" for name, version in library_versions().items()),
+        **measured_with(),
         "size": asdict(size),
         "parameters": {name: parameters(make_model(getattr(size, name), 0)) for name in ("teacher", "student")},
         "teacher": {figure: texts[figure] for figure in ("greedy", "sampled")},

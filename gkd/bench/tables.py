@@ -7,22 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from gkd.bench.methods import GRID, LAMBDAS, OBJECTIVES, ON_POLICY, START, SUPERVISED_KD, SWEPT
-from gkd.bench.summary import (
-    CellResult,
-    Estimate,
-    Figure,
-    Ratio,
-    estimate,
-    gain_ratio,
-    gains,
-    labels,
-    of,
-    over_seeds,
-    score,
-)
+from gkd.bench.rows import Rows, number, percent
+from gkd.bench.summary import CellResult, Figure, Ratio, estimate, gain_ratio, gains, labels, of, over_seeds, score
 from gkd.bench.tasks import TASKS
 
-Rows = list[list[str]]
 BASELINE = SUPERVISED_KD.label
 PAPER_RATIOS = "2.1, 1.7 and 1.9"
 TRAINING_PHASES = ("score", "forward_backward", "optimizer", "sync")
@@ -34,18 +22,6 @@ GREEDY, SAMPLED = score("greedy"), score("sampled")
 
 def shown(label: str) -> str:
     return f"supervised KD: {label}" if label == BASELINE else label
-
-
-def percent(found: Estimate | None) -> str:
-    """A share with the half-width of its interval, both in percent."""
-    return number(found, 100.0, 1)
-
-
-def number(found: Estimate | None, scale: float = 1.0, digits: int = 3) -> str:
-    if found is None:
-        return "–"
-    spread = "" if found.half_width is None else f" ± {scale * found.half_width:.{digits}f}"
-    return f"{scale * found.mean:.{digits}f}{spread}"
 
 
 def ratio(found: Ratio | None) -> str:

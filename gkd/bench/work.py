@@ -1,4 +1,4 @@
-"""Jobs whose results stay on the disk, done by a few processes of one thread each: tiny models gain nothing by more.
+"""Jobs whose results stay on the disk, done by a few processes.
 
 A job that finds its result has nothing to do, so a table that was cut off goes on; what is lost are the running jobs.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from gkd.environment import LAUNCHER_VARIABLES
 
 Say = Callable[[str], None]
+CUT_OFF = "stopped; the same command goes on from here"
 
 
 @dataclass(frozen=True)
@@ -32,20 +34,28 @@ class Job:
 
 
 class Workers:
-    """The processes, which load their libraries once. To be used in a `with` statement."""
+    """The processes. To be used in a `with` statement.
 
-    def __init__(self, count: int, say: Say) -> None:
-        os.environ["OMP_NUM_THREADS"] = "1"  # read where torch loads: in the workers, not here
+    `threads` of each; None: as many as it likes. `is_fresh`: a process does one job, and what that held is free again;
+    else it loads its libraries once.
+    """
+
+    def __init__(self, count: int, say: Say, *, threads: int | None = 1, is_fresh: bool = False) -> None:
+        if threads is not None:
+            os.environ["OMP_NUM_THREADS"] = str(threads)  # read where torch loads: in the workers, not here
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(count, context, _start_worker)
+        self._pool = ProcessPoolExecutor(count, context, _start_worker, max_tasks_per_child=1 if is_fresh else None)
         self._say = say
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """After an error nothing new is begun, and nobody waits for what is running."""
-        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        """After an error nothing new is begun, and what is running is ended: the interpreter would wait for it."""
+        if kind is not None:
+            for process in multiprocessing.active_children():
+                process.terminate()
+        self._pool.shutdown(cancel_futures=True)
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Does what is not done yet, in the order given. Raises what the first failed job raised."""
@@ -56,6 +66,17 @@ class Workers:
         running: dict[Future[str], Job] = {self._pool.submit(job.work, *job.arguments): job for job in missing}
         for future in as_completed(running):
             progress.done(running[future], future.result())
+
+
+def run_stages(workers: Workers, stages: Iterable[Sequence[Job]]) -> None:
+    """Everything that is not there yet, one stage after another. Exits at a signal: what is finished is kept."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(CUT_OFF))
+    try:
+        with workers:
+            for jobs in stages:
+                workers.run(jobs)
+    except KeyboardInterrupt:
+        sys.exit(CUT_OFF)
 
 
 class _Progress:

@@ -82,7 +82,9 @@ class HeldoutEvaluation:
         rank: int,
         world_size: int,
         sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
+        bucket_tokens: int | None = None,
     ) -> None:
+        """`bucket_tokens` None: as few as leave no more buckets than a picture can show."""
         padding = [Rollout(rollouts[0].draw, "teacher", ())] * (-len(rollouts) % world_size)
         self._rollouts = [*rollouts, *padding][rank::world_size]
         self._teacher = teacher
@@ -90,7 +92,7 @@ class HeldoutEvaluation:
         self._pack = pack
         self._sum_over_ranks = sum_over_ranks
         longest = max(len(rollout.completion_ids) for rollout in rollouts)
-        self._bucket_tokens = max(1, -(-longest // _MOST_BUCKETS))
+        self._bucket_tokens = bucket_tokens or max(1, -(-longest // _MOST_BUCKETS))
         self._buckets = max(1, -(-longest // self._bucket_tokens))
 
     def measure(self) -> HeldoutFigures:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 import subprocess
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,8 @@ import torch
 from launching import check, run_gkd, run_python
 
 from gkd.bench import methods
-from gkd.bench.cell import CellRun, TokenBudget, run_cell
+from gkd.bench.budget import TokenBudget
+from gkd.bench.cell import CellRun, run_cell
 from gkd.bench.folder import Folder
 from gkd.bench.methods import FIXED_NEGATIVE, JSD, SFT, START, SUPERVISED_KD, Cell, cells, gkd
 from gkd.bench.models import VOCABULARY, decode, encode, make_model, save_model
@@ -23,7 +28,7 @@ from gkd.bench.score import Prompt, PromptDraw, Rollout, pass_at_k
 from gkd.bench.sizes import SIZES
 from gkd.bench.summary import estimate, gain_ratio, ratio_of_means
 from gkd.bench.tasks import TASKS, Problem, is_right, problems
-from gkd.bench.work import Job, Workers
+from gkd.bench.work import Job, Workers, run_stages
 from gkd.teacher.unasked import Unasked
 
 
@@ -132,7 +137,7 @@ def test_no_teacher_is_in_the_controls_training(folder: Any, monkeypatch: pytest
                 save_model(make_model(folder.size.teacher, teacher_seed), other)
                 patch.setattr(type(folder), "teacher", other)
             run = CellRun(folder, chosen, TokenBudget(100, 1))
-            run.curve()
+            run.greedy_curve()
             return torch.cat([p.flatten().clone() for _, p in run.student.weights()])
 
     assert torch.equal(trained(None, cell), trained(99, cell))
@@ -223,6 +228,33 @@ def test_what_is_there_is_not_made_again(tmp_path: Path) -> None:
         workers.run(jobs)
     assert [(tmp_path / name).read_text() for name in "abc"] == ["made", "kept", "made"]
     assert said[0] == "1 of 3 were made before" and len(said) == 3
+
+
+def wait_to_be_ended(path: str) -> str:
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(300)
+    return "not ended"
+
+
+def test_a_signal_ends_what_is_running_too(tmp_path: Path) -> None:
+    """At the end of a process the interpreter would wait for its workers, which work for minutes."""
+    pid_file = tmp_path / "pid"
+    before = signal.getsignal(signal.SIGTERM)
+
+    def end_when_running() -> None:
+        while not (pid_file.exists() and pid_file.read_text()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=end_when_running, daemon=True)
+    thread.start()
+    try:
+        with pytest.raises(SystemExit, match="the same command goes on"):
+            run_stages(Workers(1, print), [[Job("long", tmp_path / "never", wait_to_be_ended, (str(pid_file),))]])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)
 
 
 # ---- the whole

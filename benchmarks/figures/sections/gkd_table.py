@@ -9,8 +9,9 @@ from pathlib import Path
 from benchmarks.figures.sections.reading import Record, records
 from benchmarks.figures.sections.text import markdown, section
 from gkd.bench import tables
+from gkd.bench.rows import Rows
 
-Tables = Callable[[Record], list[tables.Rows]]
+Tables = Callable[[Record], list[Rows]]
 
 
 def gkd_table_section(results: Path, make: Tables) -> str:

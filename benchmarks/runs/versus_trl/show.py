@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.records import say
-from gkd.bench.show import columns
+from gkd.bench.rows import columns
 
 
 def show(record: dict[str, Any]) -> None:

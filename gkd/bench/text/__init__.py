@@ -1,0 +1,1 @@
+"""`gkd bench text`: ways to distil, compared on real text with a language model as the teacher."""
