@@ -72,8 +72,9 @@ class Case:
     def step(self, objective: Objective) -> None:
         """Forward and backward."""
         losses = [
-            WeightedLoss(term.loss, self._weights * term.weight, tuple(w.of_rows for w in term.row_weights), term.kind)
+            WeightedLoss(part.loss, self._weights * term.weight, tuple(w.of_rows for w in term.row_weights), term.kind)
             for term in objective.terms
+            for part in term.parts
         ]
         scores = linear_terms(
             self._states,

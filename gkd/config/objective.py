@@ -82,7 +82,14 @@ class ObjectiveConfig(Section):
             raise ValueError("terms: every weight is 0; nothing would be trained")
         if self.weights is not None and (fault := self.weights.misfit(self.terms)) is not None:
             raise ValueError(f"weights: {fault}")
+        bound = next((term.label for term in self.terms if term.at_temperature_one), None)
+        if bound is not None and not self._is_at_temperature_one:
+            raise ValueError(f"temperature: must be 1, and stay so, for {bound}, which is of what the student samples")
         return self
+
+    @property
+    def _is_at_temperature_one(self) -> bool:
+        return self.temperature == 1.0 and (self.weights is None or self.weights.keeps_temperature(1.0))
 
     @property
     def needs_teacher(self) -> bool:
@@ -94,10 +101,12 @@ class ObjectiveConfig(Section):
     def head_products(self) -> tuple[int, int]:
         """Products of hidden states with the student's and the teacher's head before a backward pass.
 
-        One a side for all terms, and one more a side that token weights need the log-probabilities of first.
+        One a side for all terms, and one more a side that terms or token weights need the log-probabilities of first.
         """
         weights = [w for term in self.terms for w in term.token_weight.values() if isinstance(w, SequenceWeight)]
-        return 1 + bool(weights), self.needs_teacher + any(weight.needs_teacher_logprobs for weight in weights)
+        of_both = any(term.needs_sequences for term in self.terms)
+        of_teacher = of_both or any(weight.needs_teacher_logprobs for weight in weights)
+        return 1 + (of_both or bool(weights)), self.needs_teacher + of_teacher
 
     @property
     def metric_rules(self) -> list[MetricRule]:
@@ -143,7 +152,7 @@ class ObjectiveConfig(Section):
 
     def check_topk(self) -> None:
         """Raises ValueError where a teacher's top k cannot serve a term; the message begins with the key."""
-        if self.temperature != 1.0:
+        if not self._is_at_temperature_one:
             raise ValueError(
                 "objective.temperature: must be 1, as a top k is told at temperature 1; or use hidden states "
                 "(placement: served)"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gkd.objectives.divergence import Divergence
-from gkd.objectives.row_losses import RowLoss
+from gkd.objectives.row_losses import OfSequences, Part
 from gkd.objectives.terms import Term
 from gkd.objectives.token_weights import RowWeight, SequenceWeight
 from gkd.schedules import MetricMemory
@@ -24,11 +24,16 @@ class ActiveTerm:
 
     name: str
     kind: str
-    loss: RowLoss
+    parts: tuple[Part, ...]
     weight: float
     on: frozenset[str] | None  # sources of the texts that it acts on; None is all
     row_weights: tuple[RowWeight, ...] = ()
     sequence_weights: tuple[SequenceWeight, ...] = ()
+
+    @property
+    def of_sequences(self) -> list[OfSequences]:
+        """Everything that needs whole sequences first."""
+        return [*self.sequence_weights, *(part.factor for part in self.parts if part.factor is not None)]
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,8 @@ class Objective:
     chunk_bytes: int | None = None  # see `gkd.linear_divergence`
 
     @property
-    def sequence_weights(self) -> list[SequenceWeight]:
-        return [weight for term in self.terms for weight in term.sequence_weights]
+    def of_sequences(self) -> list[OfSequences]:
+        return [number for term in self.terms for number in term.of_sequences]
 
     def acts(self, sources: Sequence[str], lengths: Sequence[int]) -> Tensor:
         """[K, N] bool on the CPU: which terms act on which tokens of sequences with these sources and lengths."""
@@ -69,7 +74,7 @@ def objective_at(
             ActiveTerm(
                 term.label,
                 term.kind,
-                term.loss(values, temperature),
+                term.parts(values, temperature),
                 weights[term.label],
                 None if term.on is None else frozenset(term.on),
                 tuple(weight for weight in token_weights if isinstance(weight, RowWeight)),
@@ -81,4 +86,4 @@ def objective_at(
 
 def divergence_objective(kind: str, beta: float = 0.5) -> Objective:
     """One divergence at temperature 1, on all texts: for measuring."""
-    return Objective((ActiveTerm(kind, kind, Divergence(kind, beta), 1.0, None),))
+    return Objective((ActiveTerm(kind, kind, (Part(Divergence(kind, beta)),), 1.0, None),))

@@ -1,22 +1,26 @@
 """What a term of the objective says of one row: the forms that the pass over the vocabulary knows.
 
-Legend: n rows (scored tokens), V vocabulary.
+Legend: n rows (scored tokens), N scored tokens of a micro-batch, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, Protocol, TypeAlias
 
 from torch import Tensor
 
 from gkd.objectives.divergence import Divergence
+from gkd.objectives.measures import SequenceMeasures
 
 
 @dataclass(frozen=True)
 class LabelLoss:
-    """-factor log Q(label) at temperature 1; 0 in a row without a label. A factor below 0 is allowed."""
+    """-factor log Q(label) at temperature 1; 0 in a row without a label. A factor below 0 is allowed.
+
+    With a factor of 1 it shares the call of a divergence of the same rows, and no row's weight may be below 0.
+    """
 
     factor: float = 1.0
 
@@ -35,3 +39,21 @@ class RowFunction:
 
 
 RowLoss: TypeAlias = Divergence | LabelLoss | RowFunction
+
+
+class OfSequences(Protocol):
+    """Numbers of tokens that need the log-probabilities of whole sequences first: one more product a side."""
+
+    needs_teacher_logprobs: ClassVar[bool]
+
+    def of_sequences(self, sequences: SequenceMeasures) -> Tensor:
+        """[N], detached. Tokens of a sequence stand together, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """One row loss of a term. The term's value is the sum over its parts of factor x value."""
+
+    loss: RowLoss
+    factor: OfSequences | None = None  # None is 1

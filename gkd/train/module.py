@@ -6,7 +6,7 @@ Legend: B rows, T positions, N scored tokens, H hidden size, V vocabulary, K ter
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from gkd.models.compiled import only_in_training
 from gkd.objectives.measures import SequenceMeasures
 from gkd.objectives.mismatch import log_ratios, mismatch_sums
 from gkd.objectives.objective import ActiveTerm, Objective
+from gkd.objectives.reduction import weigh
 from gkd.ops.linear_terms import TermScores, linear_terms
 from gkd.ops.token_logprobs import token_logprobs
 from gkd.ops.vocabulary_pass import KL_MEASURES, LABEL_LOGPROB, TOPK_MEASURES, WeightedLoss
@@ -65,12 +66,13 @@ class ObjectiveHead(nn.Module):
             return self._logprobs(hidden, batch.labels, dtype)
         assert batch.teacher is not None
         acts = objective.acts(batch.sources, batch.completion_lengths)
+        parts = self._weighted_parts(hidden, batch, objective)
         scores = linear_terms(
             hidden,
             self._own_head(),
             batch.teacher,
-            self._weighted_losses(hidden, batch, objective),
-            acts=acts,
+            [part.loss for part in parts],
+            acts=acts[[part.term for part in parts]],
             labels=torch.where(batch.labels < self.valid_vocab, batch.labels, -1),  # -1: from the padding
             valid_vocab=self.valid_vocab,
             temperature=objective.temperature,
@@ -79,20 +81,20 @@ class ObjectiveHead(nn.Module):
         )
         return ObjectiveSums(
             scores.loss,
-            scores.values,
+            _term_values(scores, parts, len(objective.terms)),
             acts.to(hidden.device),
             *_stacked(scores, measure_names(batch.teacher)),
             *_mismatch(scores, batch),
         )
 
-    def _weighted_losses(self, hidden: torch.Tensor, batch: TokenBatch, objective: Objective) -> list[WeightedLoss]:
-        sequences = self._sequence_measures(hidden, batch, objective) if objective.sequence_weights else None
-        return [_weighted_loss(term, batch, sequences) for term in objective.terms]
+    def _weighted_parts(self, hidden: torch.Tensor, batch: TokenBatch, objective: Objective) -> list[_WeightedPart]:
+        sequences = self._sequence_measures(hidden, batch, objective) if objective.of_sequences else None
+        return [part for index, term in enumerate(objective.terms) for part in _parts_of(index, term, batch, sequences)]
 
     def _sequence_measures(self, hidden: torch.Tensor, batch: TokenBatch, objective: Objective) -> SequenceMeasures:
-        """What weights need of whole sequences before the loss: one more product with a head, or one a side."""
+        """What is needed of whole sequences before the loss: one more product with a head, or one a side."""
         teacher = None
-        if any(weight.needs_teacher_logprobs for weight in objective.sequence_weights):
+        if any(number.needs_teacher_logprobs for number in objective.of_sequences):
             assert isinstance(batch.teacher, HiddenScores)
             teacher = token_logprobs(batch.teacher.states, batch.teacher.head, batch.labels)
         return SequenceMeasures(
@@ -111,12 +113,42 @@ class ObjectiveHead(nn.Module):
         return token_logprobs(hidden, self._own_head(), labels, compute_dtype=dtype or self._dtype)
 
 
-def _weighted_loss(term: ActiveTerm, batch: TokenBatch, sequences: SequenceMeasures | None) -> WeightedLoss:
+@dataclass(frozen=True)
+class _WeightedPart:
+    """A part of a term, as the pass over the vocabulary takes it."""
+
+    term: int  # its number
+    loss: WeightedLoss
+    factor: torch.Tensor | None  # [N] of the term's value; None is 1. It is among the loss's weights, too
+
+
+def _parts_of(
+    index: int, term: ActiveTerm, batch: TokenBatch, sequences: SequenceMeasures | None
+) -> list[_WeightedPart]:
     weights = batch.weights if term.weight == 1.0 else batch.weights * term.weight
     for sequence_weight in term.sequence_weights:
         assert sequences is not None
         weights = weights * sequence_weight.of_sequences(sequences)
-    return WeightedLoss(term.loss, weights, tuple(weight.of_rows for weight in term.row_weights), term.kind)
+    row_weights = tuple(weight.of_rows for weight in term.row_weights)
+    parts: list[_WeightedPart] = []
+    for part in term.parts:
+        factor = None
+        if part.factor is not None:
+            assert sequences is not None
+            factor = part.factor.of_sequences(sequences)
+        own = weights if factor is None else weights * factor
+        parts.append(_WeightedPart(index, WeightedLoss(part.loss, own, row_weights, term.kind), factor))
+    return parts
+
+
+def _term_values(scores: TermScores, parts: Sequence[_WeightedPart], terms: int) -> torch.Tensor:
+    """[terms, N]: what the parts of each term add up to, before weights."""
+    if len(parts) == terms and all(part.factor is None for part in parts):
+        return scores.values
+    values = scores.values.new_zeros(terms, scores.values.shape[1])
+    for part, value in zip(parts, scores.values, strict=True):
+        values[part.term] += weigh(value, part.factor)
+    return values
 
 
 def _stacked(scores: TermScores, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:

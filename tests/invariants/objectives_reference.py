@@ -75,6 +75,22 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
             {"kind": "policy_gradient", "on": ["student"], "constant": -1.0},
         ]
     },
+    "minillm": {
+        "terms": [
+            {"kind": "policy_gradient", "advantage": "teacher", "clip_range": 0.2, "on": ["student"], "weight": 0.7},
+            {"kind": "cross_entropy", "on": ["dataset"], "weight": 0.5},
+            {
+                "kind": "policy_gradient",
+                "name": "sampled",
+                "advantage": "teacher",
+                "single_step": "sampled",
+                "length_normalize": False,
+                "token_weight": {"importance": {"level": "token"}},
+                "on": ["student"],
+                "weight": 0.02,
+            },
+        ]
+    },
     "policy beside a divergence": {
         "reduction": "sequence_mean",
         "terms": [
@@ -123,6 +139,8 @@ def term_value(term: dict[str, Any], student: Tensor, teacher: Tensor, rollout: 
     own = student.log_softmax(-1).gather(-1, torch.tensor(rollout.completion_ids)[:, None])[:, 0]
     if kind == "cross_entropy":
         return -own
+    if kind == "policy_gradient" and "advantage" in term:
+        return minillm(term, student, teacher, rollout)
     if kind == "policy_gradient":
         return -term["constant"] * own
     q, p = (student / heat).softmax(-1), (teacher / heat).softmax(-1)
@@ -139,6 +157,32 @@ def term_value(term: dict[str, Any], student: Tensor, teacher: Tensor, rollout: 
         "skew_reverse_kl": lambda: kl(q, (1 - alpha) * p + alpha * q),
         "tvd": lambda: 0.5 * (p - q).abs().sum(-1),
     }[kind]()
+
+
+def minillm(term: dict[str, Any], student: Tensor, teacher: Tensor, rollout: Rollout) -> Tensor:
+    """[n]: the reverse KL and -R log Q of each token as published, one by one; with the gradient of PPO's ratio."""
+    labels = torch.tensor(rollout.completion_ids)[:, None]
+    own = student.log_softmax(-1).gather(-1, labels)[:, 0]
+    reward = (teacher.log_softmax(-1).gather(-1, labels)[:, 0] - own).detach()
+    values = []
+    for place in range(len(own)):
+        is_exact = term.get("single_step", "exact") == "exact"
+        later = reward[place + is_exact :]
+        gain = later.sum()
+        if term.get("length_normalize", True):
+            gain = gain / max(1, len(later))
+        value = -gain * own[place]
+        if "clip_range" in term:
+            low, high = 1 - term["clip_range"], 1 + term["clip_range"]
+            assert rollout.logprobs is not None
+            leaf = own[place].detach().requires_grad_()
+            ratio = (leaf - rollout.logprobs[place]).exp()
+            clipped = -torch.minimum(ratio * gain, ratio.clamp(low, high) * gain)
+            value = torch.autograd.grad(clipped, leaf)[0] * own[place]
+        if is_exact:
+            value = value + kl(student[place].softmax(-1), teacher[place].softmax(-1))
+        values.append(value)
+    return torch.stack(values)
 
 
 def kl(first: Tensor, second: Tensor) -> Tensor:

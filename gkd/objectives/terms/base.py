@@ -28,7 +28,7 @@ from gkd.schedules import Ramp, Schedule, WeightSchedule, describe_schedule
 from gkd.schema import Section, is_mapping
 
 if TYPE_CHECKING:
-    from gkd.objectives.row_losses import RowLoss
+    from gkd.objectives.row_losses import Part, RowLoss
 
 
 def _token_weights(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
@@ -66,6 +66,8 @@ class Term(Section):
     whole_teacher_only: ClassVar[bool] = False  # over the whole vocabulary: not from a teacher's top k
     is_nonnegative: ClassVar[bool] = True  # its value of any token
     on_policy_only: ClassVar[bool] = False  # means nothing for tokens that the student did not sample
+    needs_sequences: ClassVar[bool] = False  # both sides' log-probabilities of whole sequences, before the loss
+    at_temperature_one: ClassVar[bool] = False  # means nothing at another temperature of the objective
 
     kind: str = Field(description="which term; a divergence, cross_entropy, policy_gradient, or a plugin's")
     name: str = Field("", description="its name in metrics; required where a kind repeats", pattern=r"^(\w[\w.-]*)?$")
@@ -113,3 +115,9 @@ class Term(Section):
     def loss(self, values: Mapping[str, float], temperature: float) -> RowLoss:
         """What it says of one row, given what `schedules` are at the step and the objective's temperature."""
         raise NotImplementedError
+
+    def parts(self, values: Mapping[str, float], temperature: float) -> tuple[Part, ...]:
+        """What it is a sum of; of one row loss, unless it is overridden."""
+        from gkd.objectives.row_losses import Part
+
+        return (Part(self.loss(values, temperature)),)

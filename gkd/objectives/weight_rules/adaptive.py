@@ -83,6 +83,9 @@ class TransferEfficiency(WeightRule):
     def temperature_of(self, state: State, own: float) -> float:
         return max(own * self.cooling ** state["stage"], min(own, self.lowest_temperature))
 
+    def keeps_temperature(self, own: float) -> bool:
+        return self.cooling == 1.0 or self.lowest_temperature >= own
+
     def metrics(self, state: State) -> dict[str, float]:
         known = {} if state["efficiency"] is None else {"objective/transfer_efficiency": state["efficiency"]}
         return {"objective/stage": state["stage"], **known}

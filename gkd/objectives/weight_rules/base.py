@@ -43,6 +43,10 @@ class WeightRule(Section):
         """From that of the objective itself."""
         return own
 
+    def keeps_temperature(self, own: float) -> bool:
+        """Whether `temperature_of` is `own`, come what may."""
+        return True
+
     def metrics(self, state: State) -> dict[str, float]:
         """What is logged of it beside the weights."""
         return {}

@@ -1,0 +1,59 @@
+"""What a token's text costs from there on, against a teacher: the policy gradient's advantage, with its sign turned.
+
+Of the token t of a text of T tokens, with Q the student, P the teacher, all detached and at temperature 1,
+
+    c_t = log Q(token t) - log P(token t)            the reward of MiniLLM (arXiv 2306.08543) is -c_t
+    C_t = sum of c_i over i > t (or i >= t)          the cost to go; divided by the number of its terms, if so wanted
+
+Legend: N scored tokens of a micro-batch, S sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gkd.objectives.measures import SequenceMeasures
+from gkd.objectives.mismatch import log_ratios
+
+
+@dataclass(frozen=True)
+class CostToGo:
+    """A factor of log Q(token): their product is minus the gain of a policy gradient."""
+
+    needs_teacher_logprobs: ClassVar[bool] = True
+
+    includes_own: bool  # i >= t
+    is_mean: bool  # divided by the number of terms
+    clip_range: float | None  # of `clipped`; None: there is no ratio
+
+    def of_sequences(self, sequences: SequenceMeasures) -> Tensor:
+        """[N], in the log-probabilities' dtype."""
+        assert sequences.teacher_logprobs is not None
+        cost = sequences.student_logprobs.double() - sequences.teacher_logprobs.double()  # [N]
+        to_go = self._sum_to_go(cost, sequences)
+        if self.is_mean:
+            to_go = to_go / self._sum_to_go(torch.ones_like(cost), sequences).clamp(min=1.0)
+        if self.clip_range is not None:
+            ratio = log_ratios(sequences.student_logprobs, sequences.sampler_logprobs).exp()
+            to_go = clipped(to_go, ratio, self.clip_range)
+        return to_go.to(sequences.student_logprobs.dtype)
+
+    def _sum_to_go(self, values: Tensor, sequences: SequenceMeasures) -> Tensor:
+        """Of each token those of its sequence from there on, [N]."""
+        index = sequences.sequence_index
+        totals = values.new_zeros(sequences.sequences).index_add_(0, index, values)  # [S]
+        later = totals.cumsum(0)[index] - values.cumsum(0)
+        return later + values if self.includes_own else later
+
+
+def clipped(cost: Tensor, ratio: Tensor, clip_range: float) -> Tensor:
+    """The factor [N] of log Q(token) that has the gradient of PPO's clipped surrogate (Schulman et al. 2017, arXiv
+    1707.06347), max(r C, clip(r, 1 - e, 1 + e) C): r C where the ratio r = Q / Q_sampler has not yet gone further than
+    e the way that C pushes it, else 0.
+    """
+    too_far = torch.where(cost < 0, ratio > 1.0 + clip_range, ratio < 1.0 - clip_range)
+    return torch.where(too_far, 0.0, ratio * cost)
