@@ -1,18 +1,19 @@
 """What crosses a room's border.
 
-Legend: B rows of a micro-batch, T positions, N scored tokens, V vocabulary, H hidden size.
+Legend: B rows of a micro-batch, T positions, N scored tokens, M tokens of all sequences, V vocabulary, H hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:  # torch takes a second to import; these types must not
     import torch
 
 FinishReason = Literal["stop", "length"]
+WhichTokens = Literal["scored", "all"]  # of a sequence; all: of prompt and completion
 Decode = Callable[[Sequence[int]], str]  # token ids to text that people read, special tokens kept
 
 
@@ -98,18 +99,66 @@ class OutputHead:
     softcap: float | None = None  # logits -> softcap * tanh(logits / softcap)
 
 
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What decides which states a model has."""
+
+    layers: int
+    hidden: int  # width of the states between layers
+
+
+@dataclass(frozen=True, slots=True)
+class StatePlace:
+    """Where in a model states are read.
+
+    Layers count as in transformers' `hidden_states`: 0 is what the first layer reads, i what the i-th gives on, and
+    the last, after the final norm, what the output head reads. `scored`: at the positions that predict scored tokens.
+    """
+
+    layer: int
+    tokens: WhichTokens = "scored"
+
+
+@dataclass(frozen=True, slots=True)
+class StatePair:
+    """States of the student that a term compares with states of the teacher."""
+
+    student: StatePlace
+    teacher: StatePlace
+    student_width: int
+    teacher_width: int
+
+
+StatePairs: TypeAlias = Mapping[str, Sequence[StatePair]]  # of each term, by its name
+
+
+def _no_states() -> dict[StatePlace, torch.Tensor]:
+    return {}
+
+
 @dataclass(frozen=True)
 class HiddenScores:
     """A teacher's whole distribution of N tokens: its states at the positions that predict them, and its head."""
 
     states: torch.Tensor  # [N, H_teacher]
     head: OutputHead
+    layer_states: Mapping[StatePlace, torch.Tensor] = field(
+        default_factory=_no_states
+    )  # [N or M, H_teacher], where asked for
 
     def __len__(self) -> int:
         return len(self.states)
 
     def to(self, device: torch.device) -> HiddenScores:
-        return HiddenScores(self.states.to(device), self.head)
+        return self._map(lambda states: states.to(device))
+
+    def first(self, count: int) -> HiddenScores:
+        """So many rows of everything."""
+        return self._map(lambda states: states[:count])
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> HiddenScores:
+        layers = {place: change(states) for place, states in self.layer_states.items()}
+        return HiddenScores(change(self.states), self.head, layers)
 
 
 @dataclass(frozen=True)
@@ -146,10 +195,22 @@ TeacherScores: TypeAlias = HiddenScores | TopkScores | NoScores
 def first_rows(scores: TeacherScores, count: int) -> TeacherScores:
     """What the same teacher says of the first `count` tokens."""
     if isinstance(scores, HiddenScores):
-        return HiddenScores(scores.states[:count], scores.head)
+        return scores.first(count)
     if isinstance(scores, NoScores):
         return NoScores(min(scores.tokens, count))
     return TopkScores(scores.ids[:count], scores.log_probs[:count])
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """Tokens of a micro-batch whose states are looked at; those of a sequence stand together."""
+
+    index: torch.Tensor  # int64 into B*T
+    weights: torch.Tensor  # float32: of the row, in a term's numerator
+    counts: tuple[int, ...]  # of each sequence
+
+    def to(self, device: torch.device) -> TokenView:
+        return TokenView(self.index.to(device), self.weights.to(device), self.counts)
 
 
 @dataclass(frozen=True)
@@ -171,10 +232,18 @@ class TokenBatch:
     sources: tuple[str, ...]  # where each sequence's completion comes from
     completion_lengths: tuple[int, ...]  # scored tokens of each sequence, which stand together in N
     sequence_lengths: tuple[int, ...] | None = None  # packed: tokens of each sequence in the row; None: padded rows
+    every_token: TokenView | None = None  # of prompts too, where a sequence has scored tokens; it weighs what those do
 
     @property
     def scored_tokens(self) -> int:
         return self.labels.numel()
+
+    def view(self, tokens: WhichTokens) -> TokenView:
+        """Where states of such tokens are found."""
+        if tokens == "scored":
+            return TokenView(self.score_index, self.weights, self.completion_lengths)
+        assert self.every_token is not None
+        return self.every_token
 
     def to(self, device: torch.device) -> TokenBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}

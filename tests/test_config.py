@@ -35,6 +35,10 @@ def test_a_config_is_frozen() -> None:
         config.run.steps = 3  # pyright: ignore
 
 
+STATES = {"kind": "hidden_states"}
+SERVED = {"placement": "served", "addresses": ["http://127.0.0.1:1"]}
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
@@ -59,6 +63,19 @@ def test_a_config_is_frozen() -> None:
         ({"objective": {"token_weight": {"drfit": {}}}}, r"objective\.token_weight: unknown .* did you mean 'drift'"),
         ({"objective": {"token_weight": {"drift": {"gama": 1.0}}}}, r"token_weight\.drift\.gama: unknown key"),
         ({"objective": {"kind": "jsd", "token_weight": {"adaptive": {}}}}, r"adaptive: is for a forward_kl"),
+        (
+            {"objective": STATES, "teacher": {"model": "t", **SERVED}},
+            r"objective\.terms\.0: .* served does not tell; set",
+        ),
+        (
+            {"objective": STATES, "teacher": {"model": "t", **SERVED, "placement": "topk"}},
+            r"objective\.terms\.0: hidden_states .* topk does not tell; set that to local or sharded",
+        ),
+        ({"objective": STATES, "teacher": {"model": "t", "cache_gib": 1.0}}, r"cache_gib does not keep; set that to 0"),
+        ({"objective": STATES, "student": {"model": "s", "compile": True}}, r"not show; set student\.compile to false"),
+        ({"objective": STATES, "other_teachers": {"b": {"model": "t", "weight": 0.5}}}, r"leave out other_teachers"),
+        ({"objective": {**STATES, "token_weight": {"drift": {}}}}, r"objective\.token_weight: weighs distributions"),
+        ({"objective": {**STATES, "layers": [[1, 2, 3]]}}, r"objective\.layers"),
         ({"objective": {"beta": RULE}}, r"objective\.beta: a rule that follows a metric is for weights"),
         (
             {"objective": {"weight": {**RULE, "metric": "time/step_s"}}},

@@ -74,6 +74,7 @@ class Config(Section):
         self.objective.check_sources(self.mixture.shares)
         if any(teacher.placement == "topk" for teacher in self.teachers.values()):
             self.objective.check_topk()
+        self.objective.check_states(self._without_states())
         self._check_routes()
         for metric in sorted(self.objective.followed_metrics):
             if metric.startswith("heldout/") and not (self.data.heldout and self.eval.every):
@@ -119,6 +120,21 @@ class Config(Section):
     def teacher_key(name: str) -> str:
         """Where a teacher stands in the config."""
         return "teacher" if name == MAIN_TEACHER else f"other_teachers.{name}"
+
+    def _without_states(self) -> str | None:
+        """Why the teacher's scores could not carry states of layers, and what to do; None if they can."""
+        if self.teacher.has_servers:
+            return (
+                f"which teacher.placement: {self.teacher.placement} does not tell; set that to local or sharded, or "
+                "leave the term out"
+            )
+        if self.teacher.cache_gib:
+            return "which teacher.cache_gib does not keep; set that to 0"
+        if self.student.compile:
+            return "which compiled layers do not show; set student.compile to false"
+        if self.other_teachers:
+            return "of one teacher; leave out other_teachers, or the term"
+        return None
 
     def _check_routes(self) -> None:
         weights = {name: teacher.weight for name, teacher in self.other_teachers.items()}

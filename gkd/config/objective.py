@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from gkd.chunks import LOSS_CHUNK_BYTES
+from gkd.errors import ConfigError
 from gkd.objectives.memory import ObjectiveMemory
 from gkd.objectives.terms import TERMS, Term
+from gkd.objectives.terms.states import StatesTerm
 from gkd.objectives.token_weights import SequenceWeight
 from gkd.objectives.weight_rules import WEIGHT_RULES, WeightRule
 from gkd.schedules import MetricRule, Ramp, Schedule, TemperatureSchedule, describe_schedule, largest
 from gkd.schema import Section, is_mapping
+from gkd.types import ModelShape, StatePair
 
 if TYPE_CHECKING:
     from gkd.objectives.objective import Objective
@@ -101,12 +104,29 @@ class ObjectiveConfig(Section):
     def head_products(self) -> tuple[int, int]:
         """Products of hidden states with the student's and the teacher's head before a backward pass.
 
-        One a side for all terms, and one more a side that terms or token weights need the log-probabilities of first.
+        One a side for all terms over the vocabulary, and one more a side that terms or token weights need the
+        log-probabilities of first.
         """
         weights = [w for term in self.terms for w in term.token_weight.values() if isinstance(w, SequenceWeight)]
         of_both = any(term.needs_sequences for term in self.terms)
         of_teacher = of_both or any(weight.needs_teacher_logprobs for weight in weights)
-        return 1 + (of_both or bool(weights)), self.needs_teacher + of_teacher
+        has_rows = len(self.state_terms) < len(self.terms)
+        return has_rows + (of_both or bool(weights)), (has_rows and self.needs_teacher) + of_teacher
+
+    @property
+    def state_terms(self) -> dict[str, StatesTerm]:
+        """Those that compare states of layers, by their key."""
+        return {f"objective.terms.{i}": term for i, term in enumerate(self.terms) if isinstance(term, StatesTerm)}
+
+    def state_pairs(self, student: ModelShape, teacher: ModelShape) -> dict[str, tuple[StatePair, ...]]:
+        """What each of these terms compares, by its name. Raises ConfigError for what a model does not have."""
+        pairs: dict[str, tuple[StatePair, ...]] = {}
+        for key, term in self.state_terms.items():
+            try:
+                pairs[term.label] = tuple(term.needs_states(student, teacher))
+            except ValueError as error:
+                raise ConfigError(f"{key}.{error}") from None
+        return pairs
 
     @property
     def metric_rules(self) -> list[MetricRule]:
@@ -166,6 +186,12 @@ class ObjectiveConfig(Section):
                         f"objective.terms.{index}{key}: needs the teacher's whole distribution, not a top k; leave it "
                         "out, or use hidden states (placement: served)"
                     )
+
+    def check_states(self, fault: str | None) -> None:
+        """Raises ValueError if a term compares states of layers where that is at fault."""
+        for key, term in self.state_terms.items():
+            if fault is not None:
+                raise ValueError(f"{key}: {term.kind} compares states of layers, {fault}")
 
     def check_sources(self, shares: Mapping[str, float | Ramp]) -> None:
         """Raises ValueError for a term that no text of the mixture could be for; `shares` are the mixture's."""

@@ -18,7 +18,7 @@ from torch.nn.functional import pad as pad_columns
 
 from gkd.data.order import longest_first
 from gkd.errors import SamplerError
-from gkd.types import HiddenScores, NoScores, Rollout, TeacherScores, TokenBatch, TopkScores, first_rows
+from gkd.types import HiddenScores, NoScores, Rollout, TeacherScores, TokenBatch, TokenView, TopkScores, first_rows
 
 
 def pack(
@@ -147,7 +147,22 @@ def _micro_batch(
         sources=tuple(rollout.source for rollout in rollouts),
         completion_lengths=tuple(len(rollout.completion_ids) for rollout in rollouts),
         sequence_lengths=laid_out.sequence_lengths,
+        every_token=_every_token(rollouts, laid_out.starts, reduction),
     )
+
+
+def _every_token(rollouts: Sequence[Rollout], starts: Sequence[int], reduction: str) -> TokenView:
+    """A sequence's tokens weigh together what its scored ones do; of one without those there is none."""
+    index: list[int] = []
+    weights: list[float] = []
+    counts: list[int] = []
+    for start, rollout in zip(starts, rollouts, strict=False):  # no rollout: idle
+        scored = len(rollout.completion_ids)
+        tokens = len(rollout.token_ids) if scored else 0
+        index += range(start, start + tokens)
+        weights += [(1.0 if reduction == "sequence_mean" else scored) / tokens for _ in range(tokens)]
+        counts.append(tokens)
+    return TokenView(torch.tensor(index, dtype=torch.int64), torch.tensor(weights), tuple(counts))
 
 
 def _check_scores(rollouts: Sequence[Rollout], scores: Sequence[TeacherScores]) -> None:
@@ -166,7 +181,9 @@ def _joined(parts: Sequence[TeacherScores]) -> TeacherScores:
     if isinstance(first, NoScores):
         return NoScores(sum(map(len, parts)))
     if isinstance(first, HiddenScores):
-        return HiddenScores(torch.cat([p.states for p in parts if isinstance(p, HiddenScores)]), first.head)
+        whole = [part for part in parts if isinstance(part, HiddenScores)]
+        layers = {place: torch.cat([part.layer_states[place] for part in whole]) for place in first.layer_states}
+        return HiddenScores(torch.cat([part.states for part in whole]), first.head, layers)
     known = [part for part in parts if isinstance(part, TopkScores)]
     slots = max(part.ids.shape[1] for part in known)
     missing = [(0, slots - part.ids.shape[1]) for part in known]  # -1 is an empty slot, and the least likely one

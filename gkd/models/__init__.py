@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gkd.models.fingerprint import model_fingerprint
     from gkd.models.heads import backbone_of, head_logits, head_settings, output_head, verify_head
     from gkd.models.layer_choice import LayerChoice, choose_by_measure
+    from gkd.models.layer_states import StateReader, model_shape
     from gkd.models.load import (
         empty_model,
         has_experts,
@@ -50,6 +51,7 @@ _HOMES = {
     "export": ("save_final",),
     "heads": ("backbone_of", "head_logits", "head_settings", "output_head", "verify_head"),
     "layer_choice": ("LayerChoice", "choose_by_measure"),
+    "layer_states": ("StateReader", "model_shape"),
     "load": (
         "empty_model", "has_experts", "load_causal_lm", "load_tokenizer", "owns_head", "pad_token_id",
         "read_config", "read_generation_config",
@@ -74,6 +76,7 @@ __all__ = [
     "LayerChoice",
     "ModelCard",
     "Probe",
+    "StateReader",
     "adapter_parameters",
     "adapter_weights",
     "backbone_of",
@@ -96,6 +99,7 @@ __all__ = [
     "lora_targets",
     "make_student_from_layers",
     "model_fingerprint",
+    "model_shape",
     "output_head",
     "owns_head",
     "packed_inputs",

@@ -130,6 +130,11 @@ class LayerStack:
             )
 
 
+def states_read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The states that a layer is called with."""
+    return _split(args, kwargs)[0]
+
+
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
     """The states that a layer is called with, and the rest."""
     if args:

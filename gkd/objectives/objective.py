@@ -13,7 +13,9 @@ from torch import Tensor
 
 from gkd.objectives.divergence import Divergence
 from gkd.objectives.row_losses import OfSequences, Part
+from gkd.objectives.state_losses import StateLoss
 from gkd.objectives.terms import Term
+from gkd.objectives.terms.states import StatesTerm
 from gkd.objectives.token_weights import RowWeight, SequenceWeight
 from gkd.schedules import MetricMemory
 
@@ -37,12 +39,23 @@ class ActiveTerm:
 
 
 @dataclass(frozen=True)
+class ActiveStateTerm:
+    """A term of states of layers whose weight is above 0."""
+
+    name: str
+    loss: StateLoss
+    weight: float
+    on: frozenset[str] | None
+
+
+@dataclass(frozen=True)
 class Objective:
     """What a step minimises."""
 
-    terms: tuple[ActiveTerm, ...]
+    terms: tuple[ActiveTerm, ...]  # over the vocabulary
     temperature: float = 1.0  # of both sides' logits, in the terms that compare them
     chunk_bytes: int | None = None  # see `gkd.linear_divergence`
+    state_terms: tuple[ActiveStateTerm, ...] = ()
 
     @property
     def of_sequences(self) -> list[OfSequences]:
@@ -50,9 +63,14 @@ class Objective:
 
     def acts(self, sources: Sequence[str], lengths: Sequence[int]) -> Tensor:
         """[K, N] bool on the CPU: which terms act on which tokens of sequences with these sources and lengths."""
-        rows = [[term.on is None or source in term.on for source in sources] for term in self.terms]
-        per_sequence = torch.tensor(rows, dtype=torch.bool).reshape(len(self.terms), len(sources))
-        return per_sequence.repeat_interleave(torch.tensor(lengths, dtype=torch.int64), dim=1)
+        rows = [acts_on(term.on, sources, lengths) for term in self.terms]
+        return torch.stack(rows) if rows else torch.zeros(0, sum(lengths), dtype=torch.bool)
+
+
+def acts_on(on: frozenset[str] | None, sources: Sequence[str], lengths: Sequence[int]) -> Tensor:
+    """[N] bool on the CPU: which tokens of sequences with these sources and lengths a term is for."""
+    per_sequence = torch.tensor([on is None or source in on for source in sources], dtype=torch.bool)
+    return per_sequence.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
 
 
 def objective_at(
@@ -64,24 +82,30 @@ def objective_at(
     chunk_bytes: int | None = None,
 ) -> Objective:
     """The objective of these terms, `weights` by their labels, at a step; a term of weight 0 is left out."""
-    active: list[ActiveTerm] = []
+    active: list[ActiveTerm | ActiveStateTerm] = []
     for term in terms:
-        if weights[term.label] == 0.0:
-            continue
         values = {name: memory.value(schedule, step) for name, schedule in term.schedules.items()}
-        token_weights = term.token_weight.values()
-        active.append(
-            ActiveTerm(
-                term.label,
-                term.kind,
-                term.parts(values, temperature),
-                weights[term.label],
-                None if term.on is None else frozenset(term.on),
-                tuple(weight for weight in token_weights if isinstance(weight, RowWeight)),
-                tuple(weight for weight in token_weights if isinstance(weight, SequenceWeight)),
-            )
-        )
-    return Objective(tuple(active), temperature, chunk_bytes)
+        if (weight := weights[term.label]) != 0.0:
+            active.append(_active(term, weight, values, temperature))
+    of_rows = tuple(term for term in active if isinstance(term, ActiveTerm))
+    of_states = tuple(term for term in active if isinstance(term, ActiveStateTerm))
+    return Objective(of_rows, temperature, chunk_bytes, of_states)
+
+
+def _active(term: Term, weight: float, values: Mapping[str, float], temperature: float) -> ActiveTerm | ActiveStateTerm:
+    on = None if term.on is None else frozenset(term.on)
+    if isinstance(term, StatesTerm):
+        return ActiveStateTerm(term.label, term.state_loss(values), weight, on)
+    token_weights = term.token_weight.values()
+    return ActiveTerm(
+        term.label,
+        term.kind,
+        term.parts(values, temperature),
+        weight,
+        on,
+        tuple(weight for weight in token_weights if isinstance(weight, RowWeight)),
+        tuple(weight for weight in token_weights if isinstance(weight, SequenceWeight)),
+    )
 
 
 def divergence_objective(kind: str, beta: float = 0.5) -> Objective:

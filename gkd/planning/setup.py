@@ -13,6 +13,7 @@ from gkd.planning.models import DTYPE_BYTES, Architecture
 from gkd.schedules import largest
 from gkd.train.deepspeed_config import deepspeed_config
 from gkd.train.settings import TrainingSettings
+from gkd.types import ModelShape
 
 Placement = Literal["local", "sharded", "served", "unasked"]  # the last: no term of the objective needs a teacher
 
@@ -56,6 +57,8 @@ class Setup:
     staleness: int = 0  # steps that a served sampler works ahead of training
     adapter_parameters: int = 0  # of LoRA, beside a frozen student; 0: all of the student is trained
     sampler_applies_adapter: bool = False  # and is sent nothing else; otherwise merged weights
+    projector_parameters: int = 0  # learned by terms beside the student
+    state_widths: tuple[int, int] = (0, 0)  # of layers' states that the teacher gives: a scored token, any token
     dtype_lines: tuple[str, ...] = ()  # what auto became and why, and what is slow
 
     @property
@@ -94,7 +97,7 @@ class Setup:
 
     @property
     def trained_parameters(self) -> int:
-        return self.adapter_parameters or self.student.parameters
+        return (self.adapter_parameters or self.student.parameters) + self.projector_parameters
 
     @property
     def held_parameters(self) -> int:
@@ -163,6 +166,7 @@ def make_setup(
     if sampler_replicas is None:
         sampler_replicas = len(config.rollout.addresses or ())
     lora = config.student.lora
+    projectors, state_widths = _states(config, student, teacher)
     return Setup(
         student=student,
         teacher=teacher,
@@ -199,8 +203,20 @@ def make_setup(
         staleness=config.rollout.staleness,
         adapter_parameters=0 if lora is None else student.adapter_parameters(lora),
         sampler_applies_adapter=not sampler_replicas and _sampler_applies_adapter(config, device),
+        projector_parameters=projectors,
+        state_widths=state_widths,
         dtype_lines=(*settled.notes, *settled.warnings),
     )
+
+
+def _states(config: Config, student: Architecture, teacher: Architecture) -> tuple[int, tuple[int, int]]:
+    """What terms that compare states learn and ask for: `Setup.projector_parameters` and `state_widths`."""
+    of_terms = config.objective.state_pairs(*(ModelShape(side.layers, side.hidden) for side in (student, teacher)))
+    pairs = [pair for own in of_terms.values() for pair in own]
+    projectors = sum(p.student_width * p.teacher_width for p in pairs if p.student_width != p.teacher_width)
+    widths = {pair.teacher: pair.teacher_width for pair in pairs}
+    asked = {tokens: sum(w for place, w in widths.items() if place.tokens == tokens) for tokens in ("scored", "all")}
+    return projectors, (asked["scored"], asked["all"])
 
 
 def _sampler_sequences(config: Config, devices: int, sampler_replicas: int) -> int:

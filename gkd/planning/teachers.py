@@ -38,9 +38,9 @@ class TeacherPlace:
         return 1
 
     def states_bytes(self, setup: Setup) -> float:
-        """Hidden states that the loss will use, of all of a rank's completions at their longest."""
-        tokens = max(1.0, setup.local_sequences) * setup.max_new_tokens
-        return tokens * setup.teacher.hidden * DTYPE_BYTES[setup.teacher_dtype]
+        """Hidden states that the loss will use, of all of a rank's sequences at their longest."""
+        sequences = max(1.0, setup.local_sequences)
+        return sequences * _sequence_bytes(setup, setup.max_new_tokens, setup.longest_tokens)
 
     def links(self, setup: Setup) -> list[Link]:
         return [Link(_STATES, "device", _sent_bytes(setup), 0.0)]
@@ -130,6 +130,12 @@ def _activation_bytes(setup: Setup) -> float:
 
 
 def _sent_bytes(setup: Setup) -> float:
-    """Of a step's completions of a training device."""
-    tokens = setup.local_sequences * setup.completion_tokens
-    return tokens * setup.teacher.hidden * DTYPE_BYTES[setup.teacher_dtype]
+    """Of a step's sequences of a training device."""
+    return setup.local_sequences * _sequence_bytes(setup, setup.completion_tokens, setup.mean_tokens)
+
+
+def _sequence_bytes(setup: Setup, scored_tokens: float, tokens: float) -> float:
+    """States of one sequence: the last ones of its scored tokens, and what terms ask of layers."""
+    of_scored, of_all = setup.state_widths
+    elements = scored_tokens * (setup.teacher.hidden + of_scored) + tokens * of_all
+    return elements * DTYPE_BYTES[setup.teacher_dtype]

@@ -248,7 +248,7 @@ def _sync_links(setup: Setup) -> list[Link]:
     To served samplers the main rank sends them, to each its own copy; what is frozen is gathered as it is kept.
     """
     student, name = setup.student, "weights to the sampler"
-    kept = 4.0 * setup.trained_parameters + setup.frozen_bytes
+    kept = 4.0 * (setup.trained_parameters - setup.projector_parameters) + setup.frozen_bytes
     sent = float(student.parameters * DTYPE_BYTES[setup.student_dtype])
     if setup.sampler_applies_adapter:
         kept = sent = 4.0 * setup.adapter_parameters

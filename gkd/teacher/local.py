@@ -5,16 +5,16 @@ Legend: B sequences, T positions, H_t the teacher's hidden size, n_i completion 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 
 from gkd.data.order import longest_first
 from gkd.errors import RunError
-from gkd.models import backbone_of, output_head
+from gkd.models import StateReader, backbone_of, output_head
 from gkd.system_errors import memory_for
-from gkd.types import HiddenScores, OutputHead, Rollout, TeacherScores
+from gkd.types import HiddenScores, OutputHead, Rollout, StatePlace, TeacherScores, WhichTokens
 
 _LESS_MEMORY = "lower teacher.micro_batch_size, which changes no result, or shard the teacher or serve it (placement)"
 Backbone = Callable[..., Any]  # called as a transformers backbone is
@@ -42,10 +42,13 @@ class LocalTeacher:
         pad_token_id: int,
         place: Placing = whole,
         agree_on_largest: Callable[[int], int] = lambda count: count,
+        state_places: Collection[StatePlace] = (),
     ) -> None:
         """`place` puts the frozen model on the device. Where that shards it, all ranks must run as many forwards:
-        `agree_on_largest` returns the largest of their counts."""
+        `agree_on_largest` returns the largest of their counts. Scores carry the states of `state_places`."""
         self._model = model.eval().requires_grad_(False)
+        self._state_places = tuple(state_places)
+        self._reader = StateReader(model, "teacher.model") if state_places else None
         self._backbone, self._head = place(self._model, device)
         self._device = device
         self._micro_batch_size = micro_batch_size
@@ -57,34 +60,54 @@ class LocalTeacher:
         """Hidden states after the final norm, [n_i, H_t] for each rollout, in the teacher's dtype."""
         self._assert_frozen()
         nothing = self._head.weight.new_empty(0, self._head.weight.shape[1])
-        hidden = [nothing] * len(rollouts)
         order = longest_first([len(rollout.token_ids) for rollout in rollouts])
         scored = [i for i in order if rollouts[i].completion_ids]
+        empty = HiddenScores(nothing, self._head, dict.fromkeys(self._state_places, nothing))
+        scores: list[TeacherScores] = [empty] * len(rollouts)
         starts = range(0, len(scored), self._micro_batch_size)
         idle = self._agree_on_largest(len(starts)) - len(starts)  # asked for before any forward: that may be collective
         for start in starts:
             rows = scored[start : start + self._micro_batch_size]
             with memory_for("the teacher's forward", _LESS_MEMORY):
                 found = self._forward([rollouts[i] for i in rows])
-            for i, states in zip(rows, found, strict=True):
-                hidden[i] = states
+            for i, one in zip(rows, found, strict=True):
+                scores[i] = one
         for _ in range(idle):
-            self._backbone(input_ids=torch.tensor([[self._pad_token_id]], device=self._device), use_cache=False)
-        return [HiddenScores(states, self._head) for states in hidden]
+            self._states(torch.tensor([[self._pad_token_id]], device=self._device))
+        return scores
 
-    def _forward(self, rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
+    def _forward(self, rollouts: Sequence[Rollout]) -> list[HiddenScores]:
         longest = max(len(r.token_ids) for r in rollouts)
         ids = torch.full((len(rollouts), longest), self._pad_token_id)  # [B, T]
         for row, rollout in enumerate(rollouts):
             ids[row, : len(rollout.token_ids)] = torch.tensor(rollout.token_ids)
         # padded on the right, so the causal mask alone keeps padding out of every state that is used
-        states = self._backbone(input_ids=ids.to(self._device), use_cache=False).last_hidden_state  # [B, T, H_t]
-        # position t predicts token t + 1, so the completion's first token is predicted by the prompt's last
+        states, layers = self._states(ids.to(self._device))  # [B, T, H_t]
         return [
-            states[row, len(r.draw.prompt.token_ids) - 1 : len(r.token_ids) - 1].clone()
-            for row, r in enumerate(rollouts)
+            HiddenScores(
+                _of_tokens(states[row], rollout, "scored"),
+                self._head,
+                {place: _of_tokens(layers[place.layer][row], rollout, place.tokens) for place in self._state_places},
+            )
+            for row, rollout in enumerate(rollouts)
         ]
+
+    def _states(self, ids: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """The last ones, and those of the layers that are asked for."""
+        if self._reader is None:
+            return self._backbone(input_ids=ids, use_cache=False).last_hidden_state, {}
+        layers = {place.layer for place in self._state_places}
+        return self._reader.call(self._backbone, layers, input_ids=ids)
 
     def _assert_frozen(self) -> None:
         if self._model.training or any(p.requires_grad for p in self._model.parameters()):
             raise RunError("the teacher must be frozen and in eval mode, but something switched it to training")
+
+
+def _of_tokens(states: torch.Tensor, rollout: Rollout, tokens: WhichTokens) -> torch.Tensor:
+    """A copy of what is asked for of a row [T, H_t], without the padding."""
+    end = len(rollout.token_ids)
+    if tokens == "all":
+        return states[:end].clone()
+    # position t predicts token t + 1, so the completion's first token is predicted by the prompt's last
+    return states[len(rollout.draw.prompt.token_ids) - 1 : end - 1].clone()

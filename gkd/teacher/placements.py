@@ -6,7 +6,7 @@ A further placement is a class here, with its name in the table, and that name a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from gkd.models import check_covers, model_fingerprint, read_config, resolve_mod
 from gkd.teacher.base import Teacher
 from gkd.teacher.endpoints import Endpoints
 from gkd.teacher.replicas import Replicas
+from gkd.types import StatePlace
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,7 @@ class Site:
     world_size: int
     pad_token_id: int
     agree_on_largest: Callable[[int], int]
+    state_places: Collection[StatePlace] = ()  # what terms ask of layers, beside the last states
 
 
 class TeacherPlacement:
@@ -99,6 +101,7 @@ class Local(TeacherPlacement):
             pad_token_id=site.pad_token_id,
             place=sharded if is_sharded else whole,
             agree_on_largest=site.agree_on_largest if is_sharded else lambda count: count,
+            state_places=site.state_places,
         )
 
 

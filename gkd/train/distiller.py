@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,7 @@ class Distiller:
             describe_sides,
             empty_model,
             lora_targets,
+            model_shape,
             read_config,
             resolve_model,
         )
@@ -140,6 +142,11 @@ class Distiller:
             available = read_config(paths["student.model"]).get_text_config().num_hidden_layers
             init.check_fits(available)
             lines.append(f"student: {names['student.model']} of {available} layers: {init.describe()}")
+        if self.config.objective.state_terms:
+            student, teacher = (
+                model_shape(read_config(paths[f"{s}.model"]), f"{s}.model") for s in ("student", "teacher")
+            )
+            self.config.objective.state_pairs(student if init is None else replace(student, layers=init.count), teacher)
         if (lora := self.config.student.lora) is not None:
             lora_targets(empty_model(read_config(paths["student.model"])), lora)  # raises, too
         return lines

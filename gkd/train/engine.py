@@ -30,9 +30,10 @@ from gkd.train.module import ObjectiveSums, StudentModule, token_measures
 from gkd.train.optimizer import make_optimizer, make_schedule
 from gkd.train.run_folder import write_json
 from gkd.train.settings import TrainingSettings
+from gkd.train.state_terms import StateTerms
 from gkd.train.step_sums import StepSums
 from gkd.train.unpickling import read_as_data
-from gkd.types import TokenBatch, WeightStream
+from gkd.types import StatePairs, TokenBatch, WeightStream
 
 _log = logging.getLogger(__name__)
 _LESS_MEMORY = (
@@ -53,6 +54,7 @@ class StudentEngine:
         launch: Launch,
         *,
         valid_vocab: int,
+        state_pairs: StatePairs | None = None,
         sampler_applies_adapter: bool = False,
         mismatch: MismatchGuard | None = None,
         phase: Phase = lambda name: nullcontext(),
@@ -72,7 +74,8 @@ class StudentEngine:
         # what is frozen is in the student's own folder, and in no checkpoint
         self._is_partly_frozen = not all(parameter.requires_grad for parameter in model.parameters())
         self._memory = training.objective.memory()
-        module = StudentModule(model, valid_vocab, getattr(torch, training.dtype))
+        state_terms = StateTerms(state_pairs, training.seed) if state_pairs else None
+        module = StudentModule(model, valid_vocab, getattr(torch, training.dtype), state_terms)
         optimizer = None if "optimizer" in settings else make_optimizer(module, training.optim)
         schedule: Any = None  # a function, as it may be DeepSpeed that makes the optimizer
         if "scheduler" not in settings:

@@ -5,14 +5,14 @@ Legend: B rows, T positions, N scored tokens, H hidden size, V vocabulary, K ter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from gkd.models import backbone_of, output_head, packed_inputs
+from gkd.models import StateReader, backbone_of, output_head, packed_inputs
 from gkd.models.compiled import only_in_training
 from gkd.objectives.measures import SequenceMeasures
 from gkd.objectives.mismatch import log_ratios, mismatch_sums
@@ -21,6 +21,7 @@ from gkd.objectives.reduction import weigh
 from gkd.ops.linear_terms import TermScores, linear_terms
 from gkd.ops.token_logprobs import token_logprobs
 from gkd.ops.vocabulary_pass import KL_MEASURES, LABEL_LOGPROB, TOPK_MEASURES, WeightedLoss
+from gkd.train.state_terms import StateTerms
 from gkd.types import HiddenScores, NoScores, OutputHead, TeacherScores, TokenBatch, TopkScores
 
 
@@ -34,6 +35,7 @@ class ObjectiveSums(NamedTuple):
     measured: torch.Tensor  # [len(measure_names(teacher)), N] bool: where they were measured
     mismatch: torch.Tensor  # [len(MismatchSums._fields)] float64: sums over the tokens sampled from the student
     largest_log_ratio: torch.Tensor  # scalar float64: their largest |log(p_trainer / p_sampler)|
+    state_values: torch.Tensor | None = None  # see `StateSums.values`; None where nothing is trained
 
 
 def measure_names(teacher: TeacherScores) -> tuple[str, ...]:
@@ -179,9 +181,11 @@ def _without_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: An
 class StudentModule(nn.Module):
     """`forward` is the only entrance: what shards parameters hooks it."""
 
-    def __init__(self, model: Any, valid_vocab: int, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, valid_vocab: int, dtype: torch.dtype, state_terms: StateTerms | None = None) -> None:
         super().__init__()
         self.model = model
+        self.state_terms = state_terms
+        self._reader = None if state_terms is None else StateReader(model, "student.model")
         self.objective_head = ObjectiveHead(output_head(model), valid_vocab, dtype)
         self.register_state_dict_post_hook(_without_frozen)
 
@@ -198,12 +202,23 @@ class StudentModule(nn.Module):
     def _forward(
         self, batch: TokenBatch, objective: Objective | None, dtype: torch.dtype | None = None
     ) -> ObjectiveSums | torch.Tensor:
+        hidden, states = self._states(batch, objective)  # [B, T, H]
+        sums = self.objective_head(hidden.flatten(0, 1)[batch.score_index], batch, objective, dtype)
+        if self.state_terms is None or objective is None or not torch.is_grad_enabled():
+            return sums
+        of_states = self.state_terms(states, hidden, batch, objective)
+        return sums._replace(loss=sums.loss + of_states.loss, state_values=of_states.values)
+
+    def _states(
+        self, batch: TokenBatch, objective: Objective | None
+    ) -> tuple[torch.Tensor, Mapping[int, torch.Tensor]]:
+        """The last ones, and those of the layers that the objective's terms compare."""
         packed = {} if batch.sequence_lengths is None else packed_inputs(batch.sequence_lengths, batch.input_ids.device)
         backbone = backbone_of(self.model)
-        with only_in_training():
-            states = backbone(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state  # [B, T, H]
-        hidden = states.flatten(0, 1)[batch.score_index]  # [N, H]
-        return self.objective_head(hidden, batch, objective, dtype)
+        if self._reader is None or self.state_terms is None or objective is None:
+            with only_in_training():
+                return backbone(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state, {}
+        return self._reader.call(backbone, self.state_terms.layers(objective), input_ids=batch.input_ids, **packed)
 
 
 def token_measures(

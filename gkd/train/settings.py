@@ -12,6 +12,7 @@ class TrainingSettings(Section):
     """Parts of a run's config, by the names that they have there; `TrainingSettings.model_validate` makes one alone."""
 
     steps: int = 100
+    seed: int = 0
     dtype: Dtype = "float32"
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -24,6 +25,7 @@ class TrainingSettings(Section):
     def of(cls, config: Config) -> Self:
         return cls(
             steps=config.run.steps,
+            seed=config.run.seed,
             dtype=config.student.dtype,  # pyright: ignore[reportArgumentType]  # of a settled config; anything else raises
             gradient_checkpointing=config.student.gradient_checkpointing,
             compile=config.student.compile,

@@ -41,6 +41,8 @@ class StepSums:
         self.loss = zeros(1)
         self._measures = zeros(2, len(_NAMES))  # sums, and of how many tokens
         self._values = zeros(2, len(self._terms))  # likewise
+        self._state_terms = [term.name for term in objective.state_terms]
+        self._state_values = zeros(2, len(self._state_terms))
         self._mismatch = zeros(len(MismatchSums._fields))
         self._largest_log_ratio = zeros(1)
 
@@ -53,14 +55,16 @@ class StepSums:
                 self._measures[1, _NAMES.index(name)] += sums.measured[row].sum()
         self._values[0] += sums.values.double().sum(1)
         self._values[1] += sums.acts.sum(1)
+        if sums.state_values is not None:
+            self._state_values += sums.state_values
         self._mismatch += sums.mismatch
         self._largest_log_ratio = torch.maximum(self._largest_log_ratio, sums.largest_log_ratio)
 
     def metrics(self, denominator: float) -> dict[str, float]:
         """Of the global batch: collective."""
-        parts = [self.loss, self._measures, self._values, self._mismatch]
+        parts = [self.loss, self._measures, self._values, self._state_values, self._mismatch]
         joined = sum_over_ranks(torch.cat([part.flatten() for part in parts])).cpu()
-        loss, measures, values, mismatch_sums = (
+        loss, measures, values, state_values, mismatch_sums = (
             part.reshape(like.shape).tolist()
             for part, like in zip(joined.split([part.numel() for part in parts]), parts, strict=True)
         )
@@ -71,6 +75,7 @@ class StepSums:
             "loss": loss[0] / max(denominator, 1e-30),
             **_means([_METRICS[name] for name in _NAMES], *measures),
             **_means([f"objective/{name}/loss" for name in self._terms], *values),
+            **_means([f"objective/{name}/loss" for name in self._state_terms], *state_values),
             **{f"mismatch/{name}": value for name, value in mismatch.items()},
         }
 

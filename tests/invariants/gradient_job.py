@@ -1,16 +1,20 @@
 """One optimizer step of plain SGD on a fixed ragged batch, under every split asked for; run by torchrun or alone.
 
 python gradient_job.py OUT.safetensors MODEL_FOLDER TEACHER_FOLDER '[[split, zero_stage], ...]' '{"name": objective}'
+    [WIDE_TEACHER_FOLDER '{"name": objective}']
 
 A split is a micro-batch size, or "60 tokens": packed.
 
-Writes, for each objective and split, every parameter's gradient, recovered as (old - new) / lr.
+Writes, for each objective and split, every parameter's gradient, recovered as (old - new) / lr. The last two arguments
+are another teacher, and the objectives that it teaches.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,8 @@ from safetensors.torch import save_file
 
 from gkd.config import Launch
 from gkd.data import pack
-from gkd.models import load_causal_lm, use_packed_attention
+from gkd.models import load_causal_lm, model_shape, use_packed_attention
+from gkd.models.lora import LeavingWeight
 from gkd.teacher.local import LocalTeacher
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
@@ -29,6 +34,7 @@ from gkd.types import Prompt, PromptDraw, Rollout
 
 BATCH = 8
 LR = 1e3  # large, so that new - old keeps the gradient's digits
+MEASURED = ("loss", "grad_norm", "tokens/scored", "mismatch/k3")
 LENGTHS = [(5, 30), (9, 1), (3, 17), (20, 2), (4, 44), (12, 8), (7, 0), (2, 23)]  # prompt, completion tokens
 
 
@@ -60,7 +66,7 @@ def with_sampler_logprobs(rollouts: list[Rollout], model: Any) -> list[Rollout]:
 
 
 def run_split(
-    model: str, teacher: LocalTeacher, split: int | str, stage: int, objective: dict[str, Any], launch: Launch
+    model: str, teacher_model: Any, split: int | str, stage: int, objective: dict[str, Any], launch: Launch
 ) -> Any:
     folder = Path(sys.argv[1]).parent
     sgd = folder / f"sgd{launch.rank}.json"
@@ -78,8 +84,17 @@ def run_split(
     rollouts = with_sampler_logprobs(ragged_rollouts(), student)
     if packed:
         use_packed_attention(student, "optim.micro_batch_tokens")
-    engine = StudentEngine(student, training, launch, valid_vocab=259)
-    old = {name: tensor.clone() for name, tensor in engine.whole_weights()}
+    shapes = (model_shape(student.config, "student.model"), model_shape(teacher_model.config, "teacher.model"))
+    pairs = training.objective.state_pairs(*shapes)
+    engine = StudentEngine(student, training, launch, valid_vocab=259, state_pairs=pairs)
+    old = {name: tensor.clone() for name, tensor in all_weights(engine)}
+    teacher = LocalTeacher(
+        teacher_model,
+        device=torch.device("cpu"),
+        micro_batch_size=4,
+        pad_token_id=0,
+        state_places={pair.teacher for own in pairs.values() for pair in own},
+    )
     mine = rollouts[launch.rank :: launch.world_size]
     scores = teacher.score(mine)
     batches = pack(
@@ -92,30 +107,32 @@ def run_split(
         reduction=training.objective.reduction,
     )
     stats = engine.step(batches, step=0)
-    gradients = {name: (old[name] - tensor) / LR for name, tensor in engine.whole_weights()}
+    gradients = {name: (old[name] - tensor) / LR for name, tensor in all_weights(engine)}
     return gradients, stats
 
 
+def all_weights(engine: StudentEngine) -> Iterator[tuple[str, torch.Tensor]]:
+    """The student's, and those of projectors, which do not leave the trainer otherwise."""
+    terms = engine._engine.module.state_terms  # pyright: ignore[reportPrivateUsage]
+    own = {} if terms is None else dict(terms.named_parameters())
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in own.items()}
+    yield from engine.whole_weights()
+    yield from engine.stream({name: LeavingWeight(shapes[name], (p,), p.detach) for name, p in own.items()})
+
+
 def main() -> None:
-    out, model, teacher_folder, splits, objectives = sys.argv[1:]
+    out, model, teacher_folder, splits, objectives, *wide = sys.argv[1:]
     launch = Launch.from_environment()
     distributed.initialize(launch)
-    teacher_model = load_causal_lm(teacher_folder, "float32")
-    teacher = LocalTeacher(teacher_model, device=torch.device("cpu"), micro_batch_size=4, pad_token_id=0)
     results: dict[str, torch.Tensor] = {}
-    for name, objective in json.loads(objectives).items():
-        for split, stage in json.loads(splits):
+    for folder, taught in ((teacher_folder, objectives), *([tuple(wide)] if wide else [])):
+        teacher = load_causal_lm(folder, "float32")
+        for (name, objective), (split, stage) in itertools.product(json.loads(taught).items(), json.loads(splits)):
             gradients, stats = run_split(model, teacher, split, stage, objective, launch)
             key = f"{name}/{split}/{stage}"
             results |= {f"{key}/{parameter}": gradient.contiguous() for parameter, gradient in gradients.items()}
-            for metric in (
-                "loss",
-                "grad_norm",
-                "tokens/scored",
-                "mismatch/k3",
-                *(n for n in stats if "objective" in n),
-            ):
-                results[f"{key}: {metric}"] = torch.tensor(stats[metric], dtype=torch.float64)
+            measured = {n: v for n, v in stats.items() if n in MEASURED or "objective" in n}
+            results |= {f"{key}: {n}": torch.tensor(v, dtype=torch.float64) for n, v in measured.items()}
     if launch.is_main:
         save_file(results, out)
     distributed.end_process()

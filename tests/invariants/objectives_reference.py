@@ -15,6 +15,9 @@ from gradient_job import ragged_rollouts, with_sampler_logprobs
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from gkd.config.objective import ObjectiveConfig
+from gkd.models import model_shape
+from gkd.train.state_terms import StateTerms
 from gkd.types import Rollout
 
 # Every kind of term and token weight at least once; those of one objective share rows, or divide them by source.
@@ -100,6 +103,27 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Of a teacher that is wider than the student: projectors are trained beside it.
+OF_A_WIDE_TEACHER: dict[str, dict[str, Any]] = {
+    "projected states": {
+        "terms": [
+            {"kind": "hidden_states", "layers": "uniform", "distance": "normalized_mse", "weight": 0.7},
+            {"kind": "hidden_states", "name": "off", "weight": 0.0},
+        ]
+    }
+}
+OBJECTIVES["states beside a divergence"] = {
+    "terms": [
+        {"kind": "reverse_kl", "on": ["student"]},
+        {"kind": "hidden_states", "weight": 0.5, "on": ["dataset"]},
+        {"kind": "hidden_states", "name": "every", "layers": "uniform", "distance": "cosine", "tokens": "all"},
+    ]
+}
+OBJECTIVES["states of sequences"] = {
+    "reduction": "sequence_mean",
+    "terms": [{"kind": "hidden_states", "layers": [[0, 0], [1, 3]], "tokens": "all", "on": ["student"]}],
+}
+
 Model = Callable[[Tensor], Tensor]
 
 
@@ -113,24 +137,74 @@ def reference(
     terms = objective.get("terms") or [{k: v for k, v in objective.items() if k not in ("reduction", "temperature")}]
     by_sequence = objective.get("reduction") == "sequence_mean"
     denominator = len(rollouts) if by_sequence else sum(len(r.completion_ids) for r in rollouts)
+    heat = objective.get("temperature", 1.0)
+    projectors = fresh_projectors(objective, s.config, t.config)
     total = torch.zeros((), dtype=torch.float64)
     values: dict[str, list[Tensor]] = {}
     for rollout in rollouts:
         ids, span = torch.tensor([rollout.token_ids]), slice(len(rollout.draw.prompt.token_ids) - 1, -1)
-        logits = s(ids).logits[0, span]
+        own = s(ids, output_hidden_states=True)
         with torch.no_grad():
-            teacher_logits = t(ids).logits[0, span]
+            other = t(ids, output_hidden_states=True)
+        logits, teacher_logits = own.logits[0, span], other.logits[0, span]
         row_weight = 1 / len(rollout.completion_ids) if by_sequence else 1.0
         for term in terms:
-            if rollout.source not in term.get("on", [rollout.source]):
+            name = term.get("name", term["kind"])
+            if rollout.source not in term.get("on", [rollout.source]) or term.get("weight", 1.0) == 0:
                 continue
-            value = term_value(term, logits, teacher_logits, rollout, objective.get("temperature", 1.0))
-            weight = token_weight(term, logits.detach(), teacher_logits, rollout, objective.get("temperature", 1.0))
-            values.setdefault(term.get("name", term["kind"]), []).append(value.detach())
+            if term["kind"] == "hidden_states":
+                places = slice(None) if term.get("tokens") == "all" else span
+                value = states_value(
+                    term,
+                    [states[0, places] for states in own.hidden_states],
+                    [states[0, places] for states in other.hidden_states],
+                    projectors.get(name, []),
+                )
+                weight: Tensor | float = len(rollout.completion_ids) / len(value)
+            else:
+                value = term_value(term, logits, teacher_logits, rollout, heat)
+                weight = token_weight(term, logits.detach(), teacher_logits, rollout, heat)
+            values.setdefault(name, []).append(value.detach())
             total = total + term.get("weight", 1.0) * row_weight * (weight * value).sum() / denominator
     total.backward()
-    gradients = {name: p.grad for name, p in s.named_parameters() if p.grad is not None}
+    every_projector = [p for own in projectors.values() for p in own]
+    trained = [*s.named_parameters(), *((f"projectors.{i}.weight", p) for i, p in enumerate(every_projector))]
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trained}
     return total.item(), gradients, {name: torch.cat(found).mean().item() for name, found in values.items()}
+
+
+def fresh_projectors(objective: dict[str, Any], student: Any, teacher: Any) -> dict[str, list[Tensor]]:
+    """By term. Where they begin is the engine's to say; nothing else here is."""
+    found: dict[str, list[Tensor]] = {}
+    terms = (
+        ObjectiveConfig.model_validate(objective).state_pairs(
+            model_shape(student, "student"), model_shape(teacher, "teacher")
+        )
+        if "terms" in objective
+        else {}
+    )
+    places = iter(StateTerms(terms, seed=0).projectors.double())
+    for name, pairs in terms.items():
+        found[name] = [next(places).weight for pair in pairs if pair.student_width != pair.teacher_width]
+    return found
+
+
+def states_value(
+    term: dict[str, Any], student: list[Tensor], teacher: list[Tensor], projectors: list[Tensor]
+) -> Tensor:
+    """[n], from states [n, H] of each layer."""
+    first, last = len(student) - 1, len(teacher) - 1
+    layers = term.get("layers", "last")
+    pairs = {"last": [(first, last)], "uniform": [(i, i * last // first) for i in range(1, first + 1)]}
+    found = []
+    for index, (i, j) in enumerate(layers if isinstance(layers, list) else pairs[layers]):
+        a, b = student[i] @ projectors[index].T if projectors else student[i], teacher[j]
+        found.append({
+            "mse": lambda a, b: ((a - b) ** 2).sum(-1) / b.shape[-1],
+            "cosine": lambda a, b: 1 - torch.nn.functional.cosine_similarity(a, b, dim=-1),
+            "normalized_mse": lambda a, b: ((a - b) ** 2).sum(-1) / (b**2).sum(-1),
+        }[term.get("distance", "mse")](a, b))  # fmt: skip
+    return torch.stack(found).mean(0)
 
 
 def term_value(term: dict[str, Any], student: Tensor, teacher: Tensor, rollout: Rollout, heat: float) -> Tensor:

@@ -15,14 +15,20 @@ from typing import Any
 import pytest
 import torch
 from launching import check, run_python, torchrun
-from objectives_reference import OBJECTIVES, reference
+from objectives_reference import OBJECTIVES, OF_A_WIDE_TEACHER, reference
 from safetensors.torch import load_file
+from tiny import save_tiny_model
 
 JOB = Path(__file__).parent / "gradient_job.py"
 TOLERANCE = 1e-5  # relative Frobenius error of each parameter's gradient, float32
 SOME = {name: OBJECTIVES[name] for name in ("hinton", "entropy aware")}
 
-truth = cache(lambda student, teacher, name: reference(student, teacher, OBJECTIVES[name]))
+truth = cache(lambda student, teacher, name: reference(student, teacher, (OBJECTIVES | OF_A_WIDE_TEACHER)[name]))
+
+
+@pytest.fixture(scope="module")
+def wide_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("wide") / "teacher", seed=4, layers=4, hidden=96)
 
 
 def assert_matches(results: dict[str, torch.Tensor], key: str, student: Path, teacher: Path, name: str) -> None:
@@ -33,8 +39,8 @@ def assert_matches(results: dict[str, torch.Tensor], key: str, student: Path, te
     names = {name.removeprefix(f"{key}/") for name in results if name.startswith(f"{key}/")}
     assert names == gradients.keys()
     for parameter, expected in gradients.items():
-        error = torch.linalg.norm(results[f"{key}/{parameter}"].double() - expected) / torch.linalg.norm(expected)
-        assert error < TOLERANCE, f"{key}, {parameter}: {error:.2e}"
+        error, size = torch.linalg.norm(results[f"{key}/{parameter}"].double() - expected), torch.linalg.norm(expected)
+        assert error <= TOLERANCE * size, f"{key}, {parameter}: {error:.2e} of {size:.2e}"
     norm = torch.sqrt(sum((g.double() ** 2).sum() for g in gradients.values()))  # pyright: ignore
     assert results[f"{key}: grad_norm"].item() == pytest.approx(norm.item(), rel=1e-4)
     assert results[f"{key}: tokens/scored"].item() == 125
@@ -50,19 +56,25 @@ def assert_all_match(
 
 
 @pytest.mark.slow
-def test_micro_batches(tmp_path: Path, tiny_student: Path, tiny_teacher: Path) -> None:
+def test_micro_batches(tmp_path: Path, tiny_student: Path, tiny_teacher: Path, wide_teacher: Path) -> None:
     splits = [[8, 0], [2, 0], ["64 tokens", 0]]
     out = tmp_path / "out.safetensors"
-    check(run_python([JOB, out, tiny_student, tiny_teacher, json.dumps(splits), json.dumps(OBJECTIVES)]))
+    job = [JOB, out, tiny_student, tiny_teacher, json.dumps(splits), json.dumps(OBJECTIVES)]
+    check(run_python([*job, wide_teacher, json.dumps(OF_A_WIDE_TEACHER)]))
     assert_all_match(out, splits, OBJECTIVES, tiny_student, tiny_teacher)
+    assert_all_match(out, splits, OF_A_WIDE_TEACHER, tiny_student, wide_teacher)
 
 
 @pytest.mark.slow
-def test_two_ranks_at_every_zero_stage(tmp_path: Path, tiny_student: Path, tiny_teacher: Path) -> None:
+def test_two_ranks_at_every_zero_stage(
+    tmp_path: Path, tiny_student: Path, tiny_teacher: Path, wide_teacher: Path
+) -> None:
     splits = [[2, 0], ["50 tokens", 1], [4, 2], [2, 3], ["50 tokens", 3]]
     out = tmp_path / "out.safetensors"
-    check(torchrun(2, [JOB, out, tiny_student, tiny_teacher, json.dumps(splits), json.dumps(OBJECTIVES)]))
+    job = [JOB, out, tiny_student, tiny_teacher, json.dumps(splits), json.dumps(OBJECTIVES)]
+    check(torchrun(2, [*job, wide_teacher, json.dumps(OF_A_WIDE_TEACHER)]))
     assert_all_match(out, splits, OBJECTIVES, tiny_student, tiny_teacher)
+    assert_all_match(out, splits, OF_A_WIDE_TEACHER, tiny_student, wide_teacher)
     k3 = [value.item() for name, value in load_file(out).items() if name.endswith("mismatch/k3") and "hinton" in name]
     assert k3 == pytest.approx([k3[0]] * len(k3), rel=1e-5)
     assert 0.02 < k3[0] < 0.08  # noise of 0.3: about 0.3^2 / 2

@@ -41,6 +41,21 @@ def test_zero_by_hand() -> None:
         assert not host
 
 
+def test_states_of_layers_by_hand() -> None:
+    """A pair of the last layers, widths 2048 and 4096, and one for every token: a projector each, and bf16 states."""
+    plain = setup_of(SMALL, 1)
+    term = {"kind": "hidden_states", "tokens": "all", "layers": [[0, 0], [28, 36]]}
+    asked = setup_of(SMALL, 1, "objective=" + json.dumps({"terms": [{}, term]}))
+    assert asked.trained_parameters - PARAMETERS == 2 * 2048 * 4096
+    more = (
+        memory_plan(asked).phases["score"]["teacher hidden states"]
+        / memory_plan(plain).phases["score"]["teacher hidden states"]
+    )
+    assert more == pytest.approx(1 + 2 * plain.longest_tokens / plain.max_new_tokens)
+    only = setup_of(SMALL, 1, "objective=" + json.dumps({"terms": [term]}))
+    assert (only.head_products, plain.head_products) == ((0, 0), (1, 1))
+
+
 def test_an_offloaded_optimizer_by_hand() -> None:
     setup = replace(setup_of(SMALL, 8), offload_optimizer=True)
     for stage, on_device in {1: 4 + 4, 2: 4, 3: 4 / 8}.items():

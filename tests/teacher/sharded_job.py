@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from gradient_job import ragged_rollouts
@@ -21,12 +22,18 @@ from gkd.teacher.sharded import sharded
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
 from gkd.train.settings import TrainingSettings
-from gkd.types import TeacherScores
+from gkd.types import StatePlace, TeacherScores
+
+PLACES = (StatePlace(2), StatePlace(4, "all"))
 
 
 def largest_difference(found: list[TeacherScores], expected: list[TeacherScores]) -> float:
     ours, theirs = whole(found), whole(expected)
     pairs = [(f.states, e.states) for f, e in zip(ours, theirs, strict=True) if len(e)]
+    assert all(set(PLACES) == one.layer_states.keys() for one in ours)
+    pairs += [
+        (f.layer_states[p], e.layer_states[p]) for f, e in zip(ours, theirs, strict=True) if len(e) for p in PLACES
+    ]
     assert torch.equal(ours[0].head.weight, theirs[0].head.weight) and all(f.dtype == e.dtype for f, e in pairs)
     return max(((f - e).abs().max() / e.abs().max()).item() for f, e in pairs)
 
@@ -35,12 +42,11 @@ def main() -> None:
     out, teacher_folder, student_folder, dtype = sys.argv[1:]
     launch, cpu = Launch.from_environment(), torch.device("cpu")
     distributed.initialize(launch)
-    undivided = LocalTeacher(load_causal_lm(teacher_folder, dtype), device=cpu, micro_batch_size=2, pad_token_id=0)
+    settings: dict[str, Any] = {"device": cpu, "micro_batch_size": 2, "pad_token_id": 0, "state_places": PLACES}
+    undivided = LocalTeacher(load_causal_lm(teacher_folder, dtype), **settings)
     model = load_causal_lm(teacher_folder, dtype)
     parameters = sum(p.numel() for p in backbone_of(model).parameters())
-    teacher = LocalTeacher(
-        model, device=cpu, micro_batch_size=2, pad_token_id=0, place=sharded, agree_on_largest=distributed.largest_count
-    )
+    teacher = LocalTeacher(model, **settings, place=sharded, agree_on_largest=distributed.largest_count)
     kept = sum(p.ds_tensor.numel() for p in backbone_of(model).parameters())  # pyright: ignore
     mine = ragged_rollouts()[: 7 if launch.rank == 0 else 1]
     differences = [largest_difference(teacher.score(mine), undivided.score(mine)) for _ in range(2)]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from gkd.errors import RunError
 from gkd.models import head_logits, load_causal_lm
 from gkd.teacher.local import LocalTeacher
-from gkd.types import Prompt, PromptDraw, Rollout
+from gkd.types import Prompt, PromptDraw, Rollout, StatePlace
 
 
 def rollout(index: int, prompt: int, completion: int) -> Rollout:
@@ -46,6 +46,21 @@ def test_order_and_batching_do_not_matter(tiny_teacher: Path) -> None:
     backwards = whole(teacher(tiny_teacher, 5).score(ROLLOUTS[::-1]))[::-1]
     for one, other in zip(forwards, backwards, strict=True):
         torch.testing.assert_close(one.states, other.states, atol=1e-5, rtol=1e-5)
+
+
+def test_states_of_layers_are_those_of_transformers(tiny_teacher: Path) -> None:
+    model = load_causal_lm(str(tiny_teacher), "float32")
+    places = [StatePlace(layer, tokens) for layer in (0, 2, 4) for tokens in ("scored", "all")]
+    subject = LocalTeacher(model, device=torch.device("cpu"), micro_batch_size=2, pad_token_id=0, state_places=places)
+    for r, one in zip(ROLLOUTS, whole(subject.score(ROLLOUTS)), strict=True):
+        assert one.layer_states.keys() == set(places)
+        with torch.no_grad():
+            expected = model(torch.tensor([r.token_ids]), output_hidden_states=True).hidden_states
+        spans = {"scored": slice(len(r.draw.prompt.token_ids) - 1, -1), "all": slice(None)}
+        for place, states in one.layer_states.items():
+            of_text = expected[place.layer][0, spans[place.tokens]] if r.completion_ids else states.new_empty(0, 64)
+            torch.testing.assert_close(states, of_text, atol=1e-5, rtol=1e-5)
+    assert not teacher(tiny_teacher).score(ROLLOUTS)[0].layer_states, "nobody asked"
 
 
 @pytest.mark.fault

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 import gkd
 from gkd.config import Config, Launch, make_config
+from gkd.errors import ConfigError
 from gkd.rollout.offline import start_sampler
 from gkd.run_files import RunFiles
 from gkd.train import parts
@@ -61,6 +62,17 @@ def test_a_dry_run_says_how_the_sides_end(config: Config) -> None:
     ends, templates = gkd.Distiller(config).check()
     assert "student.model 0 '<|pad|>'; teacher.model 2 '<|end|>'" in ends
     assert templates.startswith("chat templates: that of teacher.model differs")
+
+
+@pytest.mark.fault
+def test_layers_that_a_model_does_not_have_are_refused_before_weights_are_read(config: Config, tmp_path: Path) -> None:
+    objective = {"terms": [{}, {"kind": "hidden_states", "layers": [[2, 4], [1, 5]]}]}
+    wrong = make_config({**config.model_dump(mode="json", exclude_unset=True), "objective": objective})
+    for check in (gkd.Distiller(wrong).check, lambda: located(wrong, tmp_path)):
+        with pytest.raises(
+            ConfigError, match=r"^objective\.terms\.1\.layers\.1: the teacher has no layer 5; its last is 4"
+        ):
+            check()
 
 
 def test_the_inputs_of_a_run_are_their_contents(config: Config, tmp_path: Path) -> None:

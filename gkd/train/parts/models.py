@@ -17,6 +17,7 @@ from gkd.models import (
     describe_sides,
     empty_model,
     lora_targets,
+    model_shape,
     pad_token_id,
     read_config,
     resolve_model,
@@ -25,9 +26,11 @@ from gkd.models import (
 from gkd.run_files import RunFiles
 from gkd.train.distributed import from_main
 from gkd.train.placements import Placements
+from gkd.types import StatePairs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +48,7 @@ class Models:
     valid_vocab: int
     max_model_tokens: int  # prompt and completion together
     other_teacher_paths: Mapping[str, str] = field(default_factory=dict)  # by name
+    state_pairs: StatePairs = field(default_factory=dict)  # of the terms that compare some
 
     @property
     def teacher_paths(self) -> dict[str, str]:
@@ -102,6 +106,17 @@ def locate_models(config: Config, folder: RunFiles, launch: Launch, placements: 
         valid_vocab=min(shared),
         max_model_tokens=config.longest_sampled,
         other_teacher_paths=teacher_paths,
+        state_pairs=_state_pairs(config, student_config, teacher_path),
+    )
+
+
+def _state_pairs(config: Config, student_config: PreTrainedConfig, teacher_path: str) -> StatePairs:
+    """Raises ConfigError for states that a model does not have, ModelError for a model without a list of layers."""
+    if not config.objective.state_terms:
+        return {}
+    teacher_config = read_config(teacher_path, revision=config.teacher.revision, key="teacher.model")
+    return config.objective.state_pairs(
+        model_shape(student_config, "student.model"), model_shape(teacher_config, "teacher.model")
     )
 
 

@@ -47,6 +47,7 @@ def build_student(config: Config, models: Models, launch: Launch, phase: Phase) 
         TrainingSettings.of(config),
         launch,
         valid_vocab=models.valid_vocab,
+        state_pairs=models.state_pairs,
         sampler_applies_adapter=config.sampler_lora(device.type) is not None,
         mismatch=MismatchGuard(config.rollout.max_mismatch, _less_mismatch(config)),
         phase=phase,
