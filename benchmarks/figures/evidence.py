@@ -103,18 +103,18 @@ def runs(results: Path, work: Path) -> list[Run]:
         Run("quickstart", quickstart, "quickstart.json", 480),
         small("cut", "cut_cpu.json", 300, "benchmarks.runs.cut --work", work / "cut"),
         # three rounds: their median outlives a slow minute
-        small("versus_trl", "versus_trl_cpu.json", 840, "benchmarks.runs.versus_trl --no-trials --rounds 3 --steps 4 "
-              "--batch 8 --new-tokens 24 --folder", work / "versus_trl"),
+        small("versus_trl", "versus_trl_cpu.json", 840, "benchmarks.runs.versus_trl --no-trials --same-seconds 0 "
+              "--rounds 3 --steps 4 --batch 8 --new-tokens 24 --folder", work / "versus_trl"),
         small("teacher_scoring", "teacher_scoring_cpu.json", 300,
               "benchmarks.runs.teacher_scoring --sequences 4 --passes 3 --full-tokens 2"),
         small("packing", "packing_cpu.json", 240,
               "benchmarks.runs.packing --batch 16 --max-new-tokens 160 --rounds 3 --work", work / "packing"),
         small("gkd_table", "gkd_table_smoke.json", 300, "gkd bench table --size smoke --folder", work / "gkd_table"),
-        small("bench_text", "bench_text_small.json", 480, "gkd bench text --size small --folder", work / "bench_text"),
         small("scaling", "scaling_cpu.json", 300, "benchmarks.runs.scaling --quick --steps 3"),
         # a full-sized step: in a small one the sync is most of it
         small("overlap", "overlap_cpu.json", 480,
               "benchmarks.runs.overlap --steps 5 --rounds 1 --work", work / "overlap"),
+        small("bench_text", "bench_text_small.json", 480, "gkd bench text --size small --folder", work / "bench_text"),
     ]  # fmt: skip
 
 

@@ -46,7 +46,8 @@ def text_command(
     """Compare SFT, supervised KD and on-policy GKD on text: a model distilled into 20 of its own layers.
 
     One run a method and seed is read at equally many trained tokens and at equally many seconds. Started again, the
-    same command goes on where it was cut off. The full size takes under four hours on two quiet cores with AMX.
+    same command goes on where it was cut off. The full size is meant to take three to four hours on two quiet cores
+    with AMX.
     """
     _check_out(out)
     from gkd.bench.text.compare import compare

@@ -22,6 +22,7 @@ from gkd.bench.text.marks import common_seconds, readings, step_seconds
 from gkd.bench.text.methods import BY_SOURCE, ON_POLICY_REVERSE, SFT, START, SUPERVISED_KD, Cell
 from gkd.bench.text.sizes import SIZES, Material, Size, size_named
 from gkd.bench.work import Job
+from gkd.cli.bench import text_command
 from gkd.errors import InputError
 from gkd.rollout.offline import start_sampler
 
@@ -167,12 +168,18 @@ def test_without_timing_there_is_no_mark_of_seconds() -> None:
 def test_options_that_make_no_sense_are_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--size: 'huge'"):
         size_named("huge")
+    for options, said in (
+        ({"out": Path("a.csv")}, "--out: a.csv"),
+        ({"train": tmp_path / "no"}, "--train: there is no"),
+    ):
+        with pytest.raises(InputError, match=said):
+            text_command(**options)
     with pytest.raises(InputError, match="--part: 'most' is none of all, runs, times"):
         plan.part_named("most")
     here = save_prompts(tmp_path / "train.jsonl", 2)
-    options: dict[str, Any] = {"folder": tmp_path / "runs", "part": "all", "out": None, "say": print}
+    common: dict[str, Any] = {"folder": tmp_path / "runs", "part": "all", "out": None, "say": print}
     with pytest.raises(InputError, match=r"--heldout: there is no file .*gone\.jsonl"):
-        compare(TINY, Material("any", here, tmp_path / "gone.jsonl"), so_far=False, **options)
+        compare(TINY, Material("any", here, tmp_path / "gone.jsonl"), so_far=False, **common)
     with pytest.raises(InputError, match="--so-far: no run is finished"):
-        compare(TINY, Material("any", here, here), so_far=True, **options)
+        compare(TINY, Material("any", here, here), so_far=True, **common)
     assert not (tmp_path / "runs").exists()

@@ -80,6 +80,20 @@ def test_the_ratio_is_of_the_faster_trainer(smoke: SimpleNamespace) -> None:
 
 @pytest.mark.slow
 @pytest.mark.long
+def test_for_the_same_seconds_each_trains_as_many_steps_as_they_hold(smoke: SimpleNamespace) -> None:
+    found = smoke.record["same_seconds"]
+    step_s = {name: one["over_rounds"]["step_s"]["median"] for name, one in smoke.record["contenders"].items()}
+    assert found["seconds"] == pytest.approx(3 * step_s["gkd"]) and found["contenders"]["gkd"]["steps"] == 3
+    before = smoke.record["heldout_before"]["heldout/jsd"]
+    for name, contender in found["contenders"].items():
+        assert contender["steps"] == max(1, int(found["seconds"] / step_s[name] + 1e-9))
+        (heldout,) = contender["heldout"]
+        assert heldout["heldout/jsd"] != before
+    assert f"after {found['seconds']:.0f} s of training" in smoke.said
+
+
+@pytest.mark.slow
+@pytest.mark.long
 def test_the_profile_covers_the_step(smoke: SimpleNamespace) -> None:
     profile = smoke.record["profile"]
     phases = profile["phases"]
@@ -93,7 +107,7 @@ def test_the_profile_covers_the_step(smoke: SimpleNamespace) -> None:
 def test_started_again_it_measures_nothing_twice(smoke: SimpleNamespace) -> None:
     done = run_benchmark("runs.versus_trl", *smoke.arguments)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("measured before") == 7 and " s, " not in done.stdout
+    assert done.stdout.count("measured before") == 12 and " s, " not in done.stdout
     assert json.loads(smoke.path.read_text())["contenders"] == smoke.record["contenders"]
 
 

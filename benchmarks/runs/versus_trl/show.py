@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.records import say
+from benchmarks.runs.versus_trl import same_seconds
 from gkd.bench.rows import columns
 
 
@@ -17,6 +18,9 @@ def show(record: dict[str, Any]) -> None:
         rows.append([name, *parts, f"{found['tokens_per_s']:.0f}", memory, f"{found['heldout/jsd']:.4f}"])
     say("")
     columns(rows)
+    if "same_seconds" in record:
+        say("")
+        columns(same_seconds.rows(record["same_seconds"]))
     bound = record["bound"]
     say(f"\ngkd is {record['speedup_vs_fastest_trl']:.2f} times as fast a step as {record['fastest_trl']}")
     say(

@@ -94,6 +94,16 @@ def gkd_run(
     return benchmark.run("engine", label, work, folder=str(benchmark.folder / label), seed=seed)
 
 
+def trained(
+    benchmark: Benchmark, name: str, prefix: str, settings: Settings, *, seed: int, steps: int | None = None
+) -> dict[str, Any]:
+    """One run of any contender, kept under a name that begins with `prefix`. Raises JobError."""
+    if name == "gkd":
+        return gkd_run(benchmark, f"{prefix}_gkd", settings, steps=steps, seed=seed)
+    label = f"{prefix}_trl_{trainer_of(name)}" + ("_float32" if name == FLOAT32_WEIGHTS else "")
+    return trl_run(benchmark, name, label, settings, steps=steps, seed=seed)
+
+
 def with_split(work: Work, settings: Settings) -> Work:
     """gkd's work by its settings."""
     return replace(work, **{key: value for key, value in settings.items() if key.startswith("micro_batch")})
