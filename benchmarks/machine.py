@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.records import say
-from gkd.bench.machine import device
+from gkd.bench.machine import busy_note, device
 
 PACKAGES = ("gkd", "torch", "triton", "trl", "liger-kernel", "transformers")
 MATRIX_SIZES = (1024, 2048, 4096)  # of square matrices; which is fastest depends on caches and cores
@@ -36,9 +35,8 @@ def versions(packages: Iterable[str]) -> str:
 
 def warn_if_busy() -> None:
     """Other work on the cores is no even burden: a case of many short parallel sections suffers most of all."""
-    load = os.getloadavg()[0]
-    if load > 0.5:
-        say(f"other processes are busy here (load {load:.1f}); take figures to be kept on an idle machine")
+    if note := busy_note():
+        say(note)
 
 
 def rates_by_size(sizes: Sequence[int], seconds: float) -> dict[int, float]:

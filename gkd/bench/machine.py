@@ -34,6 +34,14 @@ def measured_with() -> dict[str, str]:
     return {"device": device(device_kind()), "versions": versions}
 
 
+def busy_note() -> str:
+    """What to say before timing where other processes are busy; "" where none are."""
+    load = os.getloadavg()[0]
+    if load <= 0.5:
+        return ""
+    return f"other processes are busy here (load {load:.1f}); take figures to be kept on an idle machine"
+
+
 @contextmanager
 def burden() -> Iterator[dict[str, float]]:
     """What else this machine did meanwhile, filled in at the end: the load averages of the last minute before and

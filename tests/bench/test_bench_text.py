@@ -93,6 +93,10 @@ def test_a_whole_comparison_is_kept_and_read_at_both_marks(folder: Folder, capsy
         rows = tables.mark_rows(record, mark)
         assert [row[0] for row in rows[1:]] == [*tables.labels(record), "the teacher itself"]
         assert len({len(row) for row in rows}) == 1
+    (timed,) = record["times"]
+    assert {*timed} == {plan.TEXTS, SUPERVISED_KD.label, BY_SOURCE.label}
+    machine = timed[SUPERVISED_KD.label]["machine"]
+    assert {*machine} == {"load_before", "load_after", "stolen_share"} and 0.0 <= machine["stolen_share"] <= 1.0
     shown = capsys.readouterr().out
     assert "at equally many seconds" in shown and f"against {SUPERVISED_KD.label}, at 95 %" in shown
     assert tables.NOT_TIMED in tables.verdict({**record, "times": []})

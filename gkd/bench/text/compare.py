@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gkd.bench.machine import measured_with
+from gkd.bench.machine import busy_note, measured_with
 from gkd.bench.rows import columns
 from gkd.bench.text import plan, tables
 from gkd.bench.text.folder import Folder
@@ -46,6 +46,8 @@ def compare(
         if size.engine == "vllm":
             require_vllm("gkd bench text", "which samples with it")
         say(f"results so far are kept in {work.root}")
+        if part != "runs" and (note := busy_note()):
+            say(note)
         # one process at a time, with all threads; each run in a new one, so that what it held is free again
         run_stages(Workers(1, say, threads=None, is_fresh=True), plan.stages(work, part))
     elif not plan.results(work):

@@ -11,7 +11,7 @@ from gkd.bench.text.methods import ALL, FEW, START, Cell, Method
 from gkd.errors import InputError
 
 RESULTS_VERSION = 1  # to be raised when a change of the code alters results: kept parts are then made anew
-_TEXT_MARGIN = 1.3  # teacher's texts that are made for a run, in those that it needs if all are as long as allowed
+_MARGIN = 1.15  # steps that a run may take, in those that it takes if all texts are as long as allowed; see most_steps
 _DECIDES_NO_CELL = ("name", "methods", "seeds", "rounds", "timed_steps")
 
 
@@ -48,8 +48,9 @@ class Size:
         return round(self.looks * method.longer)
 
     def most_steps(self, method: Method) -> int:
-        """Beyond them there are no teacher's texts."""
-        return max(1, math.ceil(_TEXT_MARGIN * self.tokens(method) / (self.batch_size * self.max_new_tokens)))
+        """Beyond them there are no teacher's texts. A student's samples may be short; the teacher's seldom are."""
+        steps = self.tokens(method) / (self.batch_size * self.max_new_tokens)
+        return max(1, math.ceil((_MARGIN + method.student_share) * steps))
 
     def deciding(self) -> dict[str, Any]:
         """What a cell's result hangs on besides its method and seed."""
