@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # torch takes a second to import; these types must not
     import torch
 
 FinishReason = Literal["stop", "length"]
+LayerOutput = Literal["hidden", "query", "key", "value"]  # the last three: of a projection, before norms and rotary
 WhichTokens = Literal["scored", "all"]  # of a sequence; all: of prompt and completion
 Decode = Callable[[Sequence[int]], str]  # token ids to text that people read, special tokens kept
 
@@ -105,6 +106,15 @@ class ModelShape:
 
     layers: int
     hidden: int  # width of the states between layers
+    projections: tuple[int, int, int] | None = None  # of query, key and value; None: not of every layer, or joined
+
+    def width(self, output: LayerOutput) -> int:
+        """Raises ValueError where the model has no such projections."""
+        if output == "hidden":
+            return self.hidden
+        if self.projections is None:
+            raise ValueError("not every layer has q_proj, k_proj and v_proj")
+        return self.projections[("query", "key", "value").index(output)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +122,18 @@ class StatePlace:
     """Where in a model states are read.
 
     Layers count as in transformers' `hidden_states`: 0 is what the first layer reads, i what the i-th gives on, and
-    the last, after the final norm, what the output head reads. `scored`: at the positions that predict scored tokens.
+    the last, after the final norm, what the output head reads; projections are those of the i-th layer.
+    `scored`: at the positions that predict scored tokens.
     """
 
     layer: int
     tokens: WhichTokens = "scored"
+    output: LayerOutput = "hidden"
+
+    @property
+    def source(self) -> tuple[LayerOutput, int]:
+        """Whatever the tokens."""
+        return self.output, self.layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +144,7 @@ class StatePair:
     teacher: StatePlace
     student_width: int
     teacher_width: int
+    is_projected: bool = False  # the student's, to the teacher's width, by a map that is learned
 
 
 StatePairs: TypeAlias = Mapping[str, Sequence[StatePair]]  # of each term, by its name

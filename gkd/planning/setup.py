@@ -211,12 +211,16 @@ def make_setup(
 
 def _states(config: Config, student: Architecture, teacher: Architecture) -> tuple[int, tuple[int, int]]:
     """What terms that compare states learn and ask for: `Setup.projector_parameters` and `state_widths`."""
-    of_terms = config.objective.state_pairs(*(ModelShape(side.layers, side.hidden) for side in (student, teacher)))
+    of_terms = config.objective.state_pairs(*(_shape(side) for side in (student, teacher)))
     pairs = [pair for own in of_terms.values() for pair in own]
-    projectors = sum(p.student_width * p.teacher_width for p in pairs if p.student_width != p.teacher_width)
+    projectors = sum(p.student_width * p.teacher_width for p in pairs if p.is_projected)
     widths = {pair.teacher: pair.teacher_width for pair in pairs}
     asked = {tokens: sum(w for place, w in widths.items() if place.tokens == tokens) for tokens in ("scored", "all")}
     return projectors, (asked["scored"], asked["all"])
+
+
+def _shape(side: Architecture) -> ModelShape:
+    return ModelShape(side.layers, side.hidden, (side.query_width, side.kv_width, side.kv_width))
 
 
 def _sampler_sequences(config: Config, devices: int, sampler_replicas: int) -> int:

@@ -5,7 +5,7 @@ Legend: B sequences, T positions, H_t the teacher's hidden size, n_i completion 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from gkd.data.order import longest_first
 from gkd.errors import RunError
 from gkd.models import StateReader, backbone_of, output_head
+from gkd.models.layer_states import Source
 from gkd.system_errors import memory_for
 from gkd.types import HiddenScores, OutputHead, Rollout, StatePlace, TeacherScores, WhichTokens
 
@@ -42,12 +43,13 @@ class LocalTeacher:
         pad_token_id: int,
         place: Placing = whole,
         agree_on_largest: Callable[[int], int] = lambda count: count,
-        state_places: Collection[StatePlace] = (),
+        state_places: Mapping[StatePlace, int] | None = None,
     ) -> None:
         """`place` puts the frozen model on the device. Where that shards it, all ranks must run as many forwards:
-        `agree_on_largest` returns the largest of their counts. Scores carry the states of `state_places`."""
+        `agree_on_largest` returns the largest of their counts. Scores carry the states of `state_places`, which have
+        these widths."""
         self._model = model.eval().requires_grad_(False)
-        self._state_places = tuple(state_places)
+        self._state_places = state_places or {}
         self._reader = StateReader(model, "teacher.model") if state_places else None
         self._backbone, self._head = place(self._model, device)
         self._device = device
@@ -62,7 +64,9 @@ class LocalTeacher:
         nothing = self._head.weight.new_empty(0, self._head.weight.shape[1])
         order = longest_first([len(rollout.token_ids) for rollout in rollouts])
         scored = [i for i in order if rollouts[i].completion_ids]
-        empty = HiddenScores(nothing, self._head, dict.fromkeys(self._state_places, nothing))
+        empty = HiddenScores(
+            nothing, self._head, {place: nothing.new_empty(0, width) for place, width in self._state_places.items()}
+        )
         scores: list[TeacherScores] = [empty] * len(rollouts)
         starts = range(0, len(scored), self._micro_batch_size)
         idle = self._agree_on_largest(len(starts)) - len(starts)  # asked for before any forward: that may be collective
@@ -87,17 +91,17 @@ class LocalTeacher:
             HiddenScores(
                 _of_tokens(states[row], rollout, "scored"),
                 self._head,
-                {place: _of_tokens(layers[place.layer][row], rollout, place.tokens) for place in self._state_places},
+                {place: _of_tokens(layers[place.source][row], rollout, place.tokens) for place in self._state_places},
             )
             for row, rollout in enumerate(rollouts)
         ]
 
-    def _states(self, ids: torch.Tensor) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    def _states(self, ids: torch.Tensor) -> tuple[torch.Tensor, dict[Source, torch.Tensor]]:
         """The last ones, and those of the layers that are asked for."""
         if self._reader is None:
             return self._backbone(input_ids=ids, use_cache=False).last_hidden_state, {}
-        layers = {place.layer for place in self._state_places}
-        return self._reader.call(self._backbone, layers, input_ids=ids)
+        sources = {place.source for place in self._state_places}
+        return self._reader.call(self._backbone, sources, input_ids=ids)
 
     def _assert_frozen(self) -> None:
         if self._model.training or any(p.requires_grad for p in self._model.parameters()):

@@ -6,7 +6,7 @@ A further placement is a class here, with its name in the table, and that name a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ class Site:
     world_size: int
     pad_token_id: int
     agree_on_largest: Callable[[int], int]
-    state_places: Collection[StatePlace] = ()  # what terms ask of layers, beside the last states
+    state_places: Mapping[StatePlace, int] | None = None  # what terms ask of layers beside the last states: widths
 
 
 class TeacherPlacement:

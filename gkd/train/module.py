@@ -14,6 +14,7 @@ from torch import nn
 
 from gkd.models import StateReader, backbone_of, output_head, packed_inputs
 from gkd.models.compiled import only_in_training
+from gkd.models.layer_states import Source
 from gkd.objectives.measures import SequenceMeasures
 from gkd.objectives.mismatch import log_ratios, mismatch_sums
 from gkd.objectives.objective import ActiveTerm, Objective
@@ -211,14 +212,14 @@ class StudentModule(nn.Module):
 
     def _states(
         self, batch: TokenBatch, objective: Objective | None
-    ) -> tuple[torch.Tensor, Mapping[int, torch.Tensor]]:
+    ) -> tuple[torch.Tensor, Mapping[Source, torch.Tensor]]:
         """The last ones, and those of the layers that the objective's terms compare."""
         packed = {} if batch.sequence_lengths is None else packed_inputs(batch.sequence_lengths, batch.input_ids.device)
         backbone = backbone_of(self.model)
         if self._reader is None or self.state_terms is None or objective is None:
             with only_in_training():
                 return backbone(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state, {}
-        return self._reader.call(backbone, self.state_terms.layers(objective), input_ids=batch.input_ids, **packed)
+        return self._reader.call(backbone, self.state_terms.sources(objective), input_ids=batch.input_ids, **packed)
 
 
 def token_measures(

@@ -11,7 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from gkd.models.layer_states import Source
 from gkd.objectives.objective import ActiveStateTerm, Objective, acts_on
+from gkd.objectives.state_losses import SequenceLengths
 from gkd.seeding import derive_seed
 from gkd.types import HiddenScores, StatePair, StatePairs, TokenBatch
 
@@ -34,22 +36,22 @@ class StateTerms(nn.Module):
         self.projectors = nn.ModuleList()
         for name, own in pairs.items():
             for index, pair in enumerate(own):
-                if pair.student_width != pair.teacher_width:
+                if pair.is_projected:
                     self._numbers[name, index] = len(self.projectors)
                     self.projectors.append(_projector(pair, derive_seed(seed, "projector", name, index)))
 
-    def layers(self, objective: Objective) -> set[int]:
-        """Of the student, whose states the objective needs."""
-        return {pair.student.layer for term in objective.state_terms for pair in self._pairs[term.name]}
+    def sources(self, objective: Objective) -> set[Source]:
+        """What the objective needs of the student's layers."""
+        return {pair.student.source for term in objective.state_terms for pair in self._pairs[term.name]}
 
     def forward(
-        self, states: Mapping[int, torch.Tensor], last: torch.Tensor, batch: TokenBatch, objective: Objective
+        self, states: Mapping[Source, torch.Tensor], last: torch.Tensor, batch: TokenBatch, objective: Objective
     ) -> StateSums:
-        """`states` [B, T, H] are those of `layers`, `last` those that the output head reads."""
+        """`states` [B, T, H] are those of `sources`, `last` those that the output head reads."""
         losses = [self._unused(last, objective)]
         sums: list[torch.Tensor] = []
         for term in objective.state_terms:
-            view = batch.view(self._pairs[term.name][0].student.tokens)
+            view = batch.view(term.loss.tokens)
             values = self._values(term, states, batch)  # [M]
             acts = acts_on(term.on, batch.sources, view.counts).to(values.device)
             values = torch.where(acts, values, 0.0)
@@ -59,15 +61,16 @@ class StateTerms(nn.Module):
             torch.stack(losses).sum(), torch.stack(sums, 1) if sums else last.new_zeros(2, 0, dtype=torch.float64)
         )
 
-    def _values(self, term: ActiveStateTerm, states: Mapping[int, torch.Tensor], batch: TokenBatch) -> torch.Tensor:
+    def _values(self, term: ActiveStateTerm, states: Mapping[Source, torch.Tensor], batch: TokenBatch) -> torch.Tensor:
         """[M], the mean over the term's pairs."""
         assert isinstance(batch.teacher, HiddenScores)
+        lengths = SequenceLengths(batch.view("all").counts, batch.completion_lengths)
         values: list[torch.Tensor] = []
         for index, pair in enumerate(self._pairs[term.name]):
-            student = states[pair.student.layer].flatten(0, 1)[batch.view(pair.student.tokens).index]  # [M, H]
+            student = states[pair.student.source].flatten(0, 1)[batch.view(pair.student.tokens).index]  # [M, H]
             if (number := self._numbers.get((term.name, index))) is not None:
                 student = self.projectors[number](student)
-            values.append(_in_float32(term, student, batch.teacher.layer_states[pair.teacher]))
+            values.append(_in_float32(term, student, batch.teacher.layer_states[pair.teacher], lengths))
         return torch.stack(values).mean(0)
 
     def _unused(self, last: torch.Tensor, objective: Objective) -> torch.Tensor:
@@ -80,9 +83,11 @@ class StateTerms(nn.Module):
         return zero
 
 
-def _in_float32(term: ActiveStateTerm, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def _in_float32(
+    term: ActiveStateTerm, student: torch.Tensor, teacher: torch.Tensor, lengths: SequenceLengths
+) -> torch.Tensor:
     with torch.autocast(student.device.type, enabled=False):
-        return term.loss.value(student.float(), teacher.float())
+        return term.loss.value(student.float(), teacher.float(), lengths)
 
 
 def _projector(pair: StatePair, seed: int) -> nn.Linear:

@@ -93,7 +93,7 @@ def run_split(
         device=torch.device("cpu"),
         micro_batch_size=4,
         pad_token_id=0,
-        state_places={pair.teacher for own in pairs.values() for pair in own},
+        state_places={pair.teacher: pair.teacher_width for own in pairs.values() for pair in own},
     )
     mine = rollouts[launch.rank :: launch.world_size]
     scores = teacher.score(mine)

@@ -109,6 +109,7 @@ OF_A_WIDE_TEACHER: dict[str, dict[str, Any]] = {
         "terms": [
             {"kind": "hidden_states", "layers": "uniform", "distance": "normalized_mse", "weight": 0.7},
             {"kind": "hidden_states", "name": "off", "weight": 0.0},
+            {"kind": "relations", "relation_heads": 4, "layers": [[1, 2], [2, 4]], "on": ["student"]},
         ]
     }
 }
@@ -117,6 +118,7 @@ OBJECTIVES["states beside a divergence"] = {
         {"kind": "reverse_kl", "on": ["student"]},
         {"kind": "hidden_states", "weight": 0.5, "on": ["dataset"]},
         {"kind": "hidden_states", "name": "every", "layers": "uniform", "distance": "cosine", "tokens": "all"},
+        {"kind": "relations", "relation_heads": 2, "outputs": ["hidden", "key"], "tokens": "scored"},
     ]
 }
 OBJECTIVES["states of sequences"] = {
@@ -139,6 +141,7 @@ def reference(
     denominator = len(rollouts) if by_sequence else sum(len(r.completion_ids) for r in rollouts)
     heat = objective.get("temperature", 1.0)
     projectors = fresh_projectors(objective, s.config, t.config)
+    kept = {model: keep_projections(model) for model in (s, t)}
     total = torch.zeros((), dtype=torch.float64)
     values: dict[str, list[Tensor]] = {}
     for rollout in rollouts:
@@ -152,13 +155,17 @@ def reference(
             name = term.get("name", term["kind"])
             if rollout.source not in term.get("on", [rollout.source]) or term.get("weight", 1.0) == 0:
                 continue
-            if term["kind"] == "hidden_states":
-                places = slice(None) if term.get("tokens") == "all" else span
-                value = states_value(
-                    term,
-                    [states[0, places] for states in own.hidden_states],
-                    [states[0, places] for states in other.hidden_states],
-                    projectors.get(name, []),
+            if term["kind"] in ("hidden_states", "relations"):
+                places = span if term.get("tokens", DEFAULT_TOKENS[term["kind"]]) == "scored" else slice(None)
+                value = (
+                    states_value(
+                        term,
+                        [states[0, places] for states in own.hidden_states],
+                        [states[0, places] for states in other.hidden_states],
+                        projectors.get(name, []),
+                    )
+                    if term["kind"] == "hidden_states"
+                    else relations_value(term, outputs_of(own, kept[s]), outputs_of(other, kept[t]))[places]
                 )
                 weight: Tensor | float = len(rollout.completion_ids) / len(value)
             else:
@@ -185,8 +192,44 @@ def fresh_projectors(objective: dict[str, Any], student: Any, teacher: Any) -> d
     )
     places = iter(StateTerms(terms, seed=0).projectors.double())
     for name, pairs in terms.items():
-        found[name] = [next(places).weight for pair in pairs if pair.student_width != pair.teacher_width]
+        found[name] = [next(places).weight for pair in pairs if pair.is_projected]
     return found
+
+
+DEFAULT_TOKENS = {"hidden_states": "scored", "relations": "all"}
+Outputs = dict[str, list[Tensor]]  # by "hidden", "q_proj" and so on: [T, width] of each layer
+
+
+def keep_projections(model: Any) -> dict[str, dict[int, Tensor]]:
+    """Filled by each forward."""
+    kept: dict[str, dict[int, Tensor]] = {name: {} for name in ("q_proj", "k_proj", "v_proj")}
+    for index, layer in enumerate(model.model.layers):
+        for name, found in kept.items():
+            module = getattr(layer.self_attn, name)
+            module.register_forward_hook(lambda _, __, out, found=found, index=index: found.update({index: out[0]}))
+    return kept
+
+
+def outputs_of(forward: Any, kept: dict[str, dict[int, Tensor]]) -> Outputs:
+    own = {name: [found[0], *(found[i] for i in sorted(found))] for name, found in kept.items()}  # from 1 on
+    return {"hidden": [states[0] for states in forward.hidden_states], **own}
+
+
+def relations_value(term: dict[str, Any], student: Outputs, teacher: Outputs) -> Tensor:
+    """[T], position by position."""
+    first, last = len(student["hidden"]) - 1, len(teacher["hidden"]) - 1
+    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "hidden": "hidden"}
+    found = []
+    for name in (names[output] for output in term.get("outputs", ["query", "key", "value"])):
+        for i, j in term.get("layers", [(first, last)]):
+            sides = (student[name][i], teacher[name][j])
+            for a, b in zip(*(x.chunk(term["relation_heads"], dim=1) for x in sides), strict=True):
+                rows = []
+                for t in range(len(a)):
+                    q, p = ((x[: t + 1] @ x[t] / x.shape[1] ** 0.5).softmax(0) for x in (a, b))
+                    rows.append((p * (p.log() - q.log())).sum())
+                found.append(torch.stack(rows))
+    return torch.stack(found).mean(0)
 
 
 def states_value(

@@ -24,13 +24,13 @@ from gkd.train.engine import StudentEngine
 from gkd.train.settings import TrainingSettings
 from gkd.types import StatePlace, TeacherScores
 
-PLACES = (StatePlace(2), StatePlace(4, "all"))
+PLACES = {StatePlace(2): 64, StatePlace(4, "all"): 64, StatePlace(3, "all", "key"): 32}
 
 
 def largest_difference(found: list[TeacherScores], expected: list[TeacherScores]) -> float:
     ours, theirs = whole(found), whole(expected)
     pairs = [(f.states, e.states) for f, e in zip(ours, theirs, strict=True) if len(e)]
-    assert all(set(PLACES) == one.layer_states.keys() for one in ours)
+    assert all(PLACES.keys() == one.layer_states.keys() for one in ours)
     pairs += [
         (f.layer_states[p], e.layer_states[p]) for f, e in zip(ours, theirs, strict=True) if len(e) for p in PLACES
     ]

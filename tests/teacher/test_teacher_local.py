@@ -50,10 +50,10 @@ def test_order_and_batching_do_not_matter(tiny_teacher: Path) -> None:
 
 def test_states_of_layers_are_those_of_transformers(tiny_teacher: Path) -> None:
     model = load_causal_lm(str(tiny_teacher), "float32")
-    places = [StatePlace(layer, tokens) for layer in (0, 2, 4) for tokens in ("scored", "all")]
+    places = {StatePlace(layer, tokens): 64 for layer in (0, 2, 4) for tokens in ("scored", "all")}
     subject = LocalTeacher(model, device=torch.device("cpu"), micro_batch_size=2, pad_token_id=0, state_places=places)
     for r, one in zip(ROLLOUTS, whole(subject.score(ROLLOUTS)), strict=True):
-        assert one.layer_states.keys() == set(places)
+        assert one.layer_states.keys() == places.keys()
         with torch.no_grad():
             expected = model(torch.tensor([r.token_ids]), output_hidden_states=True).hidden_states
         spans = {"scored": slice(len(r.draw.prompt.token_ids) - 1, -1), "all": slice(None)}

@@ -16,6 +16,7 @@ TERMS: Registry[type[Term]] = Registry(
         **dict.fromkeys(_DIVERGENCES, "gkd.objectives.terms.divergence:DivergenceTerm"),
         "cross_entropy": "gkd.objectives.terms.cross_entropy:CrossEntropy",
         "hidden_states": "gkd.objectives.terms.hidden_states:HiddenStates",
+        "relations": "gkd.objectives.terms.relations:Relations",
         "policy_gradient": "gkd.objectives.terms.policy_gradient:PolicyGradient",
     },
 )

@@ -47,14 +47,15 @@ class HiddenStates(StatesTerm):
                 StatePlace(teacher_layer, self.tokens),
                 student.hidden,
                 teacher.hidden,
+                is_projected=student.hidden != teacher.hidden,
             )
             for student_layer, teacher_layer in layer_pairs(self.layers, student.layers, teacher.layers)
         ]
 
     def state_loss(self, values: Mapping[str, float]) -> StateLoss:
-        from gkd.objectives.state_losses import DISTANCES, StateLoss
+        from gkd.objectives.state_losses import distance_loss
 
-        return StateLoss(DISTANCES[self.distance])
+        return distance_loss(self.distance, self.tokens)
 
 
 def layer_pairs(layers: str | list[list[int]], student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ from gkd.train.placements import Placements
 
 def build_teacher(config: Config, models: Models, launch: Launch, placements: Placements) -> Teacher:
     """Behind its cache, if it has one, a teacher itself is made when it is first needed."""
-    places = {pair.teacher for pairs in models.state_pairs.values() for pair in pairs}
+    places = {pair.teacher: pair.teacher_width for pairs in models.state_pairs.values() for pair in pairs}
     site = Site(compute_device(launch), launch.world_size, models.pad_token_id, largest_count, places)
     teachers: dict[str, Teacher] = {}
     for name, teacher in config.teachers.items():
