@@ -58,12 +58,15 @@ class Registry(Generic[T]):
         return f"unknown {self.noun} {name!r}{meant} known: {', '.join(self.names())}"
 
 
+REPLAY = "replay"  # the source of texts that an older student sampled
+
 SOURCES: Registry[Any] = Registry(
     "source",
     {
         "student": "gkd.rollout.sources.student:StudentSource",
         "teacher": "gkd.rollout.sources.teacher:TeacherSource",
         "dataset": "gkd.rollout.sources.dataset:DatasetSource",
+        REPLAY: "gkd.rollout.sources.replay:ReplaySource",
     },
 )
 """Where the completions of a mixture come from: classes of `gkd.rollout.sources.Source`."""

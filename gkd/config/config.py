@@ -24,6 +24,7 @@ from gkd.config.sections import (
     TeacherConfig,
 )
 from gkd.errors import ConfigError
+from gkd.registry import REPLAY
 from gkd.schema import Section
 
 _ROUNDING = 1e-6  # of fractions that add up
@@ -92,6 +93,11 @@ class Config(Section):
             raise ValueError(
                 f"student.init.choose: {init.choose} is measured when the run starts, but a served sampler has to know "
                 "the layers before; list them in student.init.layers (student_init/student_init.json of a run has them)"
+            )
+        if rollout.staleness and self.mixture.uses(REPLAY):
+            raise ValueError(
+                f"mixture.replay: has no meaning with rollout.staleness = {rollout.staleness}, where texts are sampled "
+                "ahead of what a checkpoint holds; set one of them to 0"
             )
         if rollout.lora_sync == "adapter" and self.student.lora is None:
             raise ValueError("rollout.lora_sync: adapter needs student.lora, which is null; set it to auto")

@@ -16,10 +16,11 @@ _MOST_STEPS = 100_000  # a fraction of a second
 
 
 class MixtureConfig(Section):
-    """Each source's probability for a sample: numbers or schedules that add up to 1 at every step."""
+    """Each source's probability for a sample: numbers or schedules that add up to 1 at every step. Besides those below
+    `replay` (see `rollout.replay`) and the sources of plugins."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True, allow_inf_nan=False)
-    __pydantic_extra__: dict[str, FractionSchedule] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]  # sources of plugins
+    __pydantic_extra__: dict[str, FractionSchedule] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]  # other sources
 
     student: FractionSchedule = Field(1.0, description="lambda: probability that a completion is the student's")
     teacher: FractionSchedule = Field(0.0, description="probability that it is the teacher's, sampled once and cached")

@@ -237,6 +237,11 @@ class DataConfig(Section):
         return self
 
 
+class ReplayConfig(Section):
+    size: int = Field(512, ge=1, description="the student's texts that each rank keeps, the newest")
+    max_age: int = Field(50, ge=1, description="steps after which a text is not trained on again")
+
+
 class RolloutConfig(Section):
     engine: Literal["vllm", "transformers"] = Field("vllm", description="which sampler; transformers is the reference")
     placement: Literal["local", "served"] = Field(
@@ -268,6 +273,7 @@ class RolloutConfig(Section):
         128, description="longest completion; a number, or a schedule for those that the student samples"
     )
     samples_per_prompt: int = Field(1, ge=1, description="completions a prompt in one step")
+    replay: ReplayConfig = ReplayConfig()  # pyright: ignore[reportCallIssue]  # of mixture.replay
     stop_token_ids: list[int] | None = Field(
         None, description="null = the end tokens of student, teachers and their chat templates"
     )

@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
-from gkd.config import MixtureConfig
+from gkd.config import MixtureConfig, ReplayConfig
 from gkd.errors import SamplerError
 from gkd.registry import SOURCES
 from gkd.rollout.sources import Source, SourceContext
 from gkd.rollout.sources.teacher import teacher_request
 from gkd.rollout.sync import SyncedSampler
 from gkd.seeding import derive_uniform
-from gkd.types import Completion, PromptDraw, Rollout, SampleRequest, SamplingSettings, WeightStream
+from gkd.types import Completion, Prompt, PromptDraw, Rollout, SampleRequest, SamplingSettings, WeightStream
 
 
 def draw_source(shares: Mapping[str, float], seed: int, step: int, draw: PromptDraw) -> str:
@@ -54,14 +55,17 @@ class MixtureRollouts:
         settings: Callable[[int], SamplingSettings],
         seed: int,
         teacher_completion: Callable[[SampleRequest], Completion],
+        prompts: Mapping[int, Prompt],
+        replay: ReplayConfig,
         staleness: int = 0,
     ) -> None:
-        """`settings`: how the student samples at a step. `staleness`: steps that its weights may be behind."""
+        """`settings`: how the student samples at a step. `prompts`: of the data, by their index. `staleness`: steps
+        that the student's weights may be behind."""
         self._sampler = sampler
         self._mixture = mixture
         self._seed = seed
         self._staleness = staleness
-        context = SourceContext(sampler, settings, teacher_completion, seed)
+        context = SourceContext(sampler, settings, teacher_completion, seed, prompts, replay)
         self._sources: dict[str, Source] = {
             name: SOURCES[name](name, context) for name in mixture.shares if mixture.uses(name)
         }
@@ -83,7 +87,20 @@ class MixtureRollouts:
         }
         if not self._staleness:  # or the next step may be sampled from the same weights
             self._sampler.sleep()
-        return [next(completed[name]) for name in drawn]
+        rollouts = [next(completed[name]) for name in drawn]
+        for source in self._sources.values():
+            source.remember(rollouts)
+        return rollouts
+
+    def saved(self) -> dict[str, Any]:
+        """What the sources remember, by their names, as JSON holds it."""
+        return {name: saved for name, source in self._sources.items() if (saved := source.saved()) is not None}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """What `saved` gave; of sources that the mixture no longer has it is dropped."""
+        for name, source in self._sources.items():
+            if name in saved:
+                source.restore(saved[name])
 
     def load_weights(self, weights: WeightStream, version: int) -> dict[str, float]:
         return self._sampler.load_weights(weights, version)

@@ -1,6 +1,7 @@
 """Checkpoints: written aside, sealed with a manifest of sizes and hashes, flushed to the disk, then renamed.
 
 checkpoints/step_N/engine/...       DeepSpeed's files, one set a rank
+checkpoints/step_N/sources_rank_R.json   what sources of the mixture remember, if any does
 checkpoints/step_N/manifest.json    step, world size, ZeRO stage, and every file's size and SHA-256
 
 DeepSpeed's files are pickles. They are loaded only from a folder whose manifest names every file and matches, which
@@ -46,6 +47,21 @@ class HasState(Protocol):
     def save_state(self, folder: str) -> None: ...
 
     def load_state(self, folder: str) -> None: ...
+
+
+class States:
+    """Several as one, in this order."""
+
+    def __init__(self, *states: HasState) -> None:
+        self._states = states
+
+    def save_state(self, folder: str) -> None:
+        for state in self._states:
+            state.save_state(folder)
+
+    def load_state(self, folder: str) -> None:
+        for state in self._states:
+            state.load_state(folder)
 
 
 class Checkpointer:

@@ -99,7 +99,9 @@ class Run:
         self.student = self.build_student()
         self.teacher = self.build_teacher()
         self.pack = parts.packer(config, models, config.objective.reduction)
-        self.checkpoints = parts.build_checkpoints(config, self.folder, launch, self.student)
+        self.rollouts = parts.build_mixture(config, models, self.prompts, self.sampler, self.texts)
+        sources = parts.SourceStates(self.rollouts, launch.rank)
+        self.checkpoints = parts.build_checkpoints(config, self.folder, launch, self.student, sources)
         self.interruption = Interruption(self.signals)
         if self.start_step:
             self.checkpoints.load(self.start_step)
@@ -140,7 +142,7 @@ class Run:
                 write_json(self.folder.before, before._asdict())
 
     def loop(self) -> None:
-        rollouts = parts.build_rollouts(self.config, self.models, self.sampler, self.texts, self.data)
+        rollouts = parts.ahead_of_training(self.config, self.rollouts, self.data)
         if self.config.has_servers:
             rollouts = parts.SharedRollouts(rollouts, self.interruption.because_of)
         try:

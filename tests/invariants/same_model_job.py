@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gkd.config import Launch, MixtureConfig
+from gkd.config import Launch, MixtureConfig, ReplayConfig
 from gkd.data import pack
 from gkd.engines.sampling import SamplerSpec
 from gkd.models import load_causal_lm
@@ -54,6 +54,8 @@ def main() -> None:
         settings=lambda step: SamplingSettings(20, stop_token_ids=(2,)),
         seed=0,
         teacher_completion=lambda request: sys.exit("no teacher completion was asked for"),
+        prompts={},
+        replay=ReplayConfig(),
     ).sample([PromptDraw(p, 0) for p in prompts], step=0)
     model = load_causal_lm(folder, "float32")
     teacher = LocalTeacher(model, device=torch.device("cpu"), micro_batch_size=4, pad_token_id=0)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from gkd.config import MixtureConfig
+from gkd.config import MixtureConfig, ReplayConfig
 from gkd.errors import DataError, SamplerError, WeightSyncError
 from gkd.rollout.mixture import MixtureRollouts, draw_source, mixture_counts, teacher_requests
 from gkd.rollout.sources.teacher import teacher_request
@@ -48,6 +48,8 @@ def rollouts_of(sampler: EchoSampler, config: MixtureConfig, seed: int = 3) -> M
         settings=lambda step: SETTINGS,
         seed=seed,
         teacher_completion=lambda request: Completion((100, request.seed % 97), (-1.0, -1.0), "stop"),
+        prompts={},
+        replay=ReplayConfig(),
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from gkd.config import ReplayConfig
 from gkd.rollout.sync import SyncedSampler
-from gkd.types import Completion, PromptDraw, Rollout, SampleRequest, SamplingSettings
+from gkd.types import Completion, Prompt, PromptDraw, Rollout, SampleRequest, SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class SourceContext:
     settings: Callable[[int], SamplingSettings]  # how the student samples at a step
     teacher_completion: Callable[[SampleRequest], Completion]  # written before the run, for every draw that needs one
     seed: int  # of the run; a draw derives from it, the step and the sample alone
+    prompts: Mapping[int, Prompt]  # of the data, by their index
+    replay: ReplayConfig
 
 
 class Source(ABC):
@@ -28,4 +32,14 @@ class Source(ABC):
 
     @abstractmethod
     def complete(self, draws: Sequence[PromptDraw], step: int) -> list[Rollout]:
-        """One rollout a draw, in order. A function of (seed, step, draw) and the student's weights alone."""
+        """One rollout a draw, in order. A function of (seed, step, draw), the student's weights, and its memory."""
+
+    def remember(self, rollouts: Sequence[Rollout]) -> None:  # noqa: B027  (most have no memory)
+        """All of a step, whatever their sources, once each step."""
+
+    def saved(self) -> Any:
+        """What it remembers, as JSON holds it: for a checkpoint. None: nothing. Not where texts are sampled ahead."""
+        return None
+
+    def restore(self, saved: Any) -> None:  # noqa: B027
+        """What `saved` gave."""

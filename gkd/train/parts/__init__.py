@@ -7,7 +7,14 @@ from gkd.train.parts.dtypes import check_same_dtypes
 from gkd.train.parts.inputs import run_inputs
 from gkd.train.parts.measures import build_heldout, build_snapshots, describe_samples, shown_texts
 from gkd.train.parts.models import Models, locate_models
-from gkd.train.parts.sampling import build_rollouts, build_sampler, probe_texts, take_sampler
+from gkd.train.parts.sampling import (
+    SourceStates,
+    ahead_of_training,
+    build_mixture,
+    build_sampler,
+    probe_texts,
+    take_sampler,
+)
 from gkd.train.parts.settings import sampler_spec, sampling_settings
 from gkd.train.parts.student import build_checkpoints, build_student, checkpoint_layout, resume_step
 from gkd.train.parts.teachers import build_teacher
@@ -20,10 +27,12 @@ __all__ = [
     "Prompts",
     "Reduction",
     "SharedRollouts",
+    "SourceStates",
     "TeacherTexts",
+    "ahead_of_training",
     "build_checkpoints",
     "build_heldout",
-    "build_rollouts",
+    "build_mixture",
     "build_sampler",
     "build_snapshots",
     "build_student",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 from gkd.config import Config, Dtype, Launch
 from gkd.data import PromptData
+from gkd.files import write_json
 from gkd.models import has_experts, read_config
 from gkd.rollout.ahead import SampleAhead
 from gkd.rollout.mixture import MixtureRollouts
@@ -21,6 +24,24 @@ from gkd.train.parts.data import Prompts
 from gkd.train.parts.models import Models, student_revision
 from gkd.train.parts.settings import sampler_spec, student_settings
 from gkd.train.parts.texts import TeacherTexts
+
+
+class SourceStates:
+    """Implements `HasState`: what a rank's sources remember, in a file of its own."""
+
+    def __init__(self, rollouts: MixtureRollouts, rank: int) -> None:
+        self._rollouts, self._name = rollouts, f"sources_rank_{rank}.json"
+
+    def save_state(self, folder: str) -> None:
+        saved = self._rollouts.saved()
+        if saved:
+            write_json(Path(folder) / self._name, saved)
+
+    def load_state(self, folder: str) -> None:
+        """Nothing where no source had anything to remember: the config may have been another one."""
+        path = Path(folder) / self._name
+        if path.exists():
+            self._rollouts.restore(json.loads(path.read_text(encoding="utf-8")))
 
 
 def take_sampler(config: Config, folder: RunFiles, launch: Launch, placement: SamplerPlacement, run_id: str) -> None:
@@ -65,17 +86,23 @@ def probe_texts(config: Config, models: Models, prompts: Prompts) -> Callable[[i
     return partial(probe_text, known, models.valid_vocab, config.run.seed)
 
 
-def build_rollouts(
-    config: Config, models: Models, sampler: SyncedSampler, texts: TeacherTexts, data: PromptData
-) -> MixtureRollouts | SampleAhead:
-    rollouts = MixtureRollouts(
+def build_mixture(
+    config: Config, models: Models, prompts: Prompts, sampler: SyncedSampler, texts: TeacherTexts
+) -> MixtureRollouts:
+    return MixtureRollouts(
         sampler,
         mixture=config.mixture,
         settings=partial(student_settings, config, models),
         seed=config.run.seed,
         teacher_completion=texts.sampled.get,
+        prompts={prompt.index: prompt for prompt in prompts.train.prompts},
+        replay=config.rollout.replay,
         staleness=config.rollout.staleness,
     )
+
+
+def ahead_of_training(config: Config, rollouts: MixtureRollouts, data: PromptData) -> MixtureRollouts | SampleAhead:
+    """Where the config allows it."""
     if config.rollout.staleness == 0:
         return rollouts
     return SampleAhead(

@@ -17,7 +17,7 @@ from gkd.models import (
 )
 from gkd.run_files import RunFiles
 from gkd.seeding import derive_seed
-from gkd.train.checkpoint import Checkpointer, find_resume_step
+from gkd.train.checkpoint import Checkpointer, HasState, States, find_resume_step
 from gkd.train.deepspeed_config import deepspeed_config
 from gkd.train.distributed import compute_device, from_main
 from gkd.train.engine import Phase, StudentEngine
@@ -78,10 +78,10 @@ def resume_step(config: Config, folder: RunFiles, launch: Launch, note: Callable
     return step
 
 
-def build_checkpoints(config: Config, folder: RunFiles, launch: Launch, student: StudentEngine) -> Checkpointer:
+def build_checkpoints(config: Config, folder: RunFiles, launch: Launch, *states: HasState) -> Checkpointer:
     return Checkpointer(
         folder.checkpoints,
-        student,
+        States(*states),
         every=config.run.save_every,
         last_step=config.run.steps,
         keep=config.run.keep_checkpoints,
