@@ -100,6 +100,8 @@ def test_a_whole_comparison_is_kept_and_read_at_both_marks(folder: Folder, capsy
     shown = capsys.readouterr().out
     assert "at equally many seconds" in shown and f"against {SUPERVISED_KD.label}, at 95 %" in shown
     assert tables.NOT_TIMED in tables.verdict({**record, "times": []})
+    one_seed = {**record, "runs": [run for run in record["runs"] if run["seed"] == 0]}
+    assert "At equal tokens there are no two seeds yet" in tables.verdict(one_seed)
     sections = {name: make(folder.root) for name, make in BENCH_TEXT_SECTIONS.items()}
     assert f"against {SUPERVISED_KD.label}, at 95 %" in sections.pop("bench_text-verdict")
     assert all(f"| {SUPERVISED_KD.label} |" in text for text in sections.values())
@@ -187,3 +189,21 @@ def test_options_that_make_no_sense_are_refused_before_anything_runs(tmp_path: P
     with pytest.raises(InputError, match="--so-far: no run is finished"):
         compare(TINY, Material("any", here, here), so_far=True, **common)
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_verdict_is_sure_only_of_what_all_seeds_agree_on() -> None:
+    """Supervised KD at 1; one method is better by about 0.5 in every seed, the other in the mean alone."""
+    spread = ((SUPERVISED_KD, (1.0, 1.1, 0.9)), (SFT, (0.5, 0.62, 0.41)), (ON_POLICY_REVERSE, (0.1, 1.9, 0.4)))
+
+    def look(value: float) -> dict[str, Any]:
+        texts = {"forward_kl": value, "reverse_kl": value, "jsd": value}
+        return {"step": 1, "tokens": 9, "on_teacher": texts, "on_own": texts, "teacher_nll": value, "rouge_l": value}
+
+    runs = [
+        {"method": method.label, "seed": seed, "looks": [look(value)]}
+        for method, values in spread
+        for seed, value in enumerate(values)
+    ]
+    said = tables.verdict({"size": {"trained_tokens": 9}, "times": [], "runs": runs})
+    assert f"JSD, own: better {SFT.label}. " in said and f"Rouge-L, %: worse {SFT.label}. " in said
+    assert ON_POLICY_REVERSE.label not in said and "Undecided: 7 of 14 comparisons." in said

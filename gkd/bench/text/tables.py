@@ -29,13 +29,14 @@ class Figure:
     of_teacher: str = ""  # what it is called among the figures of the teacher's own texts
 
 
+# t teacher, s student; on the teacher's texts, on the student's own samples, or of its greedy answers
 FIGURES = (
-    Figure("KL(teacher ‖ student), teacher's texts", lambda look: look["on_teacher"]["forward_kl"]),
-    Figure("KL(student ‖ teacher), teacher's texts", lambda look: look["on_teacher"]["reverse_kl"]),
-    Figure("JSD, teacher's texts", lambda look: look["on_teacher"]["jsd"], digits=4),
-    Figure("KL(student ‖ teacher), own samples", lambda look: look["on_own"]["reverse_kl"]),
-    Figure("JSD, own samples", lambda look: look["on_own"]["jsd"], digits=4),
-    Figure("teacher's surprise at own samples", lambda look: look["teacher_nll"], of_teacher="teacher_nll"),
+    Figure("KL(t ‖ s), texts", lambda look: look["on_teacher"]["forward_kl"]),
+    Figure("KL(s ‖ t), texts", lambda look: look["on_teacher"]["reverse_kl"]),
+    Figure("JSD, texts", lambda look: look["on_teacher"]["jsd"], digits=4),
+    Figure("KL(s ‖ t), own", lambda look: look["on_own"]["reverse_kl"]),
+    Figure("JSD, own", lambda look: look["on_own"]["jsd"], digits=4),
+    Figure("surprise, own", lambda look: look["teacher_nll"], of_teacher="teacher_nll"),
     Figure("Rouge-L, %", lambda look: look["rouge_l"], 1, 100.0, 1),
     Figure("answer, tokens", lambda look: look["answer_tokens"], 0, digits=1, of_teacher="answer_tokens"),
     Figure("repeated 4-grams, %", lambda look: look["repeated_4grams"], 0, 100.0, 1, of_teacher="repeated_4grams"),
@@ -150,26 +151,35 @@ def verdict(record: Record) -> str:
 
 
 def _compared(record: Record, mark: Mark) -> str:
-    others = [label for label in labels(record) if label not in (START.label, BASELINE)]
-    parts: list[str] = []
-    for figure in FIGURES:
-        if not figure.sense:
-            continue
-        gains = {label: _gain(record, label, figure, mark) for label in others}
-        better, worse = (
-            [label for label, gain in gains.items() if gain is not None and side * gain.mean > (gain.half_width or 0.0)]
-            for side in (1, -1)
-        )
-        parts.append(f"{figure.title}: better {_listed(better)}; worse {_listed(worse)}")
-    return f"At equal {mark}, against {BASELINE}, at 95 %. " + ". ".join(parts) + "."
+    """Of every figure of which less or more is better: who is surely better than supervised KD, and who worse."""
+    gains = {
+        figure.title: {label: _gain(record, label, figure, mark) for label in labels(record)}
+        for figure in FIGURES
+        if figure.sense
+    }
+    known = [gain for by_label in gains.values() for gain in by_label.values() if gain is not None]
+    if not known:
+        return f"At equal {mark} there are no two seeds yet to compare with {BASELINE}."
+    parts = [
+        f"{title}: {side} {', '.join(found)}"
+        for title, by_label in gains.items()
+        for side, sign in (("better", 1), ("worse", -1))
+        if (found := [label for label, gain in by_label.items() if gain is not None and _is_sure(gain, sign)])
+    ]
+    undecided = sum(not _is_sure(gain, 1) and not _is_sure(gain, -1) for gain in known)
+    found = f"{'. '.join(parts)}. " if parts else ""
+    return f"At equal {mark}, against {BASELINE}, at 95 %. {found}Undecided: {undecided} of {len(known)} comparisons."
 
 
-def _listed(found: Sequence[str]) -> str:
-    return ", ".join(found) if found else "none"
+def _is_sure(gain: Estimate, sign: int) -> bool:
+    return sign * gain.mean > (gain.half_width or 0.0)
 
 
 def _gain(record: Record, label: str, figure: Figure, mark: Mark) -> Estimate | None:
-    """Over supervised KD, over the seeds that both have; None where those are fewer than two."""
+    """Over supervised KD, over the seeds that both have; None where those are fewer than two, and of what is no method
+    to compare."""
+    if label in (START.label, BASELINE):
+        return None
     ours, baseline = (
         {reading.seed: figure.value(reading.look) for reading in readings(record, one, mark)}
         for one in (label, BASELINE)
