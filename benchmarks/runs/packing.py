@@ -39,7 +39,7 @@ def main() -> None:
     options = arguments()
     warn_if_busy()
     config = load_config(ROOT / CONFIG)
-    assert config.student.init is not None
+    assert config.student.init is not None and config.student.init.layers is not None
     teacher = resolve_model(config.teacher.model, key="teacher.model")
     folder = make_student_from_layers(teacher, config.student.init.layers, options.work / "student")
     head = output_head(load_causal_lm(teacher, "bfloat16"))

@@ -25,6 +25,7 @@ from gkd.config.sections import (
     ReplayConfig,
     RolloutConfig,
     StudentInit,
+    StudentWidth,
     TeacherConfig,
 )
 
@@ -51,6 +52,7 @@ __all__ = [
     "RolloutConfig",
     "Settled",
     "StudentInit",
+    "StudentWidth",
     "TeacherConfig",
     "cache_folder",
     "default_objective",

@@ -89,6 +89,11 @@ class Config(Section):
                 f"{optim.schedule} decay; at most {self.run.steps - 1}"
             )
         init = self.student.init
+        if init is not None and init.width is not None and rollout.placement == "served":
+            raise ValueError(
+                "student.init.width: is measured when the run starts, but a served sampler has to know the student "
+                "before; give student_init/ of a run that made it as student.model"
+            )
         if init is not None and init.is_measured and rollout.placement == "served":
             raise ValueError(
                 f"student.init.choose: {init.choose} is measured when the run starts, but a served sampler has to know "

@@ -133,35 +133,76 @@ class OtherTeacherConfig(TeacherConfig):
     weight: Fraction = Field(0.0, description="share of the prompts that it teaches, drawn; not with a teacher column")
 
 
+class StudentWidth(Section):
+    hidden: int | None = Field(None, ge=1, description="channels of the residual stream; null = all, as below")
+    heads: int | None = Field(None, ge=1, description="query heads; null = as many for each key-value head as now")
+    kv_heads: int | None = Field(None, ge=1, description="key-value heads")
+    ffn: int | None = Field(None, ge=1, description="neurons of each MLP")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> StudentWidth:
+        if self.hidden is self.heads is self.kv_heads is self.ffn is None:
+            raise ValueError("hidden: is missing, and so are heads, kv_heads and ffn; give at least one of them")
+        return self
+
+    def of(self, *, hidden: int, heads: int, kv_heads: int, ffn: int) -> dict[str, int]:
+        """All four, of a model with these. Raises ConfigError for what it does not have."""
+        most = {"hidden": hidden, "heads": heads, "kv_heads": kv_heads, "ffn": ffn}
+        for name, size in most.items():
+            asked = getattr(self, name)
+            if asked is not None and asked > size:
+                raise ConfigError(f"student.init.width.{name}: {asked} of a model with {size}")
+        group = heads // kv_heads
+        kept_groups = self.kv_heads or kv_heads
+        kept = self.heads or kept_groups * group
+        if kept % kept_groups or kept // kept_groups > group:
+            fitting = ", ".join(str(kept_groups * size) for size in range(1, group + 1))
+            raise ConfigError(
+                f"student.init.width.heads: {kept} query heads for {kept_groups} key-value heads; each keeps as many, "
+                f"at most {group}: {fitting}"
+            )
+        return {"hidden": self.hidden or hidden, "heads": kept, "kv_heads": kept_groups, "ffn": self.ffn or ffn}
+
+    def describe(self) -> str:
+        names = {"hidden": "channels", "heads": "heads", "kv_heads": "key-value heads", "ffn": "neurons"}
+        return ", ".join(f"{size} {names[name]}" for name, size in self if size is not None)
+
+
 class StudentInit(Section):
-    layers: int | list[int] = Field(description="number of layers kept, or the list of layers")
+    layers: int | list[int] | None = Field(None, description="number of layers kept, or the list of layers; null = all")
     choose: LayerRule = Field(
         "even",
         description="which layers a number keeps: even = evenly spaced with both ends; divergence = all but those that "
         "a greedy search removes at the least forward KL; block_influence = those that turn their input most",
     )
+    width: StudentWidth | None = Field(
+        None, description="sizes of a narrower student, which keeps what data.train's prompts use most; null = all"
+    )
     calibration_tokens: int = Field(
-        256, ge=16, description="divergence, block_influence: tokens of data.train's prompts that they are measured on"
+        256, ge=16, description="tokens of data.train's prompts that layers and width are measured on"
     )
 
     @model_validator(mode="after")
-    def _chosen_once(self) -> StudentInit:
+    def _fits_itself(self) -> StudentInit:
+        if self.layers is None and self.width is None:
+            raise ValueError("layers: is missing, and so is width; give at least one of them")
         if self.is_measured and not isinstance(self.layers, int):
-            raise ValueError(f"choose: {self.choose} chooses as many layers as layers says; give a number, not a list")
+            raise ValueError(f"choose: {self.choose} chooses as many layers as layers says; give a number")
         return self
 
-    @property
-    def count(self) -> int:
-        """Layers of the student."""
+    def count(self, available: int) -> int:
+        """Layers of the student, of a model of `available`."""
+        if self.layers is None:
+            return available
         return self.layers if isinstance(self.layers, int) else len(self.layers)
 
     def check_fits(self, available: int) -> None:
         """Raises ConfigError unless a model of `available` layers can be cut to so many."""
-        most = available - 1 if self.is_measured else available
-        if not 1 <= self.count <= most:
+        most, count = available - 1 if self.is_measured else available, self.count(available)
+        if not 1 <= count <= most:
             removed = f", some of which student.init.choose: {self.choose} removes" if self.is_measured else ""
             raise ConfigError(
-                f"student.init.layers: {self.count} of a model of {available} layers{removed}; must be 1 to {most}"
+                f"student.init.layers: {count} of a model of {available} layers{removed}; must be 1 to {most}"
             )
 
     @property
@@ -169,12 +210,23 @@ class StudentInit(Section):
         """Whether the layers are known only once the model was measured."""
         return self.choose != "even"
 
+    @property
+    def needs_texts(self) -> bool:
+        """To be measured on."""
+        return self.is_measured or self.width is not None
+
     def describe(self) -> str:
         """`20 of its layers, evenly spaced`, of a model that was named."""
+        measured = f"on {self.calibration_tokens} tokens of data.train's prompts"
+        parts: list[str] = []
         if isinstance(self.layers, int):
-            measured = f"chosen by {self.choose} on {self.calibration_tokens} tokens of data.train's prompts"
-            return f"{self.layers} of its layers, {measured if self.is_measured else 'evenly spaced'}"
-        return f"its layers {', '.join(map(str, self.layers))}"
+            rule = f"chosen by {self.choose} {measured}" if self.is_measured else "evenly spaced"
+            parts.append(f"{self.layers} of its layers, {rule}")
+        elif self.layers is not None:
+            parts.append(f"its layers {', '.join(map(str, self.layers))}")
+        if self.width is not None:
+            parts.append(f"of its width {self.width.describe()}, those that are used most {measured}")
+        return "; ".join(parts)
 
 
 class LoraConfig(Section):
@@ -204,7 +256,7 @@ class StudentConfig(Section):
     @model_validator(mode="after")
     def _has_an_origin(self) -> StudentConfig:
         if self.model is None and self.init is None:
-            raise ValueError("model: name a model, or set student.init.layers to make one from the teacher")
+            raise ValueError("model: name a model, or set student.init to make one from the teacher")
         return self
 
 

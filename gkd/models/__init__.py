@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gkd.models.attention import use_short_attention
+    from gkd.models.calibration import forward_kl
     from gkd.models.card import ModelCard
     from gkd.models.coverage import check_covers
     from gkd.models.end_tokens import Closing, describe_sides, end_token_ids, union_of_ends
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from gkd.models.subset import choose_layers, config_of_layers, make_student_from_layers, recorded_choice
     from gkd.models.tokenizer_pair import check_tokenizer_pair
     from gkd.models.weights import file_tensors
+    from gkd.models.width import WidthChoice, choose_width, is_made_by, make_narrower, narrow_config, record_width
 
 _HOMES = {
     "card": ("ModelCard",),
@@ -68,6 +70,8 @@ _HOMES = {
     "subset": ("choose_layers", "config_of_layers", "make_student_from_layers", "recorded_choice"),
     "tokenizer_pair": ("check_tokenizer_pair",),
     "weights": ("file_tensors",),
+    "calibration": ("forward_kl",),
+    "width": ("WidthChoice", "choose_width", "is_made_by", "make_narrower", "narrow_config", "record_width"),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -77,6 +81,7 @@ __all__ = [
     "ModelCard",
     "Probe",
     "StateReader",
+    "WidthChoice",
     "adapter_parameters",
     "adapter_weights",
     "backbone_of",
@@ -84,28 +89,34 @@ __all__ = [
     "check_tokenizer_pair",
     "choose_by_measure",
     "choose_layers",
+    "choose_width",
     "config_of_layers",
     "describe_sides",
     "empty_model",
     "end_token_ids",
     "file_tensors",
+    "forward_kl",
     "has_experts",
     "head_logits",
     "head_settings",
     "inject_lora",
+    "is_made_by",
     "load_causal_lm",
     "load_tokenizer",
     "local_folder",
     "lora_targets",
+    "make_narrower",
     "make_student_from_layers",
     "model_fingerprint",
     "model_shape",
+    "narrow_config",
     "output_head",
     "owns_head",
     "packed_inputs",
     "pad_token_id",
     "read_config",
     "read_generation_config",
+    "record_width",
     "recorded_choice",
     "resolve_model",
     "save_adapter",

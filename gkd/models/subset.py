@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _KEY = "student.init.layers"
-_RECORD_FILE = "student_init.json"
+RECORD_FILE = "student_init.json"  # how a student was made
 _LAYER_NAME = re.compile(r"(?P<before>.*?\.)(?P<index>\d+)(?P<after>\..*)")
 # lists of a config with one entry a layer, and lists of layer numbers
 _PER_LAYER_LISTS = (
@@ -92,7 +92,7 @@ def make_student_from_layers(
         copy_side_files(source, partial)
         _cut_config(source, kept).save_pretrained(partial)
         write_weights(partial, _kept_tensors(source, kept, available))
-        (partial / _RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (partial / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         for warning in _check_layers(source, read_config(str(partial), key=_KEY), kept):
             logger.warning(warning)
         check_model_folder(partial, _KEY)
@@ -119,7 +119,7 @@ def recorded_choice(folder: Path, rule: Mapping[str, Any]) -> LayerChoice | None
     from gkd.models.layer_choice import LayerChoice
 
     try:
-        chosen = json.loads((folder / _RECORD_FILE).read_text(encoding="utf-8"))["chosen"]
+        chosen = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["chosen"]
         return LayerChoice.from_record(chosen) if rule.items() <= chosen.items() else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # made by no choice, or damaged
         return None
@@ -129,7 +129,7 @@ def _is_made(target: Path, record: dict[str, Any]) -> bool:
     """True if `target` is this very student; raises rather than overwrite a folder that was not made here."""
     if not target.exists() or not any(target.iterdir()):
         return False
-    record_file = target / _RECORD_FILE
+    record_file = target / RECORD_FILE
     if not record_file.is_file():
         raise ModelError(f"{_KEY}: {target} holds files that are not a student made from layers; empty or move it")
     try:

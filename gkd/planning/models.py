@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gkd.config import Config, LoraConfig, cache_folder
+from gkd.config import Config, LoraConfig, StudentWidth, cache_folder
 from gkd.errors import ConfigError, ModelError
 from gkd.files import read_json_object
 
@@ -190,6 +190,18 @@ class Architecture:
         name = f"{self.name} [{layers} layers]"
         return replace(self, name=name, layers=layers, dense_layers=min(layers, self.dense_layers))
 
+    def narrowed(self, width: StudentWidth) -> Architecture:
+        """The same with the sizes of `width`. Raises ConfigError for what it does not have."""
+        sizes = width.of(hidden=self.hidden, heads=self.heads, kv_heads=self.kv_heads, ffn=self.intermediate)
+        return replace(
+            self,
+            name=f"{self.name} [{width.describe()}]",
+            hidden=sizes["hidden"],
+            heads=sizes["heads"],
+            kv_heads=sizes["kv_heads"],
+            intermediate=sizes["ffn"],
+        )
+
 
 def read_architecture(values: dict[str, Any], name: str, key: str) -> Architecture:
     """An Architecture from the contents of a config.json. Raises ModelError, starting with `key`."""
@@ -261,7 +273,9 @@ def architectures(
     if config.student.init is not None and student_config is None:
         init = config.student.init
         init.check_fits(student.layers)
-        student = student.cut_to(init.count)
+        student = student.cut_to(init.count(student.layers))
+        if init.width is not None:
+            student = student.narrowed(init.width)
     return student, teacher
 
 

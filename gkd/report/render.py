@@ -135,12 +135,17 @@ def render_report(runs: Sequence[RunData], version: str = "") -> str:
     )
 
 
+_WIDTH = "student.init.width."
+
+
 def outline(run: RunData) -> str:
     """`teacher → student · objective · ...`, as far as the config says."""
     config = flatten(run.config)
     layers, choose = config.get("student.init.layers"), config.get("student.init.choose", "even")
     by = "" if choose == "even" else f" by {choose}"
-    student = config.get("student.model") or (f"{layers} of its layers{by}" if layers else "")
+    width = [f"{name.rpartition('.')[2]} {size}" for name, size in config.items() if size and _WIDTH in name]
+    cut = [f"{layers} of its layers{by}"] * bool(layers) + width
+    student = config.get("student.model") or ", ".join(cut)
     parts = [" → ".join(str(model) for model in (config.get("teacher.model"), student) if model)]
     terms = [term for term in config.get("objective.terms") or () if isinstance(term, dict)]
     parts.append(" + ".join(str(term.get("name") or term.get("kind")) for term in terms))

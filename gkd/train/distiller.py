@@ -116,6 +116,7 @@ class Distiller:
             empty_model,
             lora_targets,
             model_shape,
+            narrow_config,
             read_config,
             resolve_model,
         )
@@ -139,8 +140,11 @@ class Distiller:
         sides = {key: Closing.of(path, key=key) for key, path in paths.items()}
         lines = describe_sides(sides, self.config.rollout.stop_token_ids)
         if (init := self.config.student.init) is not None:
-            available = read_config(paths["student.model"]).get_text_config().num_hidden_layers
+            source = read_config(paths["student.model"])
+            available = source.get_text_config().num_hidden_layers
             init.check_fits(available)
+            if init.width is not None:
+                narrow_config(source, init.width)  # raises for sizes that do not fit
             lines.append(f"student: {names['student.model']} of {available} layers: {init.describe()}")
         if self.config.objective.state_terms:
             student, teacher = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,33 @@ def test_a_run_goes_on_with_the_layers_it_has(
     with caplog.at_level(logging.INFO, "gkd"):
         assert _cut(_with_init(values), tmp_path / "one") == first
     assert MEASURING not in caplog.text and not list((own_cache / "cuts").iterdir())
+
+
+def test_a_narrower_student_is_measured_once(
+    values: dict[str, Any], own_cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The layers first, then the width. What is there is kept; what was measured before is found in the cache."""
+    caplog.set_level(logging.INFO, "gkd")
+    config = _with_init(values, width={"ffn": 100, "hidden": 48})
+    first = _cut(config, tmp_path / "one")
+    assert MEASURING in caplog.text and "measuring the width" in caplog.text
+    assert len(first["layers"]["layers"]) == 2 and first["forward_kl"] > 0.01
+    student = load_causal_lm(str(tmp_path / "one" / "student_init"), "float32")
+    assert (student.config.num_hidden_layers, student.config.hidden_size, student.config.intermediate_size) == (
+        2,
+        48,
+        100,
+    )
+    caplog.clear()
+    assert _cut(config, tmp_path / "two") == first
+    assert "measuring" not in caplog.text and "nats a token from the whole" in caplog.text
+    caplog.clear()
+    shutil.rmtree(own_cache)
+    assert _cut(config, tmp_path / "two") == first
+    assert not caplog.text.count("measuring") and not own_cache.exists(), "of a run that goes on"
+    only_width = make_config({**values, "student": {"init": {"width": {"ffn": 64}}, "dtype": "float32"}})
+    assert _cut(only_width, tmp_path / "three")["layers"] is None
+    assert not [entry for entry in (tmp_path / "two").iterdir() if entry.is_dir() and entry.name != "student_init"]
 
 
 def test_calibration_texts_are_so_many_tokens_of_the_prompts() -> None:

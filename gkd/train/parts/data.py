@@ -48,7 +48,7 @@ def load_data(config: Config, models: Models) -> Prompts:
     train = _with_teachers(config, train, "train")
     init = config.student.init
     calibration: Sequence[tuple[int, ...]] = ()
-    if init is not None and init.is_measured:
+    if init is not None and init.needs_texts:
         calibration = calibration_texts(train.prompts, init.calibration_tokens)
     if config.mixture.uses("dataset"):
         bare = next((prompt for prompt in train.prompts if prompt.completion_ids is None), None)

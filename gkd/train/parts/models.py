@@ -18,6 +18,7 @@ from gkd.models import (
     empty_model,
     lora_targets,
     model_shape,
+    narrow_config,
     pad_token_id,
     read_config,
     resolve_model,
@@ -78,8 +79,11 @@ def locate_models(config: Config, folder: RunFiles, launch: Launch, placements: 
     if init is not None:
         init.check_fits(student_config.get_text_config().num_hidden_layers)
         # which ones it will be is measured later; the first ones are certainly of the kinds that stand there
-        layers = range(init.count) if init.is_measured else init.layers
-        student_config = config_of_layers(source, layers, revision=revision)
+        available = student_config.get_text_config().num_hidden_layers
+        layers = range(init.count(available)) if init.is_measured else init.layers
+        student_config = config_of_layers(source, available if layers is None else layers, revision=revision)
+        if init.width is not None:
+            student_config = narrow_config(student_config, init.width)
     if launch.is_main:
         placements.sampler.check_student(student_config)
     if config.student.lora is not None:
