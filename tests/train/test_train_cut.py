@@ -135,7 +135,9 @@ def test_a_narrower_student_is_measured_once(
     shutil.rmtree(own_cache)
     assert _cut(config, tmp_path / "two") == first
     assert "measuring" not in caplog.text and not (own_cache / "widths").exists(), "of a run that goes on"
-    only_width = make_config({**values, "student": {"init": {"width": {"ffn": 64}}, "dtype": "float32"}})
+    only_width = make_config(
+        {**values, "student": {"init": {"width": {"ffn": 64}, "calibration_tokens": 64}, "dtype": "float32"}}
+    )
     assert _cut(only_width, tmp_path / "three")["layers"] is None
     assert not [entry for entry in (tmp_path / "two").iterdir() if entry.is_dir() and entry.name != "student_init"]
 
