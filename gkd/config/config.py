@@ -67,11 +67,8 @@ class Config(Section):
                 f"optim.micro_batch_tokens: {optim.micro_batch_tokens} does not hold one sequence of "
                 f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}; at least {longest}"
             )
-        if self.student.compile and optim.micro_batch_tokens is not None:
-            raise ValueError(
-                "student.compile: packed sequences would be compiled again for other lengths; set it to false, or "
-                "optim.micro_batch_tokens to null"
-            )
+        if self.student.compile:
+            self._check_compiled()
         self.objective.check_sources(self.mixture.shares)
         if any(teacher.placement == "topk" for teacher in self.teachers.values()):
             self.objective.check_topk()
@@ -116,6 +113,18 @@ class Config(Section):
         if self.deepspeed.config is not None and not Path(self.deepspeed.config).is_file():
             raise ValueError(f"deepspeed.config: no file {self.deepspeed.config!r}")
         return self
+
+    def _check_compiled(self) -> None:
+        if self.optim.micro_batch_tokens is not None:
+            raise ValueError(
+                "student.compile: packed sequences would be compiled again for other lengths; set it to false, or "
+                "optim.micro_batch_tokens to null"
+            )
+        for key, term in self.objective.state_terms.items():
+            raise ValueError(
+                f"student.compile: {key} ({term.kind}) reads states inside of layers, which compiled ones do not give; "
+                "set it to false"
+            )
 
     @property
     def teachers(self) -> dict[str, TeacherConfig]:

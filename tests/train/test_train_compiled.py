@@ -67,5 +67,8 @@ def test_what_it_does_not_go_with(tmp_path: Path) -> None:
     }
     with pytest.raises(ConfigError, match=r"student\.compile: packed sequences would be compiled again"):
         make_config(values)
+    states = {**values, "optim": {}, "objective": {"terms": [{"kind": "forward_kl"}, {"kind": "hidden_states"}]}}
+    with pytest.raises(ConfigError, match=r"student\.compile: objective\.terms\.1 \(hidden_states\) reads states"):
+        make_config(states)
     with pytest.raises(ConfigError, match=r"student\.compile: ZeRO-3 gathers weights inside the layers"):
         deepspeed_config(TrainingSettings.model_validate({"compile": True, "deepspeed": {"zero_stage": 3}}), 1)
