@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import gkd
+
 
 def device(kind: str = "cpu") -> str:
     """The GPU's name, or the processor's and how many of its threads this process may use."""
@@ -30,8 +32,8 @@ def measured_with() -> dict[str, str]:
     """`device` and `versions` of a record."""
     from gkd.train.run_folder import library_versions
 
-    versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
-    return {"device": device(device_kind()), "versions": versions}
+    versions = {"gkd": gkd.__version__, **library_versions()}
+    return {"device": device(device_kind()), "versions": ", ".join(map(" ".join, versions.items()))}
 
 
 def busy_note() -> str:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.figures.sections.reading import Record, records
-from benchmarks.figures.sections.style import COLOURS, LINE, figure
+from benchmarks.figures.sections.style import COLOURS, LINE, TEXT, figure
 from benchmarks.figures.sections.text import markdown, section
 from gkd.bench.rows import Rows
 from gkd.bench.text import tables
 from gkd.bench.text.marks import readings
 
 KIND = "bench_text"
-DASHED = "--"
+_PANELS = {"on_teacher": "on the teacher's texts", "on_own": "on own samples"}
+_COLOURS = (TEXT, *COLOURS[:-1], LINE, "#d9c02b", "#3f8f9b")
 
 
 def _section(results: Path, make: Callable[[Record], Rows], is_timed: bool = False) -> str:
@@ -50,18 +52,23 @@ BENCH_TEXT_SECTIONS: dict[str, Callable[[Path], str]] = {
 
 
 def drift_plot(record: Record, name: str, folder: Path) -> Path:
-    """Means over seeds at the tokens' mark: lines are on own samples, dashes on the teacher's texts."""
+    """Means over seeds at the tokens' mark, on the teacher's texts and on own samples."""
     path = folder / f"{name}_drift.svg"
-    with figure(path, rows=1, columns=1, size=(7, 4)) as (axes,):
-        for label, colour in zip(tables.labels(record), itertools.cycle((*COLOURS, LINE, "#d9c02b", "#3f8f9b"))):
-            found = [reading.look["positions"] for reading in readings(record, label, "tokens")]
-            for texts, style in (("on_own", "-"), ("on_teacher", DASHED)):
-                # texts of some seeds may all be shorter
-                groups = zip(*(one[texts][tables.DRIFT] for one in found), strict=False)
-                values = [statistics.fmean(group) for group in groups]
-                ends = [(place + 1) * found[0][texts]["bucket_tokens"] for place in range(len(values))]
-                axes.plot(ends, values, style, color=colour, linewidth=1.4, label=label if style == "-" else None)
-        axes.set_xlabel("tokens of the completion so far")
-        axes.set_ylabel("JSD, nats a token")
-        axes.legend(frameon=False, fontsize=7)
+    colours = dict(zip(tables.labels(record), itertools.cycle(_COLOURS), strict=False))
+    with figure(path, rows=1, columns=2, size=(8.4, 3.6), share_y=True) as panels:
+        for axes, (texts, title) in zip(panels, _PANELS.items(), strict=True):
+            for label, colour in colours.items():
+                ends, values = _by_place([one.look["positions"][texts] for one in readings(record, label, "tokens")])
+                axes.plot(ends, values, color=colour, linewidth=1.4, label=label)
+            axes.set_title(title, loc="left", fontsize=9)
+            axes.set_xlabel("tokens of the completion so far")
+        panels[0].set_ylabel("JSD, nats a token")
+        panels[1].legend(frameon=False, fontsize=7)
     return path
+
+
+def _by_place(positions: Sequence[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    """Of the readings of a method: where each group of places ends, and its mean over seeds."""
+    groups = zip(*(one[tables.DRIFT] for one in positions), strict=False)  # texts of some seeds may all be shorter
+    values = [statistics.fmean(group) for group in groups]
+    return [(place + 1) * positions[0]["bucket_tokens"] for place in range(len(values))], values
