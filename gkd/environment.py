@@ -81,6 +81,11 @@ def die_with_parent(parent_pid: int, number: int = signal.SIGKILL) -> None:
         os._exit(1)
 
 
+def shell_status(returncode: int) -> int:
+    """A child's return code as a shell tells it: 128 + the number of the signal that ended it."""
+    return returncode if returncode >= 0 else 128 - returncode
+
+
 def prepare_process() -> None:
     """Sets what the user has not set."""
     for name, value in _DEFAULTS.items():

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from gkd.chain.inputs import STEPS, changed_keys, stage_inputs
 from gkd.chain.spec import Chain, Reference, Stage, override_words
 from gkd.config import Config, load_config
-from gkd.environment import die_with_parent
+from gkd.environment import die_with_parent, shell_status
 from gkd.errors import InputError, StageError
 from gkd.files import write_json
 from gkd.run_files import RunFiles
@@ -130,7 +130,7 @@ def _wait_for(command: list[str]) -> int:
     process = subprocess.Popen(command, preexec_fn=partial(die_with_parent, os.getpid(), signal.SIGTERM))
     with _handed_on(process):
         code = process.wait()
-    return code if code >= 0 else 128 - code
+    return shell_status(code)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from gkd.environment import die_with_parent
+from gkd.environment import die_with_parent, shell_status
 from gkd.errors import InputError, RunInterruptedError
 
 
@@ -45,7 +45,7 @@ def launch_command(
         code = launcher.wait()
         with suppress(OSError, ValueError, KeyError):
             code = json.loads(copy.read_text())["status"] if code else 0
-    sys.exit(RunInterruptedError.exit_code if forwarder.found_no_rank else code if code >= 0 else 128 - code)
+    sys.exit(RunInterruptedError.exit_code if forwarder.found_no_rank else shell_status(code))
 
 
 class _Forwarder:
