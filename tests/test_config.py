@@ -36,6 +36,7 @@ def test_a_config_is_frozen() -> None:
 
 
 STATES = {"kind": "hidden_states"}
+RKD = {"kind": "rkd"}
 SERVED = {"placement": "served", "addresses": ["http://127.0.0.1:1"]}
 
 
@@ -74,6 +75,15 @@ SERVED = {"placement": "served", "addresses": ["http://127.0.0.1:1"]}
         ({"objective": STATES, "teacher": {"model": "t", "cache_gib": 1.0}}, r"cache_gib does not keep; set that to 0"),
         ({"objective": STATES, "student": {"model": "s", "compile": True}}, r"not show; set student\.compile to false"),
         ({"objective": STATES, "other_teachers": {"b": {"model": "t", "weight": 0.5}}}, r"leave out other_teachers"),
+        (
+            {"objective": RKD, "other_teachers": {"b": {"model": "t", "weight": 0.5}}},
+            r"objective\.terms\.0: rkd compares sequences by the vectors of one teacher; leave out other_teachers",
+        ),
+        (
+            {"objective": RKD, "teacher": {"model": "t", **SERVED, "placement": "topk"}},
+            r"objective\.terms\.0: needs the teacher's whole distribution, not a top k",
+        ),
+        ({"objective": {**RKD, "distance": 0.0, "angle": 0.0}}, r"objective\.angle: it and distance are both 0"),
         ({"objective": {**STATES, "token_weight": {"drift": {}}}}, r"objective\.token_weight: weighs distributions"),
         ({"objective": {**STATES, "layers": [[1, 2, 3]]}}, r"objective\.layers"),
         ({"objective": {"beta": RULE}}, r"objective\.beta: a rule that follows a metric is for weights"),

@@ -73,6 +73,7 @@ class Config(Section):
         if any(teacher.placement == "topk" for teacher in self.teachers.values()):
             self.objective.check_topk()
         self.objective.check_states(self._without_states())
+        self.objective.check_batch(bool(self.other_teachers))
         self._check_routes()
         for metric in sorted(self.objective.followed_metrics):
             if metric.startswith("heldout/") and not (self.data.heldout and self.eval.every):

@@ -12,6 +12,7 @@ from gkd.chunks import LOSS_CHUNK_BYTES
 from gkd.errors import ConfigError
 from gkd.objectives.memory import ObjectiveMemory
 from gkd.objectives.terms import TERMS, Term
+from gkd.objectives.terms.batch import BatchTerm
 from gkd.objectives.terms.states import StatesTerm
 from gkd.objectives.token_weights import SequenceWeight
 from gkd.objectives.weight_rules import WEIGHT_RULES, WeightRule
@@ -110,8 +111,13 @@ class ObjectiveConfig(Section):
         weights = [w for term in self.terms for w in term.token_weight.values() if isinstance(w, SequenceWeight)]
         of_both = any(term.needs_sequences for term in self.terms)
         of_teacher = of_both or any(weight.needs_teacher_logprobs for weight in weights)
-        has_rows = len(self.state_terms) < len(self.terms)
+        has_rows = not all(isinstance(term, (StatesTerm, BatchTerm)) for term in self.terms)
         return has_rows + (of_both or bool(weights)), (has_rows and self.needs_teacher) + of_teacher
+
+    @property
+    def extra_forwards(self) -> int:
+        """Of the student in a step, before its micro-batches' own: the vectors of terms about the whole batch."""
+        return int(any(isinstance(term, BatchTerm) for term in self.terms))
 
     @property
     def state_terms(self) -> dict[str, StatesTerm]:
@@ -192,6 +198,15 @@ class ObjectiveConfig(Section):
         for key, term in self.state_terms.items():
             if fault is not None:
                 raise ValueError(f"{key}: {term.kind} compares states of layers, {fault}")
+
+    def check_batch(self, has_other_teachers: bool) -> None:
+        """Raises ValueError if vectors of several teachers would be compared with one another."""
+        for index, term in enumerate(self.terms):
+            if isinstance(term, BatchTerm) and has_other_teachers:
+                raise ValueError(
+                    f"objective.terms.{index}: {term.kind} compares sequences by the vectors of one teacher; leave out "
+                    "other_teachers, or the term"
+                )
 
     def check_sources(self, shares: Mapping[str, float | Ramp]) -> None:
         """Raises ValueError for a term that no text of the mixture could be for; `shares` are the mixture's."""

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gkd.objectives.batch_losses import BatchLoss
 from gkd.objectives.divergence import Divergence
 from gkd.objectives.row_losses import OfSequences, Part
 from gkd.objectives.state_losses import StateLoss
 from gkd.objectives.terms import Term
+from gkd.objectives.terms.batch import BatchTerm
 from gkd.objectives.terms.states import StatesTerm
 from gkd.objectives.token_weights import RowWeight, SequenceWeight
 from gkd.schedules import MetricMemory
@@ -49,6 +51,16 @@ class ActiveStateTerm:
 
 
 @dataclass(frozen=True)
+class ActiveBatchTerm:
+    """A term of the whole global batch whose weight is above 0."""
+
+    name: str
+    loss: BatchLoss
+    weight: float
+    on: frozenset[str] | None
+
+
+@dataclass(frozen=True)
 class Objective:
     """What a step minimises."""
 
@@ -56,6 +68,7 @@ class Objective:
     temperature: float = 1.0  # of both sides' logits, in the terms that compare them
     chunk_bytes: int | None = None  # see `gkd.linear_divergence`
     state_terms: tuple[ActiveStateTerm, ...] = ()
+    batch_terms: tuple[ActiveBatchTerm, ...] = ()
 
     @property
     def of_sequences(self) -> list[OfSequences]:
@@ -82,20 +95,25 @@ def objective_at(
     chunk_bytes: int | None = None,
 ) -> Objective:
     """The objective of these terms, `weights` by their labels, at a step; a term of weight 0 is left out."""
-    active: list[ActiveTerm | ActiveStateTerm] = []
+    active: list[ActiveTerm | ActiveStateTerm | ActiveBatchTerm] = []
     for term in terms:
         values = {name: memory.value(schedule, step) for name, schedule in term.schedules.items()}
         if (weight := weights[term.label]) != 0.0:
             active.append(_active(term, weight, values, temperature))
     of_rows = tuple(term for term in active if isinstance(term, ActiveTerm))
     of_states = tuple(term for term in active if isinstance(term, ActiveStateTerm))
-    return Objective(of_rows, temperature, chunk_bytes, of_states)
+    of_batch = tuple(term for term in active if isinstance(term, ActiveBatchTerm))
+    return Objective(of_rows, temperature, chunk_bytes, of_states, of_batch)
 
 
-def _active(term: Term, weight: float, values: Mapping[str, float], temperature: float) -> ActiveTerm | ActiveStateTerm:
+def _active(
+    term: Term, weight: float, values: Mapping[str, float], temperature: float
+) -> ActiveTerm | ActiveStateTerm | ActiveBatchTerm:
     on = None if term.on is None else frozenset(term.on)
     if isinstance(term, StatesTerm):
         return ActiveStateTerm(term.label, term.state_loss(values), weight, on)
+    if isinstance(term, BatchTerm):
+        return ActiveBatchTerm(term.label, term.batch_loss(values), weight, on)
     token_weights = term.token_weight.values()
     return ActiveTerm(
         term.label,

@@ -57,6 +57,7 @@ class Setup:
     staleness: int = 0  # steps that a served sampler works ahead of training
     adapter_parameters: int = 0  # of LoRA, beside a frozen student; 0: all of the student is trained
     sampler_applies_adapter: bool = False  # and is sent nothing else; otherwise merged weights
+    extra_forwards: int = 0  # of the student in a step, without a gradient
     projector_parameters: int = 0  # learned by terms beside the student
     state_widths: tuple[int, int] = (0, 0)  # of layers' states that the teacher gives: a scored token, any token
     dtype_lines: tuple[str, ...] = ()  # what auto became and why, and what is slow
@@ -195,6 +196,7 @@ def make_setup(
         decode_overhead_s=device.decode_eager_s if config.rollout.enforce_eager else device.decode_graph_s,
         chunk_bytes=float(loss_chunk_bytes(device.torch_type) if chunk_mib is None else chunk_mib << 20),
         head_products=config.objective.head_products,
+        extra_forwards=config.objective.extra_forwards,
         teacher_placement=teacher_placement if config.objective.needs_teacher else "unasked",
         teacher_devices=teacher_devices if config.objective.needs_teacher else 0,
         sampler_devices=1 if sampler_replicas else config.rollout.tensor_parallel,

@@ -156,7 +156,8 @@ def training_s(setup: Setup) -> Seconds:
     scored = setup.local_sequences * setup.completion_tokens
     gradients = 1 if setup.adapter_parameters else 2  # of states alone, or of weights too
     passes = 1 + gradients + (1 if setup.checkpointing else 0)
-    backbone = tokens * student.forward_flops(setup.mean_tokens / 2) * passes
+    forward = tokens * student.forward_flops(setup.mean_tokens / 2)
+    backbone = forward * passes
     backbone += tokens * 2 * setup.adapter_parameters * (passes + 1)  # these have a gradient of their own
     pairs = scored * student.vocabulary
     # logits of both sides, and of the student a product for each gradient in the backward
@@ -165,7 +166,8 @@ def training_s(setup: Setup) -> Seconds:
     # frozen weights are read once in each direction
     traffic = setup.accumulation * (MICRO_BATCH_BYTES * setup.trained_parameters + 2 * setup.frozen_bytes)
     rate = _flops_per_s(setup, setup.student_dtype)
-    return {
+    extra = {"vectors of the batch": setup.extra_forwards * forward / rate / eff} if setup.extra_forwards else {}
+    return extra | {
         "layers, compute": backbone / rate / eff,
         "loss, compute": loss / rate / eff,
         "loss, logits": pairs * LOSS_PAIR_BYTES / device.bandwidth_bytes_per_s / eff,

@@ -124,6 +124,16 @@ def sum_all(values: Sequence[float]) -> list[float]:
     return sum_over_ranks(tensor).tolist()
 
 
+def all_ranks_rows(rows: torch.Tensor) -> tuple[torch.Tensor, slice]:
+    """The rows of all ranks, in their order, on every rank; and where among them its own are."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows, slice(0, len(rows))
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows.cpu())
+    start = sum(len(part) for part in parts[: dist.get_rank()])
+    return torch.cat(parts).to(rows.device), slice(start, start + len(rows))
+
+
 def max_over_ranks(value: float) -> float:
     """A NaN on any rank gives NaN on all (an all-reduce by MAX could lose it)."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -21,7 +21,9 @@ from gkd.errors import CheckpointError
 from gkd.models.compiled import compile_layers, warm_up
 from gkd.models.lora import LeavingWeight, adapter_weights, whole_weights
 from gkd.objectives.objective import Objective
+from gkd.seeding import derive_seed
 from gkd.system_errors import memory_for
+from gkd.train.batch_terms import batch_gradients
 from gkd.train.deepspeed_check import deepspeed_refusals, where
 from gkd.train.deepspeed_config import deepspeed_config, scales_loss
 from gkd.train.distributed import compute_device, sum_over_ranks
@@ -110,22 +112,27 @@ class StudentEngine:
         """One optimizer step on this rank's share of the global batch; returns metrics of the global batch.
 
         The loss is the sum over terms and scored tokens of weight x value, over ALL ranks and micro-batches, divided by
-        the number of these tokens (of sequences, for "sequence_mean"), which is counted before the first backward: how
-        the batch is split cannot matter. Raises StepRefusedError on all ranks: before the optimizer steps if a loss or
-        gradient is not finite or the sampler is too far from the trainer, or if float16 leaves out step after step.
+        the number of these tokens (of sequences, for "sequence_mean"), which is counted before the first backward; of
+        a term about the whole batch it is weight x value. How the batch is split cannot matter. Raises
+        StepRefusedError on all ranks: before the optimizer steps if a loss or gradient is not finite or the sampler is
+        too far from the trainer, or if float16 leaves out step after step.
         """
-        torch.manual_seed(step)  # dropout, if the student has any: the same after a resume
         objective = self._objective.at(step, self._memory)
         counts = torch.tensor([self._denominator(micro_batches), sum(b.scored_tokens for b in micro_batches)])
         denominator, scored_tokens = sum_over_ranks(counts.double().to(self._device)).tolist()
         self._engine.train()
         lr = self._engine.get_lr()[0]  # the engine's step moves on to that of the next one
         sums = StepSums(objective, self._device)
+        gradients: Sequence[torch.Tensor | None] = [None] * len(micro_batches)
+        if objective.batch_terms:
+            with self._phase("forward_backward"):
+                gradients = self._batch_terms(micro_batches, objective, denominator, step, sums)
         for index, micro_batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             self._engine.set_gradient_accumulation_boundary(is_last)  # packed: another number of them every step
             with self._phase("forward_backward"):
-                sums.add(self._forward_backward(micro_batch, objective, denominator), micro_batch)
+                _seed_dropout(step, index)
+                sums.add(self._forward_backward(micro_batch, objective, denominator, gradients[index]), micro_batch)
                 if is_last:
                     self._finite.check(sums.loss, [i for b in micro_batches for i in b.sample_ids], step)
                     measured = sums.metrics(denominator)
@@ -158,11 +165,29 @@ class StudentEngine:
             return sum(batch.scored_tokens for batch in micro_batches)
         return sum(length > 0 for batch in micro_batches for length in batch.completion_lengths)
 
-    def _forward_backward(self, micro_batch: TokenBatch, objective: Objective, denominator: float) -> ObjectiveSums:
+    def _batch_terms(
+        self, micro_batches: Sequence[TokenBatch], objective: Objective, denominator: float, step: int, sums: StepSums
+    ) -> list[torch.Tensor]:
+        """What the sums' gradients get of each micro-batch's vectors. One forward more."""
+
+        def vectors_of(index: int, micro_batch: TokenBatch) -> torch.Tensor:
+            _seed_dropout(step, index)
+            with memory_for("forward of a micro-batch", _LESS_MEMORY):
+                return self._engine(micro_batch.to(self._device), None, only_vectors=True)
+
+        found = batch_gradients(vectors_of, micro_batches, objective)
+        sums.add_batch(found, denominator / self._world_size)
+        return [gradient * denominator for gradient in found.gradients]
+
+    def _forward_backward(
+        self, micro_batch: TokenBatch, objective: Objective, denominator: float, vector_gradients: torch.Tensor | None
+    ) -> ObjectiveSums:
         # DeepSpeed averages gradients over ranks; the loss is already a share of the global mean
         scale = self._world_size / max(denominator, 1e-30)
         with memory_for("forward and backward of a micro-batch", _LESS_MEMORY):
-            sums: ObjectiveSums = self._engine(micro_batch.to(self._device), objective)
+            sums: ObjectiveSums = self._engine(
+                micro_batch.to(self._device), objective, vector_gradients=vector_gradients
+            )
             self._engine.backward(sums.loss * scale, scale_wrt_gas=False)
         return sums
 
@@ -249,6 +274,11 @@ class StudentEngine:
         if found is None:
             raise CheckpointError(f"{folder}: DeepSpeed finds nothing to load in it")
         self._memory.restore(json.loads((Path(folder) / _OBJECTIVE_MEMORY).read_text(encoding="utf-8")))
+
+
+def _seed_dropout(step: int, index: int) -> None:
+    """If the student has any: the same in each forward of a micro-batch, and after a resume."""
+    torch.manual_seed(derive_seed(step, "dropout", index))
 
 
 class _EngineWeights:

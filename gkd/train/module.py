@@ -23,6 +23,7 @@ from gkd.ops.linear_terms import TermScores, linear_terms
 from gkd.ops.token_logprobs import token_logprobs
 from gkd.ops.vocabulary_pass import KL_MEASURES, LABEL_LOGPROB, TOPK_MEASURES, WeightedLoss
 from gkd.registry import REPLAY
+from gkd.train.batch_terms import sequence_vectors
 from gkd.train.state_terms import StateTerms
 from gkd.types import HiddenScores, NoScores, OutputHead, TeacherScores, TokenBatch, TopkScores
 
@@ -195,35 +196,49 @@ class StudentModule(nn.Module):
         self.register_state_dict_post_hook(_without_frozen)
 
     def forward(
-        self, batch: TokenBatch, objective: Objective | None, *, is_exact: bool = False
+        self,
+        batch: TokenBatch,
+        objective: Objective | None,
+        *,
+        is_exact: bool = False,
+        only_vectors: bool = False,
+        vector_gradients: torch.Tensor | None = None,
     ) -> ObjectiveSums | torch.Tensor:
         """The sums of an objective, or with None the scored tokens' log-probabilities [N]; `is_exact`: those in
-        float32, of float32 weights."""
+        float32, of float32 weights. `only_vectors`: of the sequences, [S, H], and `vector_gradients` [S, H] is what
+        the loss's gradient gets of them, and its value does not."""
         if is_exact:
             with torch.autocast(batch.input_ids.device.type, enabled=False):
-                return self._forward(batch, None, torch.float32)
-        return self._forward(batch, objective)
-
-    def _forward(
-        self, batch: TokenBatch, objective: Objective | None, dtype: torch.dtype | None = None
-    ) -> ObjectiveSums | torch.Tensor:
-        hidden, states = self._states(batch, objective)  # [B, T, H]
-        sums = self.objective_head(hidden.flatten(0, 1)[batch.score_index], batch, objective, dtype)
-        if self.state_terms is None or objective is None or not torch.is_grad_enabled():
-            return sums
-        of_states = self.state_terms(states, hidden, batch, objective)
-        return sums._replace(loss=sums.loss + of_states.loss, state_values=of_states.values)
+                return self.objective_head(self._states(batch, None)[0], batch, None, torch.float32)
+        scored, every, states = self._states(batch, objective)
+        if only_vectors:
+            return sequence_vectors(scored, batch)
+        result = self.objective_head(scored, batch, objective)
+        if objective is None or not torch.is_grad_enabled():
+            return result
+        if vector_gradients is not None:
+            of_vectors = (sequence_vectors(scored, batch) * vector_gradients).sum()
+            result = result._replace(loss=result.loss + (of_vectors - of_vectors.detach()))
+        if self.state_terms is not None:
+            of_states = self.state_terms(states, every, batch, objective)
+            result = result._replace(loss=result.loss + of_states.loss, state_values=of_states.values)
+        return result
 
     def _states(
         self, batch: TokenBatch, objective: Objective | None
-    ) -> tuple[torch.Tensor, Mapping[Source, torch.Tensor]]:
-        """The last ones, and those of the layers that the objective's terms compare."""
+    ) -> tuple[torch.Tensor, torch.Tensor, Mapping[Source, torch.Tensor]]:
+        """The last ones where tokens are scored [N, H], and everywhere [B, T, H]; those of the layers that the
+        objective's terms compare."""
         packed = {} if batch.sequence_lengths is None else packed_inputs(batch.sequence_lengths, batch.input_ids.device)
         backbone = backbone_of(self.model)
+        states: Mapping[Source, torch.Tensor] = {}
         if self._reader is None or self.state_terms is None or objective is None:
             with only_in_training():
-                return backbone(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state, {}
-        return self._reader.call(backbone, self.state_terms.sources(objective), input_ids=batch.input_ids, **packed)
+                last = backbone(input_ids=batch.input_ids, use_cache=False, **packed).last_hidden_state
+        else:
+            sources = self.state_terms.sources(objective)
+            last, states = self._reader.call(backbone, sources, input_ids=batch.input_ids, **packed)
+        return last.flatten(0, 1)[batch.score_index], last, states
 
 
 def token_measures(

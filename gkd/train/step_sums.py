@@ -12,6 +12,7 @@ import torch
 from gkd.objectives.mismatch import MismatchSums, mismatch_means
 from gkd.objectives.objective import Objective
 from gkd.ops.vocabulary_pass import KL_MEASURES, TOPK_MEASURES
+from gkd.train.batch_terms import BatchGradients
 from gkd.train.distributed import max_over_ranks, sum_over_ranks
 from gkd.train.module import ObjectiveSums, measure_names
 from gkd.types import TokenBatch
@@ -43,6 +44,7 @@ class StepSums:
         self._values = zeros(2, len(self._terms))  # likewise
         self._state_terms = [term.name for term in objective.state_terms]
         self._state_values = zeros(2, len(self._state_terms))
+        self._batch_values: dict[str, float] = {}
         self._mismatch = zeros(len(MismatchSums._fields))
         self._largest_log_ratio = zeros(1)
 
@@ -60,6 +62,11 @@ class StepSums:
         self._mismatch += sums.mismatch
         self._largest_log_ratio = torch.maximum(self._largest_log_ratio, sums.largest_log_ratio)
 
+    def add_batch(self, found: BatchGradients, share: float) -> None:
+        """`share` is what this rank counts of the loss of the batch, which all ranks know."""
+        self.loss += found.loss * share
+        self._batch_values = found.values
+
     def metrics(self, denominator: float) -> dict[str, float]:
         """Of the global batch: collective."""
         parts = [self.loss, self._measures, self._values, self._state_values, self._mismatch]
@@ -76,6 +83,7 @@ class StepSums:
             **_means([_METRICS[name] for name in _NAMES], *measures),
             **_means([f"objective/{name}/loss" for name in self._terms], *values),
             **_means([f"objective/{name}/loss" for name in self._state_terms], *state_values),
+            **{f"objective/{name}/loss": value for name, value in self._batch_values.items()},
             **{f"mismatch/{name}": value for name, value in mismatch.items()},
         }
 

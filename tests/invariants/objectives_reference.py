@@ -5,8 +5,9 @@ Legend: n tokens of one sequence, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,15 @@ OBJECTIVES["states beside a divergence"] = {
         {"kind": "relations", "relation_heads": 2, "outputs": ["hidden", "key"], "tokens": "scored"},
     ]
 }
+OBJECTIVES["sequences beside tokens"] = {
+    "reduction": "sequence_mean",
+    "terms": [
+        {"kind": "rkd", "weight": 0.3},
+        {"kind": "rkd", "name": "sampled", "distance": 0.5, "angle": 0.0, "on": ["student"]},
+        {"kind": "forward_kl", "on": ["student"]},
+    ],
+}
+OF_A_WIDE_TEACHER["sequences alone"] = {"terms": [{"kind": "rkd", "distance": 0.2, "angle": 3.0}]}
 OBJECTIVES["states of sequences"] = {
     "reduction": "sequence_mean",
     "terms": [{"kind": "hidden_states", "layers": [[0, 0], [1, 3]], "tokens": "all", "on": ["student"]}],
@@ -144,6 +154,7 @@ def reference(
     kept = {model: keep_projections(model) for model in (s, t)}
     total = torch.zeros((), dtype=torch.float64)
     values: dict[str, list[Tensor]] = {}
+    vectors: dict[str, list[list[Tensor]]] = {}
     for rollout in rollouts:
         ids, span = torch.tensor([rollout.token_ids]), slice(len(rollout.draw.prompt.token_ids) - 1, -1)
         own = s(ids, output_hidden_states=True)
@@ -154,6 +165,9 @@ def reference(
         for term in terms:
             name = term.get("name", term["kind"])
             if rollout.source not in term.get("on", [rollout.source]) or term.get("weight", 1.0) == 0:
+                continue
+            if term["kind"] == "rkd":
+                vectors.setdefault(name, []).append([side.hidden_states[-1][0, span].mean(0) for side in (own, other)])
                 continue
             if term["kind"] in ("hidden_states", "relations"):
                 places = span if term.get("tokens", DEFAULT_TOKENS[term["kind"]]) == "scored" else slice(None)
@@ -173,6 +187,12 @@ def reference(
                 weight = token_weight(term, logits.detach(), teacher_logits, rollout, heat)
             values.setdefault(name, []).append(value.detach())
             total = total + term.get("weight", 1.0) * row_weight * (weight * value).sum() / denominator
+    for term in terms:
+        if term["kind"] == "rkd":
+            name = term.get("name", "rkd")
+            batch_value = rkd_value(term, *zip(*vectors[name], strict=True))
+            values[name] = [batch_value.detach()[None]]
+            total = total + term.get("weight", 1.0) * batch_value
     total.backward()
     every_projector = [p for own in projectors.values() for p in own]
     trained = [*s.named_parameters(), *((f"projectors.{i}.weight", p) for i, p in enumerate(every_projector))]
@@ -230,6 +250,32 @@ def relations_value(term: dict[str, Any], student: Outputs, teacher: Outputs) ->
                     rows.append((p * (p.log() - q.log())).sum())
                 found.append(torch.stack(rows))
     return torch.stack(found).mean(0)
+
+
+def rkd_value(term: dict[str, Any], student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Pair by pair, and triple by triple."""
+
+    def huber(x: Tensor, y: Tensor) -> Tensor:
+        gap = (x - y).abs()
+        return 0.5 * gap**2 if gap <= 1 else gap - 0.5
+
+    def distances(side: Sequence[Tensor]) -> list[Tensor]:
+        found = [(a - b).norm() for a, b in itertools.combinations(side, 2)]
+        return [length / torch.stack(found).mean() for length in found]
+
+    def angles(side: Sequence[Tensor]) -> list[Tensor]:
+        return [
+            torch.nn.functional.cosine_similarity(side[i] - side[j], side[k] - side[j], dim=0)
+            for i, j, k in itertools.permutations(range(len(side)), 3)
+        ]
+
+    weighed = ((distances, term.get("distance", 1.0)), (angles, term.get("angle", 2.0)))
+    return torch.stack(
+        [
+            weight * torch.stack([huber(a, b) for a, b in zip(of(student), of(teacher), strict=True)]).mean()
+            for of, weight in weighed
+        ]
+    ).sum()
 
 
 def states_value(

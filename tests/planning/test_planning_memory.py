@@ -23,6 +23,7 @@ from gkd.planning.memory import memory_plan, student_state
 from gkd.planning.models import architectures
 from gkd.planning.setup import make_setup
 from gkd.planning.suggest import suggest
+from gkd.planning.time import training_s
 from gkd.types import OutputHead, TopkScores
 
 SMALL, LARGE, HUGE = "qwen3_8b_to_1.7b", "qwen3_32b_to_1.7b", "qwen3_235b_to_8b"
@@ -52,6 +53,10 @@ def test_states_of_layers_by_hand() -> None:
         / memory_plan(plain).phases["score"]["teacher hidden states"]
     )
     assert more == pytest.approx(1 + 2 * plain.longest_tokens / plain.max_new_tokens)
+    vectors = setup_of(SMALL, 1, "objective={terms: [{}, {kind: rkd}]}")
+    forward = training_s(vectors)["vectors of the batch"]
+    assert 3 * forward == pytest.approx(training_s(replace(vectors, checkpointing=False))["layers, compute"])
+    assert "vectors of the batch" not in training_s(plain)
     only = setup_of(SMALL, 1, "objective=" + json.dumps({"terms": [term]}))
     assert (only.head_products, plain.head_products) == ((0, 0), (1, 1))
 

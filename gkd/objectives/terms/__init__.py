@@ -17,6 +17,7 @@ TERMS: Registry[type[Term]] = Registry(
         "cross_entropy": "gkd.objectives.terms.cross_entropy:CrossEntropy",
         "hidden_states": "gkd.objectives.terms.hidden_states:HiddenStates",
         "relations": "gkd.objectives.terms.relations:Relations",
+        "rkd": "gkd.objectives.terms.rkd:RelationalDistillation",
         "policy_gradient": "gkd.objectives.terms.policy_gradient:PolicyGradient",
     },
 )
