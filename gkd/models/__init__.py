@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gkd.models.calibration import forward_kl
     from gkd.models.card import ModelCard
     from gkd.models.coverage import check_covers
+    from gkd.models.cut_config import student_config
     from gkd.models.end_tokens import Closing, describe_sides, end_token_ids, union_of_ends
     from gkd.models.export import save_final
     from gkd.models.fingerprint import model_fingerprint
@@ -67,6 +68,7 @@ _HOMES = {
     "packed": ("packed_inputs", "use_packed_attention"),
     "fingerprint": ("model_fingerprint",),
     "resolve": ("local_folder", "resolve_model"),
+    "cut_config": ("student_config",),
     "subset": ("choose_layers", "config_of_layers", "make_student_from_layers", "recorded_choice"),
     "tokenizer_pair": ("check_tokenizer_pair",),
     "weights": ("file_tensors",),
@@ -121,6 +123,7 @@ __all__ = [
     "resolve_model",
     "save_adapter",
     "save_final",
+    "student_config",
     "union_of_ends",
     "use_float32_adapters",
     "use_packed_attention",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,9 +115,9 @@ class Distiller:
             empty_model,
             lora_targets,
             model_shape,
-            narrow_config,
             read_config,
             resolve_model,
+            student_config,
         )
         from gkd.models.hub import is_hub_name
         from gkd.models.resolve import WHEEL_PREFIX
@@ -139,20 +138,17 @@ class Distiller:
             return []
         sides = {key: Closing.of(path, key=key) for key, path in paths.items()}
         lines = describe_sides(sides, self.config.rollout.stop_token_ids)
+        student = student_config(paths["student.model"], self.config.student.init)  # raises for what does not fit
         if (init := self.config.student.init) is not None:
-            source = read_config(paths["student.model"])
-            available = source.get_text_config().num_hidden_layers
-            init.check_fits(available)
-            if init.width is not None:
-                narrow_config(source, init.width)  # raises for sizes that do not fit
+            available = read_config(paths["student.model"]).get_text_config().num_hidden_layers
             lines.append(f"student: {names['student.model']} of {available} layers: {init.describe()}")
         if self.config.objective.state_terms:
-            student, teacher = (
-                model_shape(read_config(paths[f"{s}.model"]), f"{s}.model") for s in ("student", "teacher")
+            teacher = read_config(paths["teacher.model"], key="teacher.model")
+            self.config.objective.state_pairs(
+                model_shape(student, "student.model"), model_shape(teacher, "teacher.model")
             )
-            self.config.objective.state_pairs(student if init is None else replace(student, layers=init.count), teacher)
         if (lora := self.config.student.lora) is not None:
-            lora_targets(empty_model(read_config(paths["student.model"])), lora)  # raises, too
+            lora_targets(empty_model(student), lora)  # raises, too
         return lines
 
     def _check_packages(self) -> None:

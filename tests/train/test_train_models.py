@@ -65,13 +65,21 @@ def test_a_dry_run_says_how_the_sides_end(config: Config) -> None:
 
 
 @pytest.mark.fault
-def test_layers_that_a_model_does_not_have_are_refused_before_weights_are_read(config: Config, tmp_path: Path) -> None:
-    objective = {"terms": [{}, {"kind": "hidden_states", "layers": [[2, 4], [1, 5]]}]}
-    wrong = make_config({**config.model_dump(mode="json", exclude_unset=True), "objective": objective})
+@pytest.mark.parametrize(
+    ("student", "layers", "fault"),
+    [
+        ({}, [[2, 4], [1, 5]], "1: the teacher has no layer 5; its last is 4"),
+        ({"init": {"layers": 1}}, [[2, 4]], "0: the student has no layer 2; its last is 1"),
+    ],
+)
+def test_layers_that_a_model_does_not_have_are_refused_before_weights_are_read(
+    config: Config, tmp_path: Path, student: dict[str, Any], layers: list[list[int]], fault: str
+) -> None:
+    values = config.model_dump(mode="json", exclude_unset=True)
+    objective = {"terms": [{}, {"kind": "hidden_states", "layers": layers}]}
+    wrong = make_config({**values, "student": {**values["student"], **student}, "objective": objective})
     for check in (gkd.Distiller(wrong).check, lambda: located(wrong, tmp_path)):
-        with pytest.raises(
-            ConfigError, match=r"^objective\.terms\.1\.layers\.1: the teacher has no layer 5; its last is 4"
-        ):
+        with pytest.raises(ConfigError, match=rf"^objective\.terms\.1\.layers\.{fault}"):
             check()
 
 

@@ -13,15 +13,14 @@ from gkd.models import (
     Closing,
     check_covers,
     check_tokenizer_pair,
-    config_of_layers,
     describe_sides,
     empty_model,
     lora_targets,
     model_shape,
-    narrow_config,
     pad_token_id,
     read_config,
     resolve_model,
+    student_config,
     union_of_ends,
 )
 from gkd.run_files import RunFiles
@@ -75,23 +74,15 @@ def locate_models(config: Config, folder: RunFiles, launch: Launch, placements: 
     teacher_path = teacher_paths.pop(MAIN_TEACHER)
     source = from_main(_student_source(config, teacher_path) if launch.is_main else None)
     revision, init = source_revision(config), config.student.init
-    student_config = read_config(source, revision=revision)
-    if init is not None:
-        init.check_fits(student_config.get_text_config().num_hidden_layers)
-        # which ones it will be is measured later; the first ones are certainly of the kinds that stand there
-        available = student_config.get_text_config().num_hidden_layers
-        layers = range(init.count(available)) if init.is_measured else init.layers
-        student_config = config_of_layers(source, available if layers is None else layers, revision=revision)
-        if init.width is not None:
-            student_config = narrow_config(student_config, init.width)
+    student = student_config(source, init, revision=revision)
     if launch.is_main:
-        placements.sampler.check_student(student_config)
+        placements.sampler.check_student(student)
     if config.student.lora is not None:
-        lora_targets(empty_model(student_config), config.student.lora)  # raises for what cannot be adapted
+        lora_targets(empty_model(student), config.student.lora)  # raises for what cannot be adapted
     sides = {"student.model": Closing.of(source, revision=revision)}
     tokenizer = sides["student.model"].tokenizer
-    _check_context("student.model", student_config, config.longest_sequence)
-    rows = _vocabulary_rows(student_config)
+    _check_context("student.model", student, config.longest_sequence)
+    rows = _vocabulary_rows(student)
     shared: list[int] = []
     for name, path in ((MAIN_TEACHER, teacher_path), *teacher_paths.items()):
         key = f"{config.teacher_key(name)}.model"
@@ -110,7 +101,7 @@ def locate_models(config: Config, folder: RunFiles, launch: Launch, placements: 
         valid_vocab=min(shared),
         max_model_tokens=config.longest_sampled,
         other_teacher_paths=teacher_paths,
-        state_pairs=_state_pairs(config, student_config, teacher_path),
+        state_pairs=_state_pairs(config, student, teacher_path),
     )
 
 
