@@ -73,7 +73,6 @@ SERVED = {"placement": "served", "addresses": ["http://127.0.0.1:1"]}
             r"objective\.terms\.0: hidden_states .* topk does not tell; set that to local or sharded",
         ),
         ({"objective": STATES, "teacher": {"model": "t", "cache_gib": 1.0}}, r"cache_gib does not keep; set that to 0"),
-        ({"objective": STATES, "student": {"model": "s", "compile": True}}, r"not show; set student\.compile to false"),
         ({"objective": STATES, "other_teachers": {"b": {"model": "t", "weight": 0.5}}}, r"leave out other_teachers"),
         (
             {"objective": RKD, "other_teachers": {"b": {"model": "t", "weight": 0.5}}},

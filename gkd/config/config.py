@@ -151,8 +151,6 @@ class Config(Section):
             )
         if self.teacher.cache_gib:
             return "which teacher.cache_gib does not keep; set that to 0"
-        if self.student.compile:
-            return "which compiled layers do not show; set student.compile to false"
         if self.other_teachers:
             return "of one teacher; leave out other_teachers, or the term"
         return None
