@@ -18,7 +18,7 @@ from gkd.planning.devices import device_named
 from gkd.planning.disk import checkpoint_bytes, result_bytes, run_folder_bytes
 from gkd.planning.memory import gb
 from gkd.planning.models import architectures
-from gkd.planning.setup import make_setup
+from gkd.planning.settled import make_setup
 from gkd.system_errors import explained, nearest_above, write_fault
 
 _LEAST_SHARED_BYTES = 1 << 30

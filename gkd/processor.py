@@ -34,6 +34,7 @@ class Processor:
     vendor: str = ""  # this and the next as in /proc/cpuinfo
     instructions: frozenset[str] = frozenset()
     limits: Mapping[str, str] = field(default_factory=dict[str, str])  # environment variables
+    memory_bytes: int = 0  # a GPU's own
 
 
 class ChosenDtype(NamedTuple):
@@ -75,7 +76,9 @@ def this_processor(local_rank: int, limits: Mapping[str, str]) -> Processor:
 
     if torch.cuda.is_available():
         device = local_rank % torch.cuda.device_count()
-        return Processor(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+        memory_bytes = torch.cuda.get_device_properties(device).total_memory
+        capability = torch.cuda.get_device_capability(device)
+        return Processor(torch.cuda.get_device_name(device), capability, memory_bytes=memory_bytes)
     return this_cpu(limits)
 
 

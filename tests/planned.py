@@ -8,7 +8,8 @@ from typing import Any
 from gkd.config import load_config
 from gkd.planning.devices import device_named
 from gkd.planning.models import architectures
-from gkd.planning.setup import Setup, make_setup
+from gkd.planning.settled import make_setup
+from gkd.planning.setup import Setup
 
 REPOSITORY = Path(__file__).parent.parent
 PLANNED = REPOSITORY / "configs" / "planned"

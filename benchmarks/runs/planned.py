@@ -13,7 +13,8 @@ from gkd.config import Config, load_config
 from gkd.planning.compare import Comparison, compare_summary
 from gkd.planning.devices import Device, device_named
 from gkd.planning.models import Architecture, architectures
-from gkd.planning.setup import Setup, make_setup
+from gkd.planning.settled import make_setup
+from gkd.planning.setup import Setup
 from gkd.planning.time import time_plan
 
 RECORD = "plan_cpu.json"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from gkd.config import Config, Launch
+from gkd.planning.settled import settle_here
 from gkd.run_files import RunFiles
 from gkd.train import distributed
 from gkd.train.placements import ask_placements
@@ -93,6 +94,7 @@ class BudgetRun(Run):
     def __init__(self, config: Config, budget: TokenBudget) -> None:
         self.budget = budget
         distributed.initialize(LAUNCH)
+        config = settle_here(config, LAUNCH.local_rank, LAUNCH.world_size).config
         super().__init__(config, LAUNCH, RunFiles(config.run.folder), ask_placements(config))
         self.build()
 

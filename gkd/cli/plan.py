@@ -49,7 +49,7 @@ def plan_command(
     """
     from gkd.planning import report as reports
     from gkd.planning.models import architectures
-    from gkd.planning.setup import make_setup
+    from gkd.planning.settled import make_setup
 
     resolved = load_config(config, overrides or ())
     student_model, teacher_model = architectures(resolved, student_config, teacher_config)

@@ -34,10 +34,15 @@ def serve_sampler_command(
     max_model_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest prompt and completion; default: the model's context.")
     ] = None,
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 64,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(min=1, help="Sequences at once; default: 64 on a CPU, 256 on a GPU.")
+    ] = None,
     gpu_memory_utilization: GpuMemoryUtilization = 0.9,
     kv_cache_gib: KvCacheGib = 1.0,
-    graphs: Annotated[bool, typer.Option("--graphs", help="Capture CUDA graphs: a slower start.")] = False,
+    graphs: Annotated[
+        bool | None,
+        typer.Option("--graphs/--no-graphs", help="Capture CUDA graphs: a slower start. Default: on a GPU."),
+    ] = None,
     weight_transfer: Annotated[
         Literal["auto", "file", "gloo", "nccl"],
         typer.Option(help="How weights arrive. auto: nccl on CUDA, else file on loopback, else gloo."),
@@ -67,10 +72,10 @@ def serve_sampler_command(
             revision=revision,
             dtype=dtype,
             max_model_tokens=max_model_tokens,
-            max_num_seqs=max_num_seqs,
+            max_num_seqs="auto" if max_num_seqs is None else max_num_seqs,
             kv_cache_gib=kv_cache_gib,
             gpu_memory_utilization=gpu_memory_utilization,
-            enforce_eager=not graphs,
+            enforce_eager="auto" if graphs is None else not graphs,
         ),
         chosen,
         TransferSettings(None if weight_transfer == "auto" else weight_transfer, weights_folder),

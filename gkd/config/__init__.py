@@ -4,12 +4,14 @@ A YAML file with one section a room, in the order of the data's way, plus `secti
 Every error is a `ConfigError` whose message starts with the path of the key.
 """
 
+from gkd.config.choices import Choice, known
 from gkd.config.config import MAIN_TEACHER, PROBE_TOKENS, Config
 from gkd.config.files import describe_keys, load_config, make_config, make_section, read_mapping
 from gkd.config.mixture import MixtureConfig
 from gkd.config.objective import ObjectiveConfig, ObjectiveSection, default_objective
-from gkd.config.precision import Settled, dtypes_of, fastest_here, settle, settled_option
+from gkd.config.precision import dtypes_of, fastest_here, settled_option
 from gkd.config.process import Launch, cache_folder, exit_copy, instruction_limits
+from gkd.config.sampler_choices import served_choices
 from gkd.config.sections import (
     DROPPABLE,
     ENDPOINT_PORT,
@@ -28,6 +30,7 @@ from gkd.config.sections import (
     StudentWidth,
     TeacherConfig,
 )
+from gkd.config.settle import Machine, Settled, settle, settled_values
 
 __all__ = [
     "DROPPABLE",
@@ -36,6 +39,7 @@ __all__ = [
     "PROBE_TOKENS",
     "SAMPLER_PORT",
     "TEACHER_PORT",
+    "Choice",
     "Config",
     "DataConfig",
     "DeepSpeedConfig",
@@ -44,6 +48,7 @@ __all__ = [
     "Launch",
     "LayerRule",
     "LoraConfig",
+    "Machine",
     "MixtureConfig",
     "ObjectiveConfig",
     "ObjectiveSection",
@@ -61,10 +66,13 @@ __all__ = [
     "exit_copy",
     "fastest_here",
     "instruction_limits",
+    "known",
     "load_config",
     "make_config",
     "make_section",
     "read_mapping",
+    "served_choices",
     "settle",
     "settled_option",
+    "settled_values",
 ]

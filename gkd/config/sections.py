@@ -343,17 +343,23 @@ class RolloutConfig(Section):
     lora_sync: Literal["auto", "adapter", "merged"] = Field(
         "auto", description="a LoRA student reaches the sampler as adapter alone or merged; auto = adapter on a GPU"
     )
-    max_num_seqs: int = Field(64, ge=1, description="sequences that the sampler runs at once")
+    max_num_seqs: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="sequences that the sampler runs at once; auto = 64 on a CPU, else all of an engine's step"
+    )
     kv_cache_gib: float = Field(1.0, gt=0.0, description="key-value cache of vLLM on CPU")
-    gpu_memory_utilization: float = Field(0.3, gt=0.0, lt=1.0, description="share of a GPU for vLLM")
-    enforce_eager: bool = Field(True, description="no graph capture in vLLM: a faster start")
+    gpu_memory_utilization: Literal["auto"] | Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        "auto", description="share of a GPU for vLLM; auto = what its sequences need, of what training leaves"
+    )
+    enforce_eager: Literal["auto"] | bool = Field(
+        "auto", description="no graph capture in vLLM: a faster start; auto = false on a GPU"
+    )
     tensor_parallel: int = Field(
         1, ge=1, description="local vllm: ranks that one engine and its weights are split over; divides their number"
     )
-    sleep_level: Literal[0, 1, 2] = Field(
-        0,
+    sleep_level: Literal["auto", 0, 1, 2] = Field(
+        "auto",
         description="local vllm on a GPU: what it gives back while the student trains; 0 = nothing, 1 = its cache, and "
-        "its weights wait in host memory, 2 = its cache and weights",
+        "its weights wait in host memory, 2 = its cache and weights; auto = 0 unless it has too little room so",
     )
 
     @property
@@ -369,7 +375,7 @@ class RolloutConfig(Section):
     def _settings_fit_the_placement(self) -> RolloutConfig:
         for name, default in (("tensor_parallel", 1), ("sleep_level", 0)):
             value, where = getattr(self, name), f"{self.placement} {self.engine}"
-            if value != default and where != "local vllm":
+            if value not in (default, "auto") and where != "local vllm":
                 raise ValueError(
                     f"{name}: {value} is for a local vllm sampler, and this one is {where}; set it to {default}"
                 )

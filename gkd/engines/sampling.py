@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from gkd.config import LoraConfig, RolloutConfig
+from gkd.config import LoraConfig, RolloutConfig, known
 from gkd.engines.vllm import (
     VllmRequest,
     completion_of,
@@ -52,10 +52,10 @@ class SamplerSpec:
     dtype: str
     max_model_tokens: int | None  # None: the model's own context
     pad_token_id: int = 0  # transformers
-    max_num_seqs: int = 64
+    max_num_seqs: int | Literal["auto"] = 64  # auto, as of dtype: until somebody has settled it
     kv_cache_gib: float = 1.0
     gpu_memory_utilization: float = 0.3
-    enforce_eager: bool = True
+    enforce_eager: bool | Literal["auto"] = True
     seed: int = 0
     lora: LoraConfig | None = None  # the sampler applies an adapter, which is all that its updates bring
     tensor_parallel: int = 1  # ranks, of a process group that is there already, that hold a share of the weights each
@@ -95,8 +95,8 @@ def start_llm(spec: SamplerSpec, **further: Any) -> Any:
     shared = own_shared_memory() if spec.tensor_parallel > 1 and not torch.cuda.is_available() else nullcontext()
     with vllm_failures(spec.model_folder), shared:
         llm = LLM(
-            max_num_seqs=spec.max_num_seqs,
-            enforce_eager=spec.enforce_eager,
+            max_num_seqs=known(spec.max_num_seqs),
+            enforce_eager=known(spec.enforce_eager),
             seed=spec.seed & 0x7FFFFFFF,  # vLLM's own seed is 32 bits; each request brings a full one
             **arguments,
             **further,

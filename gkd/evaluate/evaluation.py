@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from gkd.config import Config, Launch, cache_folder, fastest_here, settle
+from gkd.config import Config, Launch, cache_folder
 from gkd.data import load_prompts, render_message
 from gkd.engines.sampling import SamplerSpec
 from gkd.errors import ConfigError, RunFolderError
@@ -31,6 +31,7 @@ from gkd.measures.answers import greedy_settings, sample_requests
 from gkd.measures.heldout import heldout_requests, heldout_rollouts
 from gkd.models import load_causal_lm, local_folder, model_fingerprint, resolve_model, verify_head
 from gkd.planning.models import read_architecture
+from gkd.planning.settled import settle_here
 from gkd.rollout.offline import cache_for, complete
 from gkd.run_files import RunFiles
 from gkd.train import parts
@@ -103,7 +104,7 @@ def _guarded(name: str, measure: Callable[[_Contest], Axis], contest: _Contest) 
 
 
 def _prepare(config: Config, student: str | None, axes: Sequence[str]) -> _Contest:
-    settled = settle(config, fastest_here(), started_with(config))
+    settled = settle_here(config, _LAUNCH.local_rank, _LAUNCH.world_size, started_with(config))
     settled.say()
     config = _with_whole_teacher(settled.config)
     asks_task = "task" in axes

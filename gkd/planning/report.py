@@ -240,7 +240,7 @@ def _head(report: Report, console: Console) -> None:
     if setup.sampler_replicas:
         own = f"{setup.sampler_replicas} x {setup.device.name} of its own"
         _line(console, f"sampler  {own}, rollout.staleness={setup.staleness}")
-    for line in setup.dtype_lines:
+    for line in setup.settled_lines:
         _line(console, line)
     console.print()
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from gkd.chunks import loss_chunk_bytes
-from gkd.config import Config, settle
+from gkd.config import Config, known
+from gkd.config.deepspeed import deepspeed_config
+from gkd.config.training import TrainingSettings
 from gkd.errors import ConfigError
 from gkd.planning.devices import Device
 from gkd.planning.models import DTYPE_BYTES, Architecture
 from gkd.schedules import largest
-from gkd.train.deepspeed_config import deepspeed_config
-from gkd.train.settings import TrainingSettings
 from gkd.types import ModelShape
 
 Placement = Literal["local", "sharded", "served", "unasked"]  # the last: no term of the objective needs a teacher
@@ -60,7 +60,7 @@ class Setup:
     extra_forwards: int = 0  # of the student in a step, without a gradient
     projector_parameters: int = 0  # learned by terms beside the student
     state_widths: tuple[int, int] = (0, 0)  # of layers' states that the teacher gives: a scored token, any token
-    dtype_lines: tuple[str, ...] = ()  # what auto became and why, and what is slow
+    settled_lines: tuple[str, ...] = field(default=(), compare=False)  # what auto became and why, and what is slow
 
     @property
     def longest_tokens(self) -> int:
@@ -135,7 +135,7 @@ class Setup:
         return float(self.teacher.parameters * DTYPE_BYTES[self.teacher_dtype])
 
 
-def make_setup(
+def setup_of(
     config: Config,
     student: Architecture,
     teacher: Architecture,
@@ -147,17 +147,13 @@ def make_setup(
     teacher_placement: Placement = "local",
     teacher_devices: int = 0,
     sampler_replicas: int | None = None,
+    settled_lines: tuple[str, ...] = (),
 ) -> Setup:
-    """`sampler_replicas`: servers of a served sampler; None: as many as the config has addresses. `dtype: auto` is what
-    a run on the planned devices would make of it.
+    """Of a settled config. `sampler_replicas`: servers of a served sampler; None: as many as the config has addresses.
 
     Raises ConfigError for a batch that does not divide, or lengths beyond the config's limits.
     """
-    if devices < 1:
-        raise ConfigError(f"--gpus: {devices} must be at least 1")
     config.check_world_size(devices)
-    settled = settle(config, device.fastest_dtype, slowdown=lambda: 1 / device.float32_slowdown)
-    config = settled.config
     settings = deepspeed_config(TrainingSettings.of(config), devices)
     zero = settings["zero_optimization"]
     offload = [_offloads(zero, name) for name in ("offload_optimizer", "offload_param")]
@@ -191,23 +187,23 @@ def make_setup(
         student_share=largest(config.mixture.student),
         vllm=config.rollout.engine == "vllm",
         sampler_sequences=_sampler_sequences(config, devices, sampler_replicas),
-        sampler_memory_share=config.rollout.gpu_memory_utilization,
+        sampler_memory_share=known(config.rollout.gpu_memory_utilization),
         kv_cache_bytes=config.rollout.kv_cache_gib * 2**30,
-        decode_overhead_s=device.decode_eager_s if config.rollout.enforce_eager else device.decode_graph_s,
+        decode_overhead_s=device.decode_eager_s if known(config.rollout.enforce_eager) else device.decode_graph_s,
         chunk_bytes=float(loss_chunk_bytes(device.torch_type) if chunk_mib is None else chunk_mib << 20),
         head_products=config.objective.head_products,
         extra_forwards=config.objective.extra_forwards,
         teacher_placement=teacher_placement if config.objective.needs_teacher else "unasked",
         teacher_devices=teacher_devices if config.objective.needs_teacher else 0,
         sampler_devices=1 if sampler_replicas else config.rollout.tensor_parallel,
-        sleep_level=config.rollout.sleep_level,
+        sleep_level=known(config.rollout.sleep_level),
         sampler_replicas=sampler_replicas,
         staleness=config.rollout.staleness,
         adapter_parameters=0 if lora is None else student.adapter_parameters(lora),
         sampler_applies_adapter=not sampler_replicas and _sampler_applies_adapter(config, device),
         projector_parameters=projectors,
         state_widths=state_widths,
-        dtype_lines=(*settled.notes, *settled.warnings),
+        settled_lines=settled_lines,
     )
 
 
@@ -228,8 +224,8 @@ def _shape(side: Architecture) -> ModelShape:
 def _sampler_sequences(config: Config, devices: int, sampler_replicas: int) -> int:
     """A server is sent so many by each rank; it is taken to be started with the config's rollout.max_num_seqs."""
     if not sampler_replicas:
-        return config.rollout.max_num_seqs
-    return min(config.rollout.max_num_seqs, devices * config.rollout.max_concurrency)
+        return known(config.rollout.max_num_seqs)
+    return min(known(config.rollout.max_num_seqs), devices * config.rollout.max_concurrency)
 
 
 def _sampler_applies_adapter(config: Config, device: Device) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd import errors
+from gkd.config import known
 from gkd.engines.sampling import SamplerSpec, VllmSampler
 from gkd.environment import die_with_parent, prepare_process, without_launcher
 from gkd.errors import GkdError, MachineError, SamplerError
@@ -26,6 +27,7 @@ from gkd.rollout.completion_cache import CompletionCache
 from gkd.system_errors import system_errors, write_fault
 from gkd.types import SampleRequest, SamplingSettings
 
+_SHARE_ALONE = 0.85  # of a GPU: the parent has nothing there but its context
 _SHARD_REQUESTS = 256  # what an interruption can lose
 
 
@@ -46,7 +48,7 @@ def start_sampler(spec: SamplerSpec) -> Sampler:
         dtype=spec.dtype,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         pad_token_id=spec.pad_token_id,
-        max_num_seqs=spec.max_num_seqs,
+        max_num_seqs=known(spec.max_num_seqs),
         lora=spec.lora,
         key=spec.key,
     )
@@ -54,7 +56,8 @@ def start_sampler(spec: SamplerSpec) -> Sampler:
 
 def alone(spec: SamplerSpec) -> SamplerSpec:
     """The same in a process that does nothing but sample: no other rank has a share, and nobody needs the memory."""
-    return replace(spec, tensor_parallel=1, sleep_level=0)
+    share = max(spec.gpu_memory_utilization, _SHARE_ALONE)
+    return replace(spec, tensor_parallel=1, sleep_level=0, gpu_memory_utilization=share)
 
 
 def cache_for(root: Path, spec: SamplerSpec, fingerprint: str, settings: SamplingSettings) -> CompletionCache:

@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from gkd.config import settled_option
+from gkd.config import served_choices, settled_option
 from gkd.engines.sampling import SamplerSpec
 from gkd.engines.updated import NotHeldError, SamplerEngine
 from gkd.errors import InputError
@@ -74,14 +74,14 @@ def _start(
         path = _model_folder(spec, layers, cleaning)
         config = read_config(path, key=_KEY)
         check_context(config, spec.max_model_tokens, path)
-        dtype = settled_option(spec.dtype)
-        engine = SamplerEngine(replace(spec, model_folder=path, revision=None, dtype=dtype), backend, on_failure=stop)
+        spec = _settled(spec)
+        engine = SamplerEngine(replace(spec, model_folder=path, revision=None), backend, on_failure=stop)
     folder = _weights_folder(backend, transfer, engine)
     served = ServedSamplerModel(
         protocol=protocol.PROTOCOL_VERSION,
         model=spec.model_folder,
         architecture=architecture_digest(config),
-        dtype=dtype,  # pyright: ignore[reportArgumentType]
+        dtype=spec.dtype,  # pyright: ignore[reportArgumentType]
         vocabulary_rows=config.get_text_config().vocab_size,
         max_tokens=engine.max_tokens,
         weight_transfer=backend,
@@ -95,6 +95,14 @@ def _start(
             shutil.rmtree(folder, ignore_errors=True)
 
     return Service(make_sampler_app(served, engine), _words(served), lambda: engine.is_alive, close)
+
+
+def _settled(spec: SamplerSpec) -> SamplerSpec:
+    """What the device decides of it, and says so."""
+    import torch
+
+    chosen = served_choices(torch.cuda.is_available(), spec.max_num_seqs, spec.enforce_eager)
+    return replace(spec, dtype=settled_option(spec.dtype), **chosen._asdict())
 
 
 def _default_backend(server: ServerSettings) -> Transfer:

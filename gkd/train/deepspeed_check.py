@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from gkd.config.deepspeed import deepspeed_config
+from gkd.config.training import TrainingSettings
 from gkd.errors import ConfigError, GkdError
-from gkd.train.deepspeed_config import deepspeed_config
 from gkd.train.distributed import load_deepspeed
-from gkd.train.settings import TrainingSettings
 
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 

@@ -9,13 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gkd.config import Config, Launch, Settled, fastest_here, load_config, make_config, settle
+from gkd.config import Config, Launch, Settled, load_config, make_config
 from gkd.data.formats import JSON_SUFFIXES, read_rows
 from gkd.data.routing import check_teacher_names
 from gkd.environment import local_rank_taken_back, prepare_process
 from gkd.errors import MachineError
 from gkd.extras import require_vllm
 from gkd.monitor import RunSummary
+from gkd.planning.settled import settle_here
 from gkd.system_errors import system_errors, write_fault
 from gkd.train.placements import ask_placements
 from gkd.train.run_folder import claimed_folder, started_with
@@ -73,12 +74,12 @@ class Distiller:
                 return run.train(started)
 
     def settle(self, *, resume: bool = False) -> Settled:
-        """The config without `dtype: auto`: what the run that is resumed was started with, else what suits the device.
+        """The config without `auto`: what the run that is resumed was started with, else what suits the device.
 
         Loads torch, which knows what GPUs there are.
         """
         kept = started_with(self.config) if resume else {}
-        return settle(self.config, fastest_here(self._launch.local_rank), kept)
+        return settle_here(self.config, self._launch.local_rank, self._launch.world_size, kept)
 
     def end_process(self) -> None:
         """Leaves the process group, after a last barrier. One rank of several does not return from this."""
@@ -90,7 +91,7 @@ class Distiller:
     def check(self, *, resume: bool = False) -> list[str]:
         """Checks what can be checked without loading weights: that vLLM is there if it samples, the data files, the
         run's folder, the DeepSpeed JSON, the servers of a served teacher or sampler, and the folders of models that are
-        here. Returns lines: which dtypes
+        here. Returns lines: what
         `auto` is, what ends a completion, and whether the sides' chat templates differ.
 
         Raises MissingPackageError, DataError with file:line, ConfigError, MachineError, or ModelError.
@@ -98,8 +99,8 @@ class Distiller:
         self._check_packages()
         self._check_data()
         config, notes, warnings = self.settle(resume=resume)
+        from gkd.config.training import TrainingSettings
         from gkd.train.deepspeed_check import check_deepspeed
-        from gkd.train.settings import TrainingSettings
 
         self._check_folder()
         check_deepspeed(TrainingSettings.of(config), self._launch.world_size)

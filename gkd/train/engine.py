@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from gkd.config import Launch
+from gkd.config.deepspeed import deepspeed_config, scales_loss
+from gkd.config.training import TrainingSettings
 from gkd.errors import CheckpointError
 from gkd.models.compiled import compile_layers, warm_up
 from gkd.models.lora import LeavingWeight, adapter_weights, whole_weights
@@ -25,13 +27,11 @@ from gkd.seeding import derive_seed
 from gkd.system_errors import memory_for
 from gkd.train.batch_terms import batch_gradients
 from gkd.train.deepspeed_check import deepspeed_refusals, where
-from gkd.train.deepspeed_config import deepspeed_config, scales_loss
 from gkd.train.distributed import compute_device, sum_over_ranks
 from gkd.train.guards import FiniteGuard, LossScaleGuard, MismatchGuard
 from gkd.train.module import ObjectiveSums, StudentModule, token_measures
 from gkd.train.optimizer import make_optimizer, make_schedule
 from gkd.train.run_folder import write_json
-from gkd.train.settings import TrainingSettings
 from gkd.train.state_terms import StateTerms
 from gkd.train.step_sums import StepSums
 from gkd.train.unpickling import read_as_data

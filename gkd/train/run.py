@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from gkd.config import Config, Launch
+from gkd.config.training import TrainingSettings
 from gkd.errors import PartError, RunInterruptedError, StepRefusedError, StorageError
 from gkd.files import write_atomically, write_json
 from gkd.monitor import Monitor, RunSummary, read_metrics
@@ -22,7 +23,6 @@ from gkd.train.loop import Metrics, train_loop
 from gkd.train.placements import Placements
 from gkd.train.result import export, model_card, resume_command, summarise
 from gkd.train.run_folder import check_inputs
-from gkd.train.settings import TrainingSettings
 from gkd.train.signals import Signals
 from gkd.train.snapshots import read_snapshot
 from gkd.types import Rollout
@@ -57,7 +57,7 @@ class Run:
         """
         self.signals = signals or Signals(config.run.term_grace_s)
         self.config, self.launch, self.folder, self.placements = config, launch, folder, placements
-        parts.check_same_dtypes(config)
+        parts.check_same_settings(config)
         parts.check_deepspeed(TrainingSettings.of(config), launch.world_size)
         self.start_step = parts.resume_step(config, folder, launch, _log.warning) if resume else 0
         self.steps_done = self.start_step

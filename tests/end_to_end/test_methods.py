@@ -16,6 +16,7 @@ from tiny import save_tiny_model
 
 from gkd.config import Config, Launch, load_config
 from gkd.errors import RunInterruptedError
+from gkd.planning.settled import settle_here
 from gkd.rollout import offline
 from gkd.train import distributed
 from gkd.train.placements import ask_placements
@@ -85,6 +86,7 @@ def sampling_here(monkeypatch: pytest.MonkeyPatch) -> None:
 def ran(kind: type[Bare], config: Config, *, resume: bool = False) -> tuple[list[dict[str, float]], Any]:
     """What was logged, and the weights in the end."""
     distributed.initialize(Launch())
+    config = settle_here(config, 0, 1).config
     with closing(ask_placements(config)) as placements, claimed_folder(config, Launch(), resume=resume) as folder:
         run = kind(config, Launch(), folder, placements, begin=folder.begin, resume=resume)
         run.build()

@@ -23,13 +23,13 @@ import torch
 from safetensors.torch import save_file
 
 from gkd.config import Launch
+from gkd.config.training import TrainingSettings
 from gkd.data import pack
 from gkd.models import load_causal_lm, model_shape, use_packed_attention
 from gkd.models.lora import LeavingWeight
 from gkd.teacher.local import LocalTeacher
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
-from gkd.train.settings import TrainingSettings
 from gkd.types import Prompt, PromptDraw, Rollout
 
 BATCH = 8

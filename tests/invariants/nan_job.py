@@ -11,13 +11,13 @@ import torch
 from gradient_job import ragged_rollouts
 
 from gkd.config import Launch
+from gkd.config.training import TrainingSettings
 from gkd.data import pack
 from gkd.errors import NonFiniteError
 from gkd.models import load_causal_lm
 from gkd.teacher.local import LocalTeacher
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
-from gkd.train.settings import TrainingSettings
 from gkd.types import HiddenScores
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from gkd.config import Launch, MixtureConfig, ReplayConfig
+from gkd.config.training import TrainingSettings
 from gkd.data import pack
 from gkd.engines.sampling import SamplerSpec
 from gkd.models import load_causal_lm
@@ -24,7 +25,6 @@ from gkd.rollout.sync import SyncedSampler, Tolerance, probe_text
 from gkd.teacher.local import LocalTeacher
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
-from gkd.train.settings import TrainingSettings
 from gkd.types import HiddenScores, Prompt, PromptDraw, SamplingSettings, first_rows
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha")

@@ -19,13 +19,13 @@ from gradient_job import LR, ragged_rollouts
 from safetensors.torch import save_file
 
 from gkd.config import Launch
+from gkd.config.training import TrainingSettings
 from gkd.data import pack
 from gkd.models import head_logits, load_causal_lm, use_packed_attention
 from gkd.teacher.local import LocalTeacher
 from gkd.teacher.routed import RoutedTeacher
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
-from gkd.train.settings import TrainingSettings
 from gkd.types import HiddenScores, Rollout, TeacherScores, TopkScores
 
 NAMES = ("narrow", "wide", "topk")

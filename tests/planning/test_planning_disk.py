@@ -11,7 +11,7 @@ from gkd.config import make_config
 from gkd.planning.devices import device_named
 from gkd.planning.disk import checkpoint_bytes, result_bytes, run_folder_bytes
 from gkd.planning.models import architectures
-from gkd.planning.setup import make_setup
+from gkd.planning.settled import make_setup
 from gkd.run_files import RunFiles
 from gkd.train.distiller import Distiller
 

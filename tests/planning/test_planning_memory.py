@@ -21,7 +21,7 @@ from gkd.ops.vocabulary_pass import WeightedLoss
 from gkd.planning.devices import device_named
 from gkd.planning.memory import memory_plan, student_state
 from gkd.planning.models import architectures
-from gkd.planning.setup import make_setup
+from gkd.planning.settled import make_setup
 from gkd.planning.suggest import suggest
 from gkd.planning.time import training_s
 from gkd.types import OutputHead, TopkScores

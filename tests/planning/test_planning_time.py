@@ -18,7 +18,8 @@ from gkd.planning.compare import compare
 from gkd.planning.devices import device_named
 from gkd.planning.memory import memory_plan
 from gkd.planning.models import architectures
-from gkd.planning.setup import Setup, make_setup
+from gkd.planning.settled import make_setup
+from gkd.planning.setup import Setup
 from gkd.planning.sweep import sweep
 from gkd.planning.time import time_plan
 from gkd.processor import ChosenDtype
@@ -154,8 +155,10 @@ def test_auto_is_what_a_run_there_would_choose() -> None:
     configs = [load_config(REPOSITORY / "configs" / "quickstart.yaml", words) for words in overrides]
     auto, half = (make_setup(config, *architectures(config), slow, 1) for config in configs)
     assert (auto.teacher_dtype, auto.student_dtype) == ("float32", "float32")
-    assert auto.dtype_lines == ("teacher.dtype, student.dtype: float32, by auto: it has AVX2 alone",)
-    assert half.dtype_lines[0].startswith("teacher.dtype, student.dtype: a product in bfloat16 takes 6.0 times as long")
+    assert auto.settled_lines[0] == "teacher.dtype, student.dtype: float32, by auto: it has AVX2 alone"
+    assert half.settled_lines[-1].startswith(
+        "teacher.dtype, student.dtype: a product in bfloat16 takes 6.0 times as long"
+    )
     seconds = [time_plan(setup).phases["forward_backward"]["layers, compute"] for setup in (auto, half)]
     assert seconds[1] == pytest.approx(6 * seconds[0])
     assert make_setup(configs[0], *architectures(configs[0]), cpu, 1).student_dtype == "bfloat16"

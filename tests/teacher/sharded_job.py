@@ -15,13 +15,13 @@ from gradient_job import ragged_rollouts
 from scores import whole
 
 from gkd.config import Launch
+from gkd.config.training import TrainingSettings
 from gkd.data import pack
 from gkd.models import backbone_of, load_causal_lm
 from gkd.teacher.local import LocalTeacher
 from gkd.teacher.sharded import sharded
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
-from gkd.train.settings import TrainingSettings
 from gkd.types import StatePlace, TeacherScores
 
 PLACES = {StatePlace(2): 64, StatePlace(4, "all"): 64, StatePlace(3, "all", "key"): 32}

@@ -17,12 +17,12 @@ from lora_job import LORA
 from torch._dynamo.utils import counters
 
 from gkd.config import Launch, LoraConfig
+from gkd.config.training import TrainingSettings
 from gkd.data import pack
 from gkd.models import inject_lora, load_causal_lm, use_short_attention
 from gkd.teacher.local import LocalTeacher
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
-from gkd.train.settings import TrainingSettings
 from gkd.types import TokenBatch
 
 SETUPS: dict[str, dict[str, Any]] = {

@@ -19,6 +19,7 @@ from gradient_job import BATCH, LR, ragged_rollouts
 from safetensors.torch import save_file
 
 from gkd.config import Launch, LoraConfig
+from gkd.config.training import TrainingSettings
 from gkd.data import pack
 from gkd.models import (
     adapter_parameters,
@@ -32,7 +33,6 @@ from gkd.ops.matmul import HeadProduct
 from gkd.teacher.local import LocalTeacher
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
-from gkd.train.settings import TrainingSettings
 
 LORA = {"rank": 4, "alpha": 12.0}
 SCALE = 3.0

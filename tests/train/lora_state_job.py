@@ -19,13 +19,13 @@ from lora_job import LORA
 from scores import whole
 
 from gkd.config import Launch, LoraConfig
+from gkd.config.training import TrainingSettings
 from gkd.data import pack
 from gkd.errors import CheckpointError
 from gkd.models import inject_lora, load_causal_lm, use_float32_adapters
 from gkd.teacher.local import LocalTeacher
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
-from gkd.train.settings import TrainingSettings
 
 SETUPS = [(0, False), (1, False), (2, False), (3, False), (2, True), (3, True)]  # ZeRO stage, offloaded to the CPU
 

@@ -11,11 +11,11 @@ import torch
 from launching import REPOSITORY, check, run_python
 
 from gkd.config import make_config
+from gkd.config.deepspeed import deepspeed_config
+from gkd.config.training import TrainingSettings
 from gkd.errors import ConfigError
 from gkd.models import load_causal_lm
 from gkd.models.compiled import compile_layers, only_in_training
-from gkd.train.deepspeed_config import deepspeed_config
-from gkd.train.settings import TrainingSettings
 
 JOB = Path(__file__).parent / "compile_job.py"
 PYTHONPATH = ":".join(str(REPOSITORY / folder) for folder in ("tests", "tests/invariants", "tests/train"))

@@ -13,7 +13,7 @@ from gkd.config import Config, dtypes_of, fastest_here, make_config
 from gkd.train import parts
 
 _TWO_KINDS = """
-from gkd.config import Launch, make_config, settle
+from gkd.config import Launch, Machine, make_config, settle
 from gkd.errors import ConfigError
 from gkd.processor import Processor, fastest_dtype
 from gkd.train import distributed, parts
@@ -22,9 +22,10 @@ launch = Launch.from_environment()
 distributed.initialize(launch)
 values = {"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "d"}}
 for kinds in (((9, 0), (9, 0)), ((9, 0), (7, 5))):
-    config = settle(make_config(values), fastest_dtype(Processor("GPU", kinds[launch.rank]))).config
+    machine = Machine(fastest_dtype(Processor("GPU", kinds[launch.rank])))
+    config = settle(make_config(values), machine).config
     try:
-        parts.check_same_dtypes(config)
+        parts.check_same_settings(config)
         print(f"rank {launch.rank}: {config.student.dtype}\\n", end="", flush=True)  # one write: ranks share the pipe
     except ConfigError as error:
         print(f"rank {launch.rank}: {error}\\n", end="", flush=True)
@@ -55,7 +56,7 @@ def test_a_resume_settles_as_the_run_was_started(tmp_path: Path) -> None:
 
 def test_a_run_is_made_of_a_settled_config(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="settled"):
-        parts.check_same_dtypes(config(tmp_path, dtype="float32"))
+        parts.check_same_settings(config(tmp_path, dtype="float32"))
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from tiny import save_prompts
 from gkd.config import Config, Launch, make_config
 from gkd.errors import LossScaleError, MismatchError, NonFiniteError, RunError
 from gkd.objectives.mismatch import mismatch_means, mismatch_sums
+from gkd.planning.settled import settle_here
 from gkd.rollout.sync import SyncedSampler
 from gkd.run_files import RunFiles
 from gkd.train import distributed
@@ -131,7 +132,7 @@ class StarvedRun(Run):
 @pytest.fixture
 def config(tmp_path: Path, tiny_teacher: Path, tiny_student: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setenv("GKD_CACHE", str(tmp_path / "cache"))
-    return make_config(
+    asked = make_config(
         {
             "run": {"dir": str(tmp_path / "run"), "steps": 4},
             "teacher": {"model": str(tiny_teacher), "dtype": "float32"},
@@ -141,6 +142,7 @@ def config(tmp_path: Path, tiny_teacher: Path, tiny_student: Path, monkeypatch: 
             "optim": {"batch_size": 4, "micro_batch_size": 2, "lr": 1e-3},
         }
     )
+    return settle_here(asked, 0, 1).config
 
 
 def run(kind: type[Run], config: Config, folder: Path, *, resume: bool = False) -> Path:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
+from gkd.config.training import TrainingSettings
 from gkd.models import adapter_parameters
-from gkd.train.settings import TrainingSettings
 
 JOB = Path(__file__).parent / "lora_job.py"
 PYTHONPATH = f"{JOB.parents[1]}:{JOB.parents[1] / 'invariants'}"

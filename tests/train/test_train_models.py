@@ -59,7 +59,8 @@ def test_either_sides_end_token_ends_a_completion(config: Config, tmp_path: Path
 
 
 def test_a_dry_run_says_how_the_sides_end(config: Config) -> None:
-    ends, templates = gkd.Distiller(config).check()
+    *settled, ends, templates = gkd.Distiller(config).check()
+    assert len(settled) == 2 and all("by auto: a CPU" in line for line in settled)
     assert "student.model 0 '<|pad|>'; teacher.model 2 '<|end|>'" in ends
     assert templates.startswith("chat templates: that of teacher.model differs")
 
@@ -106,6 +107,7 @@ def test_neither_side_draws_an_id_that_the_other_lacks(
     save_tiny_model(tmp_path / "base", vocabulary=student_rows)
     save_tiny_model(tmp_path / "teacher", vocabulary=teacher_rows)
     models = located(config, tmp_path)
+    config = gkd.Distiller(config).settle().config
     settings = parts.sampling_settings(config, models)
     assert models.valid_vocab == settings.shared_vocab == 259
     for folder in ("base", "teacher"):

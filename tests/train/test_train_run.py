@@ -28,6 +28,7 @@ from gkd.errors import (
 )
 from gkd.models import read_config
 from gkd.monitor import RunSummary, read_metrics
+from gkd.planning.settled import settle_here
 from gkd.rollout.sync import SyncedSampler
 from gkd.run_files import RunFiles
 from gkd.serving.sampler_protocol import PROTOCOL_VERSION, ServedSamplerModel, architecture_digest
@@ -90,7 +91,7 @@ def config(tmp_path: Path, tiny_teacher: Path, tiny_student: Path, monkeypatch: 
     monkeypatch.setenv("GKD_CACHE", str(tmp_path / "cache"))
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"{i} {'x' * i}"}) + "\n" for i in range(8)))
-    return make_config(
+    asked = make_config(
         {
             "run": {"dir": str(tmp_path / "run"), "steps": STEPS},
             "teacher": {"model": str(tiny_teacher), "dtype": "float32"},
@@ -100,6 +101,7 @@ def config(tmp_path: Path, tiny_teacher: Path, tiny_student: Path, monkeypatch: 
             "optim": {"batch_size": 4, "micro_batch_size": 2},
         }
     )
+    return settle_here(asked, 0, 1).config
 
 
 @pytest.mark.slow

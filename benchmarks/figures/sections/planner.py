@@ -17,7 +17,8 @@ from gkd.planning.devices import device_named
 from gkd.planning.memory import memory_plan
 from gkd.planning.models import architectures
 from gkd.planning.report import bytes_a_token, make_report, signed_percent
-from gkd.planning.setup import Setup, make_setup
+from gkd.planning.settled import make_setup
+from gkd.planning.setup import Setup
 from gkd.planning.sweep import Point, sweep
 from gkd.planning.time import time_plan
 

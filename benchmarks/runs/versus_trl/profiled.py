@@ -17,6 +17,7 @@ from benchmarks.runs.versus_trl.engine import run as run_engine
 from benchmarks.runs.versus_trl.job import Job
 from gkd.config import Config, Launch
 from gkd.ops import matmul
+from gkd.planning.settled import settle_here
 from gkd.train import distributed
 from gkd.train.placements import ask_placements
 from gkd.train.run import Run
@@ -80,6 +81,7 @@ def run(job: Job) -> dict[str, Any]:
 
     def profile(config: Config) -> None:
         launch = Launch.from_environment()
+        config = settle_here(config, launch.local_rank, launch.world_size).config
         with closing(ask_placements(config)) as placements, claimed_folder(config, launch) as folder:
             distributed.initialize(launch)
             profiled = ProfiledRun(config, launch, folder, placements, begin=folder.begin)

@@ -1,9 +1,9 @@
 """The one place where a config chooses the parts. Everything expensive starts here, cheap checks first."""
 
 from gkd.train.deepspeed_check import check_deepspeed
+from gkd.train.parts.agreed import check_same_settings
 from gkd.train.parts.cut import make_student
 from gkd.train.parts.data import Pack, Prompts, Reduction, load_data, packer, prompt_data
-from gkd.train.parts.dtypes import check_same_dtypes
 from gkd.train.parts.inputs import run_inputs
 from gkd.train.parts.measures import build_heldout, build_snapshots, describe_samples, shown_texts
 from gkd.train.parts.models import Models, locate_models
@@ -38,7 +38,7 @@ __all__ = [
     "build_student",
     "build_teacher",
     "check_deepspeed",
-    "check_same_dtypes",
+    "check_same_settings",
     "checkpoint_layout",
     "describe_samples",
     "load_data",

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from gkd.config import Config, Launch
+from gkd.config.deepspeed import deepspeed_config
+from gkd.config.training import TrainingSettings
 from gkd.errors import RunFolderError
 from gkd.models import (
     inject_lora,
@@ -18,12 +20,10 @@ from gkd.models import (
 from gkd.run_files import RunFiles
 from gkd.seeding import derive_seed
 from gkd.train.checkpoint import Checkpointer, HasState, States, find_resume_step
-from gkd.train.deepspeed_config import deepspeed_config
 from gkd.train.distributed import compute_device, from_main
 from gkd.train.engine import Phase, StudentEngine
 from gkd.train.guards import MismatchGuard
 from gkd.train.parts.models import Models, student_revision
-from gkd.train.settings import TrainingSettings
 
 
 def build_student(config: Config, models: Models, launch: Launch, phase: Phase) -> StudentEngine:

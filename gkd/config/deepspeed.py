@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from gkd.config.training import TrainingSettings
 from gkd.errors import ConfigError, shown
 from gkd.files import read_json_object
-from gkd.train.settings import TrainingSettings
 
 _KINDS: dict[Any, str] = {  # bool before the numbers, of which it is one
     dict: "an object", list: "a list", str: "a text", bool: "true or false", int | float: "a number",
@@ -101,7 +101,8 @@ def _fill(user: dict[str, Any], known: dict[str, Any], path: str) -> dict[str, A
             _check_kind(here, value, known[key])
         if isinstance(value, dict):
             inner = known.get(key)
-            filled[key] = _fill(value, inner if isinstance(inner, dict) else {}, f"{here}.")
+            own = cast("dict[str, Any]", inner if isinstance(inner, dict) else {})
+            filled[key] = _fill(cast("dict[str, Any]", value), own, f"{here}.")
         else:
             filled[key] = value
     if path == "" and "zero_optimization" in filled:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from deepspeed.accelerator import get_accelerator
 
+from gkd.config.deepspeed import deepspeed_config
+from gkd.config.training import TrainingSettings
 from gkd.errors import ConfigError
 from gkd.train.deepspeed_check import check_deepspeed, deepspeed_refusals
-from gkd.train.deepspeed_config import deepspeed_config
-from gkd.train.settings import TrainingSettings
 
 
 def training(tmp_path: Path, user: Any = None, **sections: Any) -> TrainingSettings:
