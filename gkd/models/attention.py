@@ -42,13 +42,18 @@ def attend(
     return states.to(dtype), None
 
 
+def compute_dtype(query: torch.Tensor) -> torch.dtype:
+    """What PyTorch's attention would compute in here."""
+    device_type = query.device.type
+    if query.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return query.dtype
+
+
 def _half_precision(query: torch.Tensor) -> torch.dtype | None:
     """What PyTorch's attention would compute in here, if that is a half precision on a CPU."""
-    if query.device.type != "cpu" or query.dtype == torch.float64:
-        return None
-    if torch.is_autocast_enabled("cpu"):
-        return torch.get_autocast_dtype("cpu")
-    return query.dtype if query.dtype.itemsize == 2 else None
+    dtype = compute_dtype(query)
+    return dtype if query.device.type == "cpu" and dtype.itemsize == 2 else None
 
 
 AttentionInterface.register(_SHORT, attend)

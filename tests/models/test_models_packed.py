@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_twin import varlen_twin
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -23,7 +24,8 @@ from transformers import (
 )
 
 from gkd.errors import ModelError
-from gkd.models import backbone_of, load_causal_lm, packed_inputs, use_packed_attention
+from gkd.models import backbone_of, load_causal_lm, packed_inputs, use_packed_attention, varlen
+from gkd.models import packed as packing
 
 SIZES: dict[str, Any] = {
     "vocab_size": 50,
@@ -128,3 +130,72 @@ def test_a_saved_model_says_nothing_of_it(tiny_student: Path, tmp_path: Path) ->
     model.save_pretrained(tmp_path)
     assert "gkd" not in (tmp_path / "config.json").read_text(encoding="utf-8")
     assert load_causal_lm(str(tmp_path), "float32").config._attn_implementation == "sdpa"
+
+
+# ---- one call a layer, as on a GPU, with a twin in the place of flash attention
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the queries that the twin was called with."""
+    shapes: list[tuple[int, ...]] = []
+
+    def noted(query: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
+        shapes.append(tuple(query.shape))
+        return varlen_twin(query, *others, **options)
+
+    monkeypatch.setattr(varlen, "varlen_attn", noted)
+    for module in (varlen, packing):
+        monkeypatch.setattr(module, "FLASH_DEVICES", {"cpu"})
+    return shapes
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_one_call_a_layer_is_what_sequences_alone_are(name: str, autocast: bool, calls: list[tuple[int, ...]]) -> None:
+    """Within the rounding of bfloat16, which both have; mistral's window is shorter than its sequences."""
+    dtype = torch.float32 if autocast else torch.bfloat16
+    alone, packed = make(name, dtype), make(name, dtype)
+    use_packed_attention(packed, "key", torch.bfloat16)
+    assert len(calls) == 2, "the proof goes the way of the training"
+    calls.clear()
+    rows = [torch.randint(50, (1, n), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
+    upstream = torch.randn(1, sum(LENGTHS), 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = torch.cat([backbone_of(alone)(input_ids=row).last_hidden_state for row in rows], dim=1)
+        inputs = packed_inputs(LENGTHS, torch.device("cpu"))
+        found = backbone_of(packed)(input_ids=torch.cat(rows, dim=1), use_cache=False, **inputs).last_hidden_state
+    assert calls == [(sum(LENGTHS), 4, 8)] * 2
+    assert (found - expected).norm() < 0.03 * expected.norm()
+    expected.backward(upstream)
+    found.backward(upstream)
+    gradients = [
+        torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
+        for model in (alone, packed)
+    ]
+    assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[0].norm()
+
+
+def test_one_call_that_sees_what_comes_later_is_refused(
+    calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proof of float32 weights under autocast is of the call that training makes."""
+    at_once = varlen.attend_at_once
+    monkeypatch.setattr(packing, "attend_at_once", lambda *arguments: at_once(*arguments).flip(1))
+    use_packed_attention(make("llama", torch.float32), "key")
+    with pytest.raises(ModelError, match=r"^key: packed sequences change the states of LlamaForCausalLM by"):
+        use_packed_attention(make("llama", torch.float32), "key", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "values", "dropout"),
+    [(torch.float32, 8, 8, 0.0), (torch.bfloat16, 12, 12, 0.0), (torch.bfloat16, 512, 512, 0.0),
+     (torch.bfloat16, 8, 16, 0.0), (torch.bfloat16, 8, 8, 0.1)],
+)  # fmt: skip
+def test_what_one_call_cannot_take_goes_sequence_by_sequence(
+    dtype: torch.dtype, width: int, values: int, dropout: float, calls: list[tuple[int, ...]]
+) -> None:
+    query, value = torch.zeros(1, 4, 6, width, dtype=dtype), torch.zeros(1, 4, 6, values, dtype=dtype)
+    assert not varlen.attends_at_once(query, value, dropout)
+    assert varlen.attends_at_once(torch.zeros(1, 4, 6, 8, dtype=torch.bfloat16), torch.zeros(1, 2, 6, 8))
+    assert not calls

@@ -11,7 +11,7 @@ from gkd.bench.text.folder import Folder
 from gkd.bench.text.judge import Judge
 from gkd.bench.text.methods import START, Cell, Method
 from gkd.bench.text.prepare import heldout_prompts, read_teacher_texts
-from gkd.config import Config, fastest_here, make_config, settle
+from gkd.config import Config, make_config
 
 _BEYOND = 1 << 40  # tokens that no run comes to
 
@@ -62,7 +62,7 @@ def cell_config(folder: Folder, method: Method, seed: int, steps: int) -> Config
     """The run as gkd is told it. The rate is constant after the warm-up, so that every point of a run is what a run of
     that length would have come to."""
     size, material = folder.size, folder.material
-    config = make_config(
+    return make_config(
         {
             "run": {"name": "run", "dir": str(folder.scratch), "seed": seed, "steps": steps},
             "teacher": {"model": material.teacher},
@@ -81,7 +81,6 @@ def cell_config(folder: Folder, method: Method, seed: int, steps: int) -> Config
         },
         origin=method.label,
     )
-    return settle(config, fastest_here()).config
 
 
 def make_judge(folder: Folder, run: BudgetRun) -> Judge:

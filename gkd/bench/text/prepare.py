@@ -10,12 +10,13 @@ from typing import Any
 
 from gkd.bench.budget import LAUNCH
 from gkd.bench.text.folder import Folder
-from gkd.config import Config, fastest_here, make_config, settle
+from gkd.config import Config, make_config
 from gkd.data import load_prompts
 from gkd.engines.sampling import SamplerSpec
 from gkd.files import write_json
 from gkd.measures.answers import greedy_settings, sample_requests
 from gkd.measures.heldout import heldout_requests
+from gkd.planning.settled import settle_here
 from gkd.rollout.offline import alone, start_sampler
 from gkd.run_files import RunFiles
 from gkd.train import distributed, parts
@@ -90,7 +91,7 @@ def _teacher_config(folder: Folder) -> Config:
         },
         origin="the comparison's student",
     )
-    return settle(config, fastest_here()).config
+    return settle_here(config, LAUNCH.local_rank, LAUNCH.world_size).config
 
 
 def _models(config: Config, files: RunFiles) -> Models:

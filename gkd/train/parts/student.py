@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from gkd.config import Config, Launch
 from gkd.config.deepspeed import deepspeed_config
 from gkd.config.training import TrainingSettings
@@ -37,7 +39,7 @@ def build_student(config: Config, models: Models, launch: Launch, phase: Phase) 
     if config.optim.micro_batch_tokens is None:
         use_short_attention(model)
     else:
-        use_packed_attention(model, "optim.micro_batch_tokens")
+        use_packed_attention(model, "optim.micro_batch_tokens", getattr(torch, config.student.dtype))
     if lora is not None:
         inject_lora(model, lora, seed=derive_seed(config.run.seed, "lora"))
         use_float32_adapters(model)
