@@ -5,10 +5,10 @@
 A file says where a table goes: what stands between the lines <!-- begin: NAME --> and <!-- end: NAME --> is replaced.
 The names are divergence (medians of value and gradient, one line a shape), divergence-full (a table for each case),
 linear_divergence, terms, before_and_after, versus_trl (whole runs), versus_trl-profile (a step of gkd), quickstart,
-cut, packing, teacher_scoring, overlap, scaling, gkd_table, gkd_table-tasks, -grid, -temperature, -ratios, -sweep and
--verdict (docs/table.md), bench_text, bench_text-seconds, -times, -drift and -verdict (docs/text.md), and plan-links,
--phases, -overlap, -limits, -verdicts, -errors and -error-sentence (docs/scaling.md; all but the errors are what the
-planner says today).
+cut, narrow, packing, teacher_scoring, overlap, scaling, gkd_table, gkd_table-tasks, -grid, -temperature, -ratios,
+-sweep and -verdict (docs/table.md), bench_text, bench_text-seconds, -times, -drift and -verdict (docs/text.md), and
+plan-links, -phases, -overlap, -limits, -verdicts, -errors and -error-sentence (docs/scaling.md; all but
+the errors are what the planner says today).
 Every CSV or JSON in benchmarks/results/ whose name begins so is part of it. --check changes nothing and fails if a
 file is not what --write would make of it. --plots needs matplotlib.
 """
@@ -25,6 +25,7 @@ from benchmarks.figures.sections.bench_text import BENCH_TEXT_SECTIONS
 from benchmarks.figures.sections.cut import cut_section
 from benchmarks.figures.sections.gkd_table import GKD_TABLE_SECTIONS
 from benchmarks.figures.sections.losses import divergence_section, full_section
+from benchmarks.figures.sections.narrow import narrow_section
 from benchmarks.figures.sections.overlap import overlap_section
 from benchmarks.figures.sections.packing import packing_section
 from benchmarks.figures.sections.planner import PLANNER_SECTIONS
@@ -41,6 +42,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "cut": cut_section,
     "versus_trl": versus_trl_section,
     "versus_trl-profile": versus_trl_profile_section,
+    "narrow": narrow_section,
     "packing": packing_section,
     "divergence": divergence_section,
     "divergence-full": lambda results: full_section("divergence", results),

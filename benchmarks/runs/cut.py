@@ -63,9 +63,7 @@ def main() -> None:
     warn_if_busy()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("gkd").setLevel(logging.INFO)  # the progress
-    overrides = [f"run.dir={options.work / 'run'}", "mixture={student: 1.0}", f"rollout.engine={options.engine}"]
-    config = load_config(ROOT / CONFIG, [*overrides, f"data.train={ROOT / 'configs/prompts/train.jsonl'}",
-                                         f"data.heldout={ROOT / 'configs/prompts/heldout.jsonl'}"])  # fmt: skip
+    config = quickstart(options)
     source = resolve_model(config.teacher.model)
     rules: dict[str, Any] = {}
     for rule in options.rules:
@@ -106,6 +104,15 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     options.work = options.work.resolve()
     return options
+
+
+def quickstart(options: argparse.Namespace) -> Config:
+    """Its config, from whatever folder one stands in; `options` have a work folder, an engine and a dtype."""
+    overrides = [f"run.dir={options.work / 'run'}", "mixture={student: 1.0}", f"rollout.engine={options.engine}"]
+    prompts = ROOT / "configs" / "prompts"
+    overrides += [f"data.train={prompts / 'train.jsonl'}", f"data.heldout={prompts / 'heldout.jsonl'}"]
+    overrides += [f"{side}.dtype={options.dtype}" for side in ("teacher", "student")]
+    return load_config(ROOT / CONFIG, overrides)
 
 
 def choose(config: Config, source: str, rule: LayerRule, options: argparse.Namespace) -> Chosen:
