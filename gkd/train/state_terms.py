@@ -74,7 +74,7 @@ class StateTerms(nn.Module):
         return torch.stack(values).mean(0)
 
     def _unused(self, last: torch.Tensor, objective: Objective) -> torch.Tensor:
-        """0, from every projector whose term is not active: what is sharded needs a gradient of each parameter."""
+        """0, from every projector whose term is not active: of one without a gradient ZeRO-3 takes the last again."""
         active = {term.name for term in objective.state_terms}
         zero = last.new_zeros((), dtype=torch.float32)
         for (name, _), number in self._numbers.items():
