@@ -102,38 +102,35 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
             {"kind": "policy_gradient", "on": ["student"], "constant": 0.4, "weight": 0.5},
         ],
     },
+    "states beside a divergence": {
+        "terms": [
+            {"kind": "reverse_kl", "on": ["student"]},
+            {"kind": "hidden_states", "weight": 0.5, "on": ["dataset"]},
+            {"kind": "hidden_states", "name": "every", "layers": "uniform", "distance": "cosine", "tokens": "all"},
+            {"kind": "relations", "relation_heads": 2, "outputs": ["hidden", "key"], "tokens": "scored"},
+        ]
+    },
+    "sequences and their states": {
+        "reduction": "sequence_mean",
+        "terms": [
+            {"kind": "rkd", "weight": 0.3},
+            {"kind": "rkd", "name": "sampled", "distance": 0.5, "angle": 0.0, "on": ["student"]},
+            {"kind": "hidden_states", "layers": [[0, 0], [1, 3]], "tokens": "all", "on": ["student"]},
+            {"kind": "forward_kl", "on": ["student"]},
+        ],
+    },
 }
 
-# Of a teacher that is wider than the student: projectors are trained beside it.
+# Of a teacher that is wider than the student, and without a term over the vocabulary: projectors are trained beside it.
 OF_A_WIDE_TEACHER: dict[str, dict[str, Any]] = {
     "projected states": {
         "terms": [
             {"kind": "hidden_states", "layers": "uniform", "distance": "normalized_mse", "weight": 0.7},
             {"kind": "hidden_states", "name": "off", "weight": 0.0},
             {"kind": "relations", "relation_heads": 4, "layers": [[1, 2], [2, 4]], "on": ["student"]},
+            {"kind": "rkd", "distance": 0.2, "angle": 3.0},
         ]
     }
-}
-OBJECTIVES["states beside a divergence"] = {
-    "terms": [
-        {"kind": "reverse_kl", "on": ["student"]},
-        {"kind": "hidden_states", "weight": 0.5, "on": ["dataset"]},
-        {"kind": "hidden_states", "name": "every", "layers": "uniform", "distance": "cosine", "tokens": "all"},
-        {"kind": "relations", "relation_heads": 2, "outputs": ["hidden", "key"], "tokens": "scored"},
-    ]
-}
-OBJECTIVES["sequences beside tokens"] = {
-    "reduction": "sequence_mean",
-    "terms": [
-        {"kind": "rkd", "weight": 0.3},
-        {"kind": "rkd", "name": "sampled", "distance": 0.5, "angle": 0.0, "on": ["student"]},
-        {"kind": "forward_kl", "on": ["student"]},
-    ],
-}
-OF_A_WIDE_TEACHER["sequences alone"] = {"terms": [{"kind": "rkd", "distance": 0.2, "angle": 3.0}]}
-OBJECTIVES["states of sequences"] = {
-    "reduction": "sequence_mean",
-    "terms": [{"kind": "hidden_states", "layers": [[0, 0], [1, 3]], "tokens": "all", "on": ["student"]}],
 }
 
 Model = Callable[[Tensor], Tensor]
