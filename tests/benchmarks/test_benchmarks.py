@@ -191,7 +191,7 @@ def test_packed_padded_and_compiled_rollouts_have_the_same_gradient(tmp_path: Pa
     arguments += ["--micro-batch-tokens", "100", "--work", str(tmp_path), "--out", str(tmp_path / "packing.json")]
     check(run_benchmark("runs.packing", *arguments))
     record = json.loads((tmp_path / "packing.json").read_text())
-    assert all(way["gradient_difference_float32"] < 1e-5 and way["speedup"] > 0 for way in record["ways"].values())
+    assert all(way["gradient_difference_float32"] < 1e-4 and way["speedup"] > 0 for way in record["ways"].values())
 
 
 def test_a_run_that_is_to_be_recorded_has_to_be_there() -> None:

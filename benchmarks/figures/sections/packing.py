@@ -15,7 +15,7 @@ def packing_section(results: Path) -> str:
         lines = [
             [name, three_digits(way["seconds_p50"]), f"{way['tokens_per_s']}", f"{way['micro_batches']}",
              f"{way['positions_computed']}", percent(way["padding"]), f"{way['speedup']:.2f}",
-             f"{way['gradient_difference_float32']:.0e}"]
+             f"{way['gradient_difference_float32']:.1e}"]
             for name, way in record["ways"].items()
         ]  # fmt: skip
         parts += [
@@ -26,7 +26,7 @@ def packing_section(results: Path) -> str:
                 lines,
             ),
             f"Packed is {record['ways']['packed']['speedup']:.2f} times as fast as padded, compiled layers "
-            f"{record['ways']['compiled']['speedup']:.2f} times, after {record['compile_s']:.0f} s of compiling. Gradients are "
-            "compared in float32, relative to their norm.",
+            f"{record['ways']['compiled']['speedup']:.2f} times, after {record['compile_s']:.0f} s of compiling. "
+            "Gradients are compared in float32, relative to their norm.",
         ]
     return section(parts)
