@@ -107,7 +107,7 @@ def test_contradictions_name_the_key(tmp_path: Path, user: Any, message: str) ->
 
 
 @pytest.mark.parametrize(
-    "path", sorted(Path(__file__).parents[2].glob("configs/deepspeed/*.json")), ids=lambda p: p.name
+    "path", sorted(Path(__file__).parents[1].glob("configs/deepspeed/*.json")), ids=lambda p: p.name
 )
 def test_every_shipped_json_fills(tmp_path: Path, path: Path) -> None:
     settings = deepspeed_config(training(tmp_path, path.read_text()), 1)

@@ -38,6 +38,7 @@ def test_every_key_that_a_sampler_has_too_is_its_own() -> None:
 
 def test_a_process_that_only_samples_shares_no_engine_and_does_not_sleep() -> None:
     assert (alone(spec()).tensor_parallel, alone(spec()).sleep_level) == (1, 0)
+    assert alone(spec()).gpu_memory_utilization == 0.85, "nobody else needs it"
 
 
 @pytest.mark.fault
