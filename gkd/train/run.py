@@ -12,6 +12,7 @@ from gkd.config.training import TrainingSettings
 from gkd.errors import PartError, RunInterruptedError, StepRefusedError, StorageError
 from gkd.files import write_atomically, write_json
 from gkd.monitor import Monitor, RunSummary, read_metrics
+from gkd.rollout.sync import SyncedSampler
 from gkd.run_files import RunFiles
 from gkd.system_errors import system_errors
 from gkd.teacher.base import Teacher
@@ -33,8 +34,8 @@ _log = logging.getLogger(__name__)
 class Run:
     """The parts of a run, and their order. `gkd.Distiller` makes it after the cheap checks, and runs it as it is.
 
-    A benchmark or a test with a monitor, student or teacher of its own overrides the method that builds it. `build` and
-    `loop` alone are a run that measures and writes nothing at its ends.
+    A benchmark or a test with a monitor, sampler, student or teacher of its own overrides the method that builds it.
+    `build` and `loop` alone are a run that measures and writes nothing at its ends.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Run:
         self.data = parts.prompt_data(config, self.prompts, launch)
         self.texts = parts.teacher_texts(config, models, self.prompts, self.data, launch, self.monitor.note)
         self.monitor.note(f"starting the sampler ({config.rollout.engine}), the student (DeepSpeed) and the teacher")
-        self.sampler = parts.build_sampler(config, models, self.prompts, launch, self.placements.sampler)
+        self.sampler = self.build_sampler()
         self.student = self.build_student()
         self.teacher = self.build_teacher()
         self.pack = parts.packer(config, models, config.objective.reduction)
@@ -112,6 +113,9 @@ class Run:
         """What the loop asks of a monitor, with `note`; `train` also takes it for a context manager."""
         config, decode = self.config, self.models.decode
         return Monitor(config, self.folder.path, is_main=self.launch.is_main, decode=decode, start_step=self.start_step)
+
+    def build_sampler(self) -> SyncedSampler:
+        return parts.build_sampler(self.config, self.models, self.prompts, self.launch, self.placements.sampler)
 
     def build_student(self) -> StudentEngine:
         return parts.build_student(self.config, self.models, self.launch, self.monitor.phase)

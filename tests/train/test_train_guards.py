@@ -92,9 +92,8 @@ class Liar:
 class RunWithLiar(Run):
     honest_batches = 2
 
-    def build(self) -> None:
-        super().build()
-        self.sampler: Any = Liar(self.sampler, self.honest_batches)
+    def build_sampler(self) -> Any:
+        return Liar(super().build_sampler(), self.honest_batches)
 
 
 class RunWithNaN(Run):
