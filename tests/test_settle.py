@@ -47,10 +47,8 @@ def test_a_cpu_stays_as_it_was_and_says_why() -> None:
     assert settled_rollout(config(batch_size=4096), CPU) == PLAIN
     lines = settle(config(), CPU).notes
     assert lines == [
-        "rollout.max_num_seqs: 64; rollout.enforce_eager: true, by auto: a CPU has no graphs to capture, and no memory "
-        "of its own to share out",
-        "rollout.gpu_memory_utilization: 0.3; rollout.sleep_level: 0, by auto: a CPU has no graphs to capture, and no "
-        "memory of its own to share out",
+        "rollout.max_num_seqs: 64; rollout.enforce_eager: true; rollout.gpu_memory_utilization: 0.3; "
+        "rollout.sleep_level: 0, by auto: a CPU has no graphs to capture, and no memory of its own to share out"
     ]
 
 

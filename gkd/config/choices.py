@@ -33,16 +33,16 @@ def settled_by(
 
     `kept`, key -> value, is what a run was started with; what its key cannot hold is passed over.
     """
-    notes = list[str]()
+    all_chosen: dict[str, Choice] = {}
+    of_resumed: list[str] = []
     for rule in rules:
         choices = {key: choice for key, choice in rule(config).items() if value_of(config, key) == AUTO}
         resumed = {key: kept[key] for key in choices if kept and _can_be(config, key, kept.get(key))}
-        chosen = {key: choice for key, choice in choices.items() if key not in resumed}
-        notes += _notes_of_chosen(chosen)
-        notes += [_note_of_resumed(key, value, choices[key]) for key, value in resumed.items()]
+        all_chosen |= {key: choice for key, choice in choices.items() if key not in resumed}
+        of_resumed += [_note_of_resumed(key, value, choices[key]) for key, value in resumed.items()]
         for key, choice in choices.items():
             config = with_value(config, key, resumed.get(key, choice.value))
-    return config, notes
+    return config, [*_notes_of_chosen(all_chosen), *of_resumed]
 
 
 def known(value: T | Literal["auto"]) -> T:
