@@ -59,6 +59,7 @@ class Registry(Generic[T]):
 
 
 REPLAY = "replay"  # the source of texts that an older student sampled
+MIXED = "mixed"  # the source of texts that student and teacher draw token by token
 
 SOURCES: Registry[Any] = Registry(
     "source",
@@ -67,6 +68,7 @@ SOURCES: Registry[Any] = Registry(
         "teacher": "gkd.rollout.sources.teacher:TeacherSource",
         "dataset": "gkd.rollout.sources.dataset:DatasetSource",
         REPLAY: "gkd.rollout.sources.replay:ReplaySource",
+        MIXED: "gkd.rollout.sources.mixed:MixedSource",
     },
 )
 """Where the completions of a mixture come from: classes of `gkd.rollout.sources.Source`."""

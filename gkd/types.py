@@ -80,6 +80,7 @@ class Rollout:
     completion_ids: tuple[int, ...]
     logprobs: tuple[float, ...] | None = None  # student samples only
     weights_version: int | None = None  # student samples only
+    teacher_share: float = 0.0  # the teacher's in the distribution that each token was drawn from, beside the student's
 
     @property
     def sample_id(self) -> str:
@@ -250,6 +251,7 @@ class TokenBatch:
     sources: tuple[str, ...]  # where each sequence's completion comes from
     completion_lengths: tuple[int, ...]  # scored tokens of each sequence, which stand together in N
     sequence_lengths: tuple[int, ...] | None = None  # packed: tokens of each sequence in the row; None: padded rows
+    teacher_share: torch.Tensor | None = None  # [N] float32: of each token's rollout; None: 0
     every_token: TokenView | None = None  # of prompts too, where a sequence has scored tokens; it weighs what those do
 
     @property

@@ -11,6 +11,7 @@ import typer
 
 from gkd.config import load_config
 from gkd.errors import ConfigError
+from gkd.registry import MIXED
 
 if TYPE_CHECKING:
     from gkd.planning.devices import Device
@@ -58,6 +59,8 @@ def plan_command(
         raise ConfigError(
             "other_teachers: gkd plan knows of one teacher; add other_teachers={} for a run with it alone"
         )
+    if resolved.mixture.uses(MIXED):
+        raise ConfigError("mixture.mixed: gkd plan does not know what it takes to draw token by token; set it to 0")
     placement = teacher or resolved.teacher.placement
     if placement == "topk":
         raise ConfigError(

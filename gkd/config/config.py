@@ -24,7 +24,7 @@ from gkd.config.sections import (
     TeacherConfig,
 )
 from gkd.errors import ConfigError
-from gkd.registry import REPLAY
+from gkd.registry import MIXED, REPLAY
 from gkd.schema import Section
 
 _ROUNDING = 1e-6  # of fractions that add up
@@ -102,6 +102,7 @@ class Config(Section):
                 f"mixture.replay: has no meaning with rollout.staleness = {rollout.staleness}, where texts are sampled "
                 "ahead of what a checkpoint holds; set one of them to 0"
             )
+        self._check_mixed()
         if rollout.lora_sync == "adapter" and self.student.lora is None:
             raise ValueError("rollout.lora_sync: adapter needs student.lora, which is null; set it to auto")
         if rollout.lora_sync == "adapter" and rollout.placement == "served":
@@ -154,6 +155,25 @@ class Config(Section):
         if self.other_teachers:
             return "of one teacher; leave out other_teachers, or the term"
         return None
+
+    def _check_mixed(self) -> None:
+        """Student and teacher draw a text together only beside one another, each from its own distribution."""
+        if not self.mixture.uses(MIXED):
+            return
+        rollout = self.rollout
+        needed = {
+            "rollout.engine": (rollout.engine, "transformers"),
+            "rollout.temperature": (rollout.temperature, 1.0),
+            "rollout.top_p": (rollout.top_p, 1.0),
+            "rollout.top_k": (rollout.top_k, 0),
+            "teacher.placement": (self.teacher.placement, "local"),
+            "teacher.cache_gib": (self.teacher.cache_gib, 0.0),
+        }
+        for key, (value, only) in needed.items():
+            if value != only:
+                raise ValueError(f"{key}: {value} cannot draw the texts of mixture.mixed; set it to {only}")
+        if self.other_teachers:
+            raise ValueError("other_teachers: mixture.mixed draws from one teacher; leave them out, or set that to 0")
 
     def _check_routes(self) -> None:
         weights = {name: teacher.weight for name, teacher in self.other_teachers.items()}

@@ -17,7 +17,7 @@ _MOST_STEPS = 100_000  # a fraction of a second
 
 class MixtureConfig(Section):
     """Each source's probability for a sample: numbers or schedules that add up to 1 at every step. Besides those below
-    `replay` (see `rollout.replay`) and the sources of plugins."""
+    `replay` and `mixed` (see `rollout.replay` and `rollout.mixed`) and the sources of plugins."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True, allow_inf_nan=False)
     __pydantic_extra__: dict[str, FractionSchedule] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]  # other sources

@@ -294,6 +294,10 @@ class ReplayConfig(Section):
     max_age: int = Field(50, ge=1, description="steps after which a text is not trained on again")
 
 
+class MixedConfig(Section):
+    teacher_share: float = Field(0.2, gt=0.0, lt=1.0, description="alpha: chance of each token to be the teacher's")
+
+
 class RolloutConfig(Section):
     engine: Literal["vllm", "transformers"] = Field("vllm", description="which sampler; transformers is the reference")
     placement: Literal["local", "served"] = Field(
@@ -326,6 +330,7 @@ class RolloutConfig(Section):
     )
     samples_per_prompt: int = Field(1, ge=1, description="completions a prompt in one step")
     replay: ReplayConfig = ReplayConfig()  # pyright: ignore[reportCallIssue]  # of mixture.replay
+    mixed: MixedConfig = MixedConfig()  # pyright: ignore[reportCallIssue]  # of mixture.mixed
     stop_token_ids: list[int] | None = Field(
         None, description="null = the end tokens of student, teachers and their chat templates"
     )

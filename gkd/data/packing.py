@@ -125,6 +125,7 @@ def _micro_batch(
     weights: list[float] = []
     sampler_logprobs: list[float] = []
     sequence_index: list[int] = []
+    teacher_share: list[float] = []
     for sequence, (start, rollout) in enumerate(zip(laid_out.starts, rollouts, strict=False)):  # no rollout: idle
         prompt_tokens, scored = len(rollout.draw.prompt.token_ids), len(rollout.completion_ids)
         if prompt_tokens == 0:  # its first token would be "predicted" by another sequence
@@ -135,6 +136,7 @@ def _micro_batch(
         weights += [1.0 / scored if reduction == "sequence_mean" else 1.0 for _ in range(scored)]
         sampler_logprobs += [math.nan] * scored if rollout.logprobs is None else rollout.logprobs
         sequence_index += [sequence] * scored
+        teacher_share += [rollout.teacher_share] * scored
     return TokenBatch(
         input_ids=torch.tensor(laid_out.input_ids, dtype=torch.int64),  # [B, T]
         score_index=torch.tensor(score_index, dtype=torch.int64),  # [N]
@@ -147,6 +149,7 @@ def _micro_batch(
         sources=tuple(rollout.source for rollout in rollouts),
         completion_lengths=tuple(len(rollout.completion_ids) for rollout in rollouts),
         sequence_lengths=laid_out.sequence_lengths,
+        teacher_share=torch.tensor(teacher_share, dtype=torch.float32) if any(teacher_share) else None,  # [N]
         every_token=_every_token(rollouts, laid_out.starts, reduction),
     )
 

@@ -34,3 +34,4 @@ class SequenceMeasures:
     sampler_logprobs: Tensor  # [N] float32; NaN where the student's sampler did not draw the token
     sequence_index: Tensor  # [N] int64 below S
     sequences: int  # S
+    teacher_share: Tensor | None = None  # [N] of `TokenBatch`

@@ -18,7 +18,7 @@ from gkd.objectives.state_losses import StateLoss
 from gkd.objectives.terms import Term
 from gkd.objectives.terms.batch import BatchTerm
 from gkd.objectives.terms.states import StatesTerm
-from gkd.objectives.token_weights import RowWeight, SequenceWeight
+from gkd.objectives.token_weights import RowWeight
 from gkd.schedules import MetricMemory
 
 
@@ -32,7 +32,7 @@ class ActiveTerm:
     weight: float
     on: frozenset[str] | None  # sources of the texts that it acts on; None is all
     row_weights: tuple[RowWeight, ...] = ()
-    sequence_weights: tuple[SequenceWeight, ...] = ()
+    sequence_weights: tuple[OfSequences, ...] = ()
 
     @property
     def of_sequences(self) -> list[OfSequences]:
@@ -114,15 +114,14 @@ def _active(
         return ActiveStateTerm(term.label, term.state_loss(values), weight, on)
     if isinstance(term, BatchTerm):
         return ActiveBatchTerm(term.label, term.batch_loss(values), weight, on)
-    token_weights = term.token_weight.values()
     return ActiveTerm(
         term.label,
         term.kind,
         term.parts(values, temperature),
         weight,
         on,
-        tuple(weight for weight in token_weights if isinstance(weight, RowWeight)),
-        tuple(weight for weight in token_weights if isinstance(weight, SequenceWeight)),
+        tuple(weight for weight in term.token_weight.values() if isinstance(weight, RowWeight)),
+        term.sequence_weights(),
     )
 
 

@@ -5,6 +5,12 @@ Of the token t of a text of T tokens, with Q the student, P the teacher, all det
     c_t = log Q(token t) - log P(token t)            the reward of MiniLLM (arXiv 2306.08543) is -c_t
     C_t = sum of c_i over i > t (or i >= t)          the cost to go; divided by the number of its terms, if so wanted
 
+Where the token was drawn from a P + (1 - a) Q (teacher-mixed sampling), what is said of it is weighed by
+
+    w_t = Q(token t) / (a P(token t) + (1 - a) Q(token t)),
+
+which is at most 1 / (1 - a): that of the token alone, as published, in the place of the product over all before it.
+
 Legend: N scored tokens of a micro-batch, S sequences.
 """
 
@@ -18,6 +24,23 @@ from torch import Tensor
 
 from gkd.objectives.measures import SequenceMeasures
 from gkd.objectives.mismatch import log_ratios
+
+
+@dataclass(frozen=True)
+class MixedImportance:
+    """The weight w_t; 1 where the student drew by itself."""
+
+    needs_teacher_logprobs: ClassVar[bool] = True
+
+    def of_sequences(self, sequences: SequenceMeasures) -> Tensor:
+        """[N], in the log-probabilities' dtype."""
+        assert sequences.teacher_logprobs is not None
+        if sequences.teacher_share is None:
+            return torch.ones_like(sequences.student_logprobs)
+        share = sequences.teacher_share.double()
+        ratio = (sequences.teacher_logprobs.double() - sequences.student_logprobs.double()).exp()  # P / Q
+        weight = 1.0 / (1.0 - share + torch.where(share > 0, share * ratio, 0.0))
+        return weight.to(sequences.student_logprobs.dtype)
 
 
 @dataclass(frozen=True)

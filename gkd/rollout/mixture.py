@@ -15,6 +15,7 @@ from typing import Any
 from gkd.config import MixtureConfig, ReplayConfig
 from gkd.errors import SamplerError
 from gkd.registry import SOURCES
+from gkd.rollout.base import NextLogits
 from gkd.rollout.sources import Source, SourceContext
 from gkd.rollout.sources.teacher import teacher_request
 from gkd.rollout.sync import SyncedSampler
@@ -57,15 +58,19 @@ class MixtureRollouts:
         teacher_completion: Callable[[SampleRequest], Completion],
         prompts: Mapping[int, Prompt],
         replay: ReplayConfig,
+        teacher_share: float = 0.0,
+        teacher_logits: NextLogits | None = None,
         staleness: int = 0,
     ) -> None:
-        """`settings`: how the student samples at a step. `prompts`: of the data, by their index. `staleness`: steps
-        that the student's weights may be behind."""
+        """`settings`: how the student samples at a step. `prompts`: of the data, by their index. `teacher_share`,
+        `teacher_logits`: of mixed texts. `staleness`: steps that the student's weights may be behind."""
         self._sampler = sampler
         self._mixture = mixture
         self._seed = seed
         self._staleness = staleness
-        context = SourceContext(sampler, settings, teacher_completion, seed, prompts, replay)
+        context = SourceContext(
+            sampler, settings, teacher_completion, seed, prompts, replay, teacher_share, teacher_logits
+        )
         self._sources: dict[str, Source] = {
             name: SOURCES[name](name, context) for name in mixture.shares if mixture.uses(name)
         }

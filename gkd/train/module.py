@@ -108,6 +108,7 @@ class ObjectiveHead(nn.Module):
             sampler_logprobs=batch.sampler_logprobs,
             sequence_index=batch.sequence_index,
             sequences=len(batch.sample_ids),
+            teacher_share=batch.teacher_share,
         )
 
     def _own_head(self) -> OutputHead:

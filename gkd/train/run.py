@@ -100,7 +100,7 @@ class Run:
         self.student = self.build_student()
         self.teacher = self.build_teacher()
         self.pack = parts.packer(config, models, config.objective.reduction)
-        self.rollouts = parts.build_mixture(config, models, self.prompts, self.sampler, self.texts)
+        self.rollouts = parts.build_mixture(config, models, self.prompts, self.sampler, self.texts, self.teacher)
         sources = parts.SourceStates(self.rollouts, launch.rank)
         self.checkpoints = parts.build_checkpoints(config, self.folder, launch, self.student, sources)
         self.interruption = Interruption(self.signals)

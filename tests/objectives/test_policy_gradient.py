@@ -59,9 +59,23 @@ class Enumerated:
         student = self.text_logprobs(self.states, self.weight)
         return (student.exp() * (student - self.text_logprobs(self.teacher_states, self.teacher_weight))).sum()
 
-    def expected_gradient(self, objective: Objective) -> list[Tensor]:
-        """Of the loss of a text that the student sampled, over all texts."""
-        chances = self.text_logprobs(self.states, self.weight).exp().detach()
+    def token_logprobs(self) -> tuple[Tensor, Tensor]:
+        """Student's and teacher's, [number of texts, LENGTH]."""
+        sides = ((self.states, self.weight), (self.teacher_states, self.teacher_weight))
+        rows = [(states @ weight.T).log_softmax(-1)[self.rows] for states, weight in sides]
+        student, teacher = (row.gather(-1, self.labels[:, None]).reshape(-1, LENGTH) for row in rows)
+        return student, teacher
+
+    def step_divergences(self) -> Tensor:
+        """The reverse KL at each token, [number of texts, LENGTH]."""
+        student = (self.states @ self.weight.T).log_softmax(-1)[self.rows]
+        teacher = (self.teacher_states @ self.teacher_weight.T).log_softmax(-1)[self.rows]
+        return (student.exp() * (student - teacher)).sum(-1).reshape(-1, LENGTH)
+
+    def expected_gradient(self, objective: Objective, teacher_share: float = 0.0) -> list[Tensor]:
+        """Of the loss of a text that the student sampled, or the teacher with it, over all texts."""
+        student, teacher = (side.detach().exp() for side in self.token_logprobs())
+        chances = (teacher_share * teacher + (1.0 - teacher_share) * student).prod(1)
         count = len(self.labels)
         batch = TokenBatch(
             input_ids=torch.zeros(1, 1, dtype=torch.int64),
@@ -74,6 +88,7 @@ class Enumerated:
             sample_ids=("text",) * len(TEXTS),
             sources=("student",) * len(TEXTS),
             completion_lengths=(LENGTH,) * len(TEXTS),
+            teacher_share=torch.full((count,), teacher_share) if teacher_share else None,
         )
         head = ObjectiveHead(OutputHead(self.weight), VOCABULARY, torch.float64)
         sums = head(self.states[self.rows], batch, objective)
@@ -91,6 +106,22 @@ def test_the_expectation_is_the_gradient_of_the_reverse_kl_of_texts(single_step:
         assert other.abs().max() > 0.1
     normalised = texts.expected_gradient(objective(single_step=single_step))
     assert (normalised[0] - exact[0]).abs().max() > 1e-2, "the published form is another gradient"
+
+
+def test_mixed_texts_are_weighed_as_published() -> None:
+    """Equation by equation: w_t (KL_t + the mean of the later costs x log Q_t), over texts drawn from the mixture."""
+    texts, share = Enumerated(), 0.25
+    student, teacher = texts.token_logprobs()
+    mixed = share * teacher.exp() + (1 - share) * student.exp()
+    cost = student - teacher
+    later = torch.stack([(cost[:, 1] + cost[:, 2]) / 2, cost[:, 2], torch.zeros(len(TEXTS))], dim=1)
+    weight = (student.exp() / mixed).detach()
+    values = weight * (texts.step_divergences() + later.detach() * student)
+    expected = torch.autograd.grad((mixed.prod(1).detach()[:, None] * values).sum(), texts.parameters)
+    found = texts.expected_gradient(objective(), share)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    assert weight.min() < 0.5 and 1.1 < weight.max() < 1 / (1 - share)
 
 
 def test_the_ratio_is_clipped_as_by_ppo() -> None:

@@ -10,7 +10,9 @@ import pytest
 from launching import check, run_gkd, run_python
 from planned import PLANNED, REPOSITORY
 
+from gkd.cli.plan import plan_command
 from gkd.config import instruction_limits
+from gkd.errors import ConfigError
 from gkd.processor import fastest_dtype, this_cpu
 
 KEYS = {
@@ -94,6 +96,11 @@ def test_measuring_this_machine() -> None:
     assert 1e-3 < values["float32 instead of bf16"] < 100, "measured too"
     here = fastest_dtype(this_cpu(instruction_limits())).dtype
     assert result["setup"]["student_dtype"] == result["setup"]["teacher_dtype"] == here, "what a run here would choose"
+
+
+def test_texts_that_two_draw_together_are_not_planned() -> None:
+    with pytest.raises(ConfigError, match=r"^mixture\.mixed: gkd plan does not know what it takes"):
+        plan_command(REPOSITORY / "configs" / "methods" / "minillm_mixed.yaml", gpu="cpu")
 
 
 def test_a_plot(tmp_path: Path) -> None:

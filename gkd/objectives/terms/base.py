@@ -23,12 +23,12 @@ from pydantic import (
     model_validator,
 )
 
-from gkd.objectives.token_weights import TOKEN_WEIGHTS, TokenWeight
+from gkd.objectives.token_weights import TOKEN_WEIGHTS, SequenceWeight, TokenWeight
 from gkd.schedules import Ramp, Schedule, WeightSchedule, describe_schedule
 from gkd.schema import Section, is_mapping
 
 if TYPE_CHECKING:
-    from gkd.objectives.row_losses import Part, RowLoss
+    from gkd.objectives.row_losses import OfSequences, Part, RowLoss
 
 
 def _token_weights(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
@@ -66,6 +66,7 @@ class Term(Section):
     whole_teacher_only: ClassVar[bool] = False  # over the whole vocabulary: not from a teacher's top k
     is_nonnegative: ClassVar[bool] = True  # its value of any token
     on_policy_only: ClassVar[bool] = False  # means nothing for tokens that the student did not sample
+    weighs_mixed: ClassVar[bool] = False  # it makes up for tokens that the teacher drew among the student's
     needs_sequences: ClassVar[bool] = False  # both sides' log-probabilities of whole sequences, before the loss
     at_temperature_one: ClassVar[bool] = False  # means nothing at another temperature of the objective
 
@@ -115,6 +116,10 @@ class Term(Section):
     def loss(self, values: Mapping[str, float], temperature: float) -> RowLoss:
         """What it says of one row, given what `schedules` are at the step and the objective's temperature."""
         raise NotImplementedError
+
+    def sequence_weights(self) -> tuple[OfSequences, ...]:
+        """Weights of its tokens that need whole sequences first."""
+        return tuple(weight for weight in self.token_weight.values() if isinstance(weight, SequenceWeight))
 
     def parts(self, values: Mapping[str, float], temperature: float) -> tuple[Part, ...]:
         """What it is a sum of; of one row loss, unless it is overridden."""

@@ -12,7 +12,8 @@ the later tokens' rewards. What the token itself is worth need not be sampled: i
     value of token t = KL(Q || P) at t - R_t log Q(token),   R_t detached.
 
 The published form takes for R_t the mean of the later rewards (`length_normalize`), so that long texts weigh no more,
-and clips the ratio to the sampler. Its regulariser is a `cross_entropy` on the data set's rows, a term beside this one.
+and clips the ratio to the sampler. Texts that student and teacher drew together (the source `mixed`) are weighed token
+by token (`gkd.objectives.returns`). Its regulariser is a `cross_entropy` on the data set's rows, a term beside it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pydantic import Field, model_validator
 from gkd.objectives.terms.base import Term
 
 if TYPE_CHECKING:
-    from gkd.objectives.row_losses import LabelLoss, Part
+    from gkd.objectives.row_losses import LabelLoss, OfSequences, Part
 
 _OF_TEACHER = ("single_step", "length_normalize", "clip_range")
 
@@ -74,6 +75,10 @@ class PolicyGradient(Term):
         return self._is_by_teacher
 
     @property
+    def weighs_mixed(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._is_by_teacher
+
+    @property
     def at_temperature_one(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self._is_by_teacher
 
@@ -81,6 +86,12 @@ class PolicyGradient(Term):
         from gkd.objectives.row_losses import LabelLoss
 
         return LabelLoss(self.constant)
+
+    def sequence_weights(self) -> tuple[OfSequences, ...]:
+        from gkd.objectives.returns import MixedImportance
+
+        own = super().sequence_weights()
+        return (*own, MixedImportance()) if self._is_by_teacher else own
 
     def parts(self, values: Mapping[str, float], temperature: float) -> tuple[Part, ...]:
         from gkd.objectives.divergence import Divergence

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gkd.config import ReplayConfig
+from gkd.rollout.base import NextLogits
 from gkd.rollout.sync import SyncedSampler
 from gkd.types import Completion, Prompt, PromptDraw, Rollout, SampleRequest, SamplingSettings
 
@@ -22,6 +23,8 @@ class SourceContext:
     seed: int  # of the run; a draw derives from it, the step and the sample alone
     prompts: Mapping[int, Prompt]  # of the data, by their index
     replay: ReplayConfig
+    teacher_share: float = 0.0  # of the tokens of a mixed text
+    teacher_logits: NextLogits | None = None  # where there are any
 
 
 class Source(ABC):

@@ -19,6 +19,8 @@ from gkd.rollout.placements import SamplerPlacement, Site
 from gkd.rollout.sync import SyncedSampler, Tolerance, probe_text
 from gkd.run_files import RunFiles
 from gkd.serving.sampler_protocol import RunIdentity
+from gkd.teacher.base import Teacher
+from gkd.teacher.next_logits import next_logits
 from gkd.train.distributed import Neighbours, compute_device, from_main, max_over_ranks, sum_all
 from gkd.train.parts.data import Prompts
 from gkd.train.parts.models import Models, student_revision
@@ -87,7 +89,7 @@ def probe_texts(config: Config, models: Models, prompts: Prompts) -> Callable[[i
 
 
 def build_mixture(
-    config: Config, models: Models, prompts: Prompts, sampler: SyncedSampler, texts: TeacherTexts
+    config: Config, models: Models, prompts: Prompts, sampler: SyncedSampler, texts: TeacherTexts, teacher: Teacher
 ) -> MixtureRollouts:
     return MixtureRollouts(
         sampler,
@@ -97,6 +99,8 @@ def build_mixture(
         teacher_completion=texts.sampled.get,
         prompts={prompt.index: prompt for prompt in prompts.train.prompts},
         replay=config.rollout.replay,
+        teacher_share=config.rollout.mixed.teacher_share,
+        teacher_logits=partial(next_logits, teacher),
         staleness=config.rollout.staleness,
     )
 
