@@ -47,6 +47,11 @@ SERVED = {"placement": "served", "addresses": ["http://127.0.0.1:1"]}
         ({"rollout": {"lr": 1.0}}, r"rollout\.lr: unknown key; did you mean optim\.lr\?"),
         ({"rolout": {}}, r"rolout: unknown key; did you mean rollout\?"),
         ({"optim": {"lr": "abc"}}, r"optim\.lr: .*valid number.*'abc'"),
+        ({"rollout": {"max_num_seqs": 0}}, r"config: rollout\.max_num_seqs: [^;:]*equal to 1, or be 'auto', not 0$"),
+        (
+            {"rollout": {"enforce_eager": "no"}},
+            r"config: rollout\.enforce_eager: [^;:]* boolean, or be 'auto', not 'no'$",
+        ),
         ({"run": {"steps": 0}}, r"run\.steps: .*greater than or equal to 1, not 0"),
         ({"run": {"steps": 1.5}}, r"run\.steps: "),
         ({"run": {"name": "../x"}}, r"run\.name: '\.\./x'"),

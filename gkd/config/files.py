@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -132,10 +132,26 @@ def make_section(section: type[S], values: Mapping[str, Any], origin: str) -> S:
     try:
         return section.model_validate(dict(values))
     except ValidationError as error:
-        details = error.errors()
-    lines = [_explain(dict(detail), section) for detail in details[:_MOST_ERRORS]]
+        details = list(_one_a_key(error.errors()))
+    lines = [_explain(detail, section) for detail in details[:_MOST_ERRORS]]
     more = f"; and {len(details) - _MOST_ERRORS} more" if len(details) > _MOST_ERRORS else ""
     raise ConfigError(f"{origin}: " + "; ".join(lines) + more)
+
+
+def _one_a_key(details: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """Of a key that takes a word or a value, pydantic says what is wrong with the value as either."""
+    details = [dict(detail) for detail in details]
+    words = {detail["loc"][:-1]: detail["ctx"]["expected"] for detail in details if _is_about_a_word(detail)}
+    for detail in details:
+        if _is_about_a_word(detail):
+            continue
+        if (key := detail["loc"][:-1]) in words:
+            detail |= {"loc": key, "msg": f"{detail['msg']}, or be {words[key]}"}
+        yield detail
+
+
+def _is_about_a_word(detail: Mapping[str, Any]) -> bool:
+    return bool(detail["loc"]) and str(detail["loc"][-1]).startswith("literal[")
 
 
 def _check_plain(values: Mapping[str, Any], origin: str) -> None:
