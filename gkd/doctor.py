@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from gkd.config import Config, cache_folder
-from gkd.environment import unsafe_switches
+from gkd.environment import CXX_COMPILERS, unsafe_switches
 from gkd.errors import InputError
 from gkd.extras import require, require_vllm
 from gkd.planning.devices import device_named
@@ -23,7 +23,6 @@ from gkd.system_errors import explained, nearest_above, write_fault
 
 _LEAST_SHARED_BYTES = 1 << 30
 _LEAST_FREE_BYTES = 1 << 30  # of the cache and of temporary files
-_COMPILERS = ("c++", "g++", "clang++")
 _OF_A_RUN = ("cli", "train", "cpu", "cuda")  # extras
 
 
@@ -40,7 +39,8 @@ def examine(config: Config | None = None) -> Iterator[Finding]:
     yield from _packages()
     yield _vllm(config)
     yield _program("git", ("git",), "environment.json of a run will hold no revision")
-    yield _program("compiler", _COMPILERS, "DeepSpeed's own optimizers and torch.compile need one, the defaults do not")
+    without = "DeepSpeed's own optimizers and torch.compile need one, the defaults do not"
+    yield _program("compiler", CXX_COMPILERS, without)
     yield _shared_memory(Path("/dev/shm"))
     yield _loopback()
     yield from _places()

@@ -24,6 +24,7 @@ _DEFAULTS = {
 
 # What tells a process that it is one of several. DeepSpeed wants the rank on the machine also of a single one.
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+CXX_COMPILERS = ("c++", "g++", "clang++")  # any of them in PATH will do
 _UNSAFE = {
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "vLLM takes pickles, which run code, from whoever reaches its processes",
     "VLLM_SERVER_DEV_MODE": "vLLM's servers have routes that no key guards, for any call and other weights",

@@ -71,20 +71,13 @@ def main() -> None:
         rules[rule] = chosen.as_record()
         if options.heldout:
             folder = make_student_from_layers(source, chosen.layers, options.work / rule)
-            measured = heldout_divergences(with_student(config, str(folder)), str(folder))
-            rules[rule] |= {name: rounded(value) for name, value in measured.items()}
+            rules[rule] |= distances(config, folder)
         say(f"{rule}: {rules[rule]}")
     record = {
-        "command": command(),
-        **environment("cpu"),
+        **conditions(config, options),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "amx": torch.cpu._is_amx_tile_supported(),
-        "load_average": round(os.getloadavg()[2], 1),
-        "model": config.teacher.model,
         "of_layers": read_config(source).get_text_config().num_hidden_layers,
-        "calibration_tokens": options.calibration_tokens,
-        "dtype": options.dtype,
-        "heldout_prompts": config.eval.prompts,
         "rules": rules,
     }
     write_json(options.out, record)
@@ -94,16 +87,40 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=20)
-    parser.add_argument("--calibration-tokens", type=int, default=256)
-    parser.add_argument("--dtype", default="bfloat16", help="student.dtype: what the layers compute in")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), metavar="RULE")
     parser.add_argument("--no-heldout", dest="heldout", action="store_false", help="seconds alone")
+    return parsed(parser, "cut")
+
+
+def parsed(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
+    """With the options that all cuts of the quickstart's teacher have."""
+    parser.add_argument("--calibration-tokens", type=int, default=256)
+    parser.add_argument("--dtype", default="bfloat16", help="student.dtype: what is measured in")
     parser.add_argument("--engine", choices=("vllm", "transformers"), default="vllm", help="samples the answers")
-    parser.add_argument("--work", type=Path, default=Path("runs/cut"))
-    parser.add_argument("--out", type=Path, default=RESULTS / "cut_cpu.json")
+    parser.add_argument("--work", type=Path, default=Path("runs") / name)
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}_cpu.json")
     options = parser.parse_args()
     options.work = options.work.resolve()
     return options
+
+
+def conditions(config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    """What the record of a cut says of what it was measured on."""
+    return {
+        "command": command(),
+        **environment("cpu"),
+        "load_average": round(os.getloadavg()[2], 1),
+        "model": config.teacher.model,
+        "calibration_tokens": options.calibration_tokens,
+        "dtype": options.dtype,
+        "heldout_prompts": config.eval.prompts,
+    }
+
+
+def distances(config: Config, folder: Path) -> dict[str, float]:
+    """Held-out divergences of the student in `folder` from its teacher, before any training."""
+    measured = heldout_divergences(with_student(config, str(folder)), str(folder))
+    return {name: rounded(value) for name, value in measured.items()}
 
 
 def quickstart(options: argparse.Namespace) -> Config:

@@ -10,7 +10,6 @@ answers to held-out prompts. Seconds are those of measuring and of writing the s
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,11 +17,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import environment, warn_if_busy
-from benchmarks.records import RESULTS, command, rounded, say
-from benchmarks.runs.cut import quickstart, with_student
-from benchmarks.runs.versus_trl.evaluate import heldout_divergences
-from gkd.config import Config, StudentWidth
+from benchmarks.machine import warn_if_busy
+from benchmarks.records import rounded, say
+from benchmarks.runs.cut import conditions, distances, parsed, quickstart
+from gkd.config import StudentWidth
 from gkd.data import calibration_texts, load_prompts
 from gkd.files import write_json
 from gkd.models import WidthChoice, choose_width, load_tokenizer, make_narrower, resolve_model
@@ -36,6 +34,7 @@ def main() -> None:
     source = Path(resolve_model(config.teacher.model))
     prompts = load_prompts(config.data.train, config.data.train_split, load_tokenizer(str(source)), config.data).prompts
     texts = calibration_texts(prompts, options.calibration_tokens)
+    _, teacher = architectures(config)
     sizes: dict[str, Any] = {}
     for size in options.sizes:
         name, _, number = size.partition("=")
@@ -47,7 +46,6 @@ def main() -> None:
         seconds = time.perf_counter() - started
         control = options.work / f"{size}-first"
         make_narrower(source, width, first_of(choice), control)
-        _, teacher = architectures(config)
         sizes[size] = {
             "seconds": rounded(seconds, 3),
             "share_of_parameters": rounded(teacher.narrowed(width).parameters / teacher.parameters, 3),
@@ -55,16 +53,7 @@ def main() -> None:
             "first": distances(config, control),
         }
         say(f"{size}: {sizes[size]}")
-    record = {
-        "command": command(),
-        **environment("cpu"),
-        "load_average": round(os.getloadavg()[2], 1),
-        "model": config.teacher.model,
-        "calibration_tokens": options.calibration_tokens,
-        "dtype": options.dtype,
-        "heldout_prompts": config.eval.prompts,
-        "sizes": sizes,
-    }
+    record = {**conditions(config, options), "sizes": sizes}
     write_json(options.out, record)
     say(str(options.out))
 
@@ -72,14 +61,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["ffn=1024", "kv_heads=2", "hidden=504"], metavar="KEY=NUMBER")
-    parser.add_argument("--calibration-tokens", type=int, default=256)
-    parser.add_argument("--dtype", default="bfloat16", help="student.dtype: what is measured in")
-    parser.add_argument("--engine", choices=("vllm", "transformers"), default="vllm", help="samples the answers")
-    parser.add_argument("--work", type=Path, default=Path("runs/narrow"))
-    parser.add_argument("--out", type=Path, default=RESULTS / "narrow_cpu.json")
-    options = parser.parse_args()
-    options.work = options.work.resolve()
-    return options
+    return parsed(parser, "narrow")
 
 
 def first_of(choice: WidthChoice) -> WidthChoice:
@@ -91,11 +73,6 @@ def first_of(choice: WidthChoice) -> WidthChoice:
         return None if kept is None else tuple(range(len(kept)))
 
     return replace(choice, **{field.name: first(getattr(choice, field.name)) for field in fields(choice)})
-
-
-def distances(config: Config, folder: Path) -> dict[str, float]:
-    measured = heldout_divergences(with_student(config, str(folder)), str(folder))
-    return {name: rounded(value) for name, value in measured.items()}
 
 
 if __name__ == "__main__":

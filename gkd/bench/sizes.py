@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gkd.bench.kept import short_name
-from gkd.errors import InputError
+from gkd.bench.options import named
 
 RESULTS_VERSION = 4  # to be raised when a change of the code alters results: kept parts are then made anew
 
@@ -116,9 +116,7 @@ SIZES = {
 
 def size_named(name: str) -> Size:
     """Raises InputError."""
-    if name not in SIZES:
-        raise InputError(f"--size: {name!r} is none of {', '.join(SIZES)}")
-    return SIZES[name]
+    return named(SIZES, name, "--size")
 
 
 def key(*parts: Any) -> str:

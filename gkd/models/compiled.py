@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gkd.environment import CXX_COMPILERS
 from gkd.errors import ConfigError
 from gkd.models.heads import backbone_of
 from gkd.models.layer_stack import layers_of
@@ -22,7 +23,6 @@ from gkd.models.layer_stack import layers_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_COMPILERS = ("c++", "g++", "clang++")
 _SWITCHES = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
 
 
@@ -32,7 +32,7 @@ def why_not_compiled(device_type: str) -> str | None:
         if os.environ.get(name, "0") not in ("", "0"):
             return f"{name} is set"
     if device_type == "cpu":
-        return None if any(map(shutil.which, _COMPILERS)) else f"none of {', '.join(_COMPILERS)} is in PATH"
+        return None if any(map(shutil.which, CXX_COMPILERS)) else f"none of {', '.join(CXX_COMPILERS)} is in PATH"
     from torch.utils._triton import has_triton
 
     return None if has_triton() else "triton is not installed"

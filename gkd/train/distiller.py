@@ -91,8 +91,7 @@ class Distiller:
     def check(self, *, resume: bool = False) -> list[str]:
         """Checks what can be checked without loading weights: that vLLM is there if it samples, the data files, the
         run's folder, the DeepSpeed JSON, the servers of a served teacher or sampler, and the folders of models that are
-        here. Returns lines: what
-        `auto` is, what ends a completion, and whether the sides' chat templates differ.
+        here. Returns lines: what `auto` is, what ends a completion, and whether the sides' chat templates differ.
 
         Raises MissingPackageError, DataError with file:line, ConfigError, MachineError, or ModelError.
         """

@@ -9,11 +9,11 @@ from typing import Any, Literal, get_args
 
 from gkd.bench.kept import kept_result, read_json
 from gkd.bench.machine import burden
+from gkd.bench.options import named
 from gkd.bench.text.folder import Folder
 from gkd.bench.text.methods import Cell, Method
 from gkd.bench.work import Job
 from gkd.environment import prepare_process
-from gkd.errors import InputError
 from gkd.files import write_json
 
 Part = Literal["all", "runs", "times"]
@@ -58,10 +58,7 @@ def cell_jobs(folder: Folder) -> list[Job]:
 
 def part_named(name: str) -> Part:
     """Raises InputError."""
-    for part in PARTS:
-        if name == part:
-            return part
-    raise InputError(f"--part: {name!r} is none of {', '.join(PARTS)}")
+    return named({part: part for part in PARTS}, name, "--part")
 
 
 # ---- what workers do: in processes that load torch only here

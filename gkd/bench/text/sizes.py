@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gkd.bench.options import named
 from gkd.bench.text.methods import ALL, FEW, START, Cell, Method
-from gkd.errors import InputError
 
 RESULTS_VERSION = 1  # to be raised when a change of the code alters results: kept parts are then made anew
 _MARGIN = 1.15  # steps that a run may take, in those that it takes if all texts are as long as allowed; see most_steps
@@ -87,6 +87,4 @@ SIZES = {
 
 def size_named(name: str) -> Size:
     """Raises InputError."""
-    if name not in SIZES:
-        raise InputError(f"--size: {name!r} is none of {', '.join(SIZES)}")
-    return SIZES[name]
+    return named(SIZES, name, "--size")

@@ -10,6 +10,7 @@ from typing import Any
 from gkd.config import ReplayConfig
 from gkd.rollout.base import NextLogits
 from gkd.rollout.sync import SyncedSampler
+from gkd.seeding import derive_seed
 from gkd.types import Completion, Prompt, PromptDraw, Rollout, SampleRequest, SamplingSettings
 
 
@@ -36,6 +37,24 @@ class Source(ABC):
     @abstractmethod
     def complete(self, draws: Sequence[PromptDraw], step: int) -> list[Rollout]:
         """One rollout a draw, in order. A function of (seed, step, draw), the student's weights, and its memory."""
+
+    def requests(self, draws: Sequence[PromptDraw], step: int, purpose: str) -> list[SampleRequest]:
+        """Of the student's sampler: a draw's seed depends on the step."""
+        seed = self.context.seed
+        return [
+            SampleRequest(d.prompt.token_ids, derive_seed(seed, purpose, step, d.prompt.index, d.sample_index))
+            for d in draws
+        ]
+
+    def sampled(
+        self, draws: Sequence[PromptDraw], completions: Sequence[Completion], teacher_share: float = 0.0
+    ) -> list[Rollout]:
+        """What the student's sampler gave, with its log-probabilities and the version of its weights."""
+        version = self.context.sampler.weights_version
+        return [
+            Rollout(draw, self.name, completion.token_ids, completion.logprobs, version, teacher_share)
+            for draw, completion in zip(draws, completions, strict=True)
+        ]
 
     def remember(self, rollouts: Sequence[Rollout]) -> None:  # noqa: B027  (most have no memory)
         """All of a step, whatever their sources, once each step."""

@@ -11,22 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gkd.rollout.sources.base import Source
-from gkd.seeding import derive_seed
-from gkd.types import PromptDraw, Rollout, SampleRequest
+from gkd.types import PromptDraw, Rollout
 
 
 class MixedSource(Source):
     def complete(self, draws: Sequence[PromptDraw], step: int) -> list[Rollout]:
         """With the student's log-probabilities of all tokens, the version of its weights, and the teacher's share."""
-        context, sampler = self.context, self.context.sampler
+        context = self.context
         assert context.teacher_logits is not None
-        requests = [
-            SampleRequest(d.prompt.token_ids, derive_seed(context.seed, "mixed", step, d.prompt.index, d.sample_index))
-            for d in draws
-        ]
-        share = context.teacher_share
-        completions = sampler.generate_mixed(requests, context.settings(step), context.teacher_logits, share)
-        return [
-            Rollout(draw, self.name, completion.token_ids, completion.logprobs, sampler.weights_version, share)
-            for draw, completion in zip(draws, completions, strict=True)
-        ]
+        completions = context.sampler.generate_mixed(
+            self.requests(draws, step, "mixed"), context.settings(step), context.teacher_logits, context.teacher_share
+        )
+        return self.sampled(draws, completions, context.teacher_share)

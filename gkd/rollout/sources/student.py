@@ -5,20 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gkd.rollout.sources.base import Source
-from gkd.seeding import derive_seed
-from gkd.types import PromptDraw, Rollout, SampleRequest
+from gkd.types import PromptDraw, Rollout
 
 
 class StudentSource(Source):
     def complete(self, draws: Sequence[PromptDraw], step: int) -> list[Rollout]:
         """With log-probabilities and the version of the weights."""
-        context, sampler = self.context, self.context.sampler
-        requests = [
-            SampleRequest(d.prompt.token_ids, derive_seed(context.seed, "sample", step, d.prompt.index, d.sample_index))
-            for d in draws
-        ]
-        completions = sampler.generate(requests, context.settings(step))
-        return [
-            Rollout(draw, self.name, completion.token_ids, completion.logprobs, sampler.weights_version)
-            for draw, completion in zip(draws, completions, strict=True)
-        ]
+        requests = self.requests(draws, step, "sample")
+        return self.sampled(draws, self.context.sampler.generate(requests, self.context.settings(step)))
