@@ -45,7 +45,15 @@ if TYPE_CHECKING:
     from gkd.models.subset import choose_layers, config_of_layers, make_student_from_layers, recorded_choice
     from gkd.models.tokenizer_pair import check_tokenizer_pair
     from gkd.models.weights import file_tensors
-    from gkd.models.width import WidthChoice, choose_width, is_made_by, make_narrower, narrow_config, record_width
+    from gkd.models.width import (
+        WidthChoice,
+        choose_width,
+        is_made_by,
+        make_narrower,
+        narrow_config,
+        record_width,
+        width_sizes,
+    )
 
 _HOMES = {
     "card": ("ModelCard",),
@@ -73,7 +81,9 @@ _HOMES = {
     "tokenizer_pair": ("check_tokenizer_pair",),
     "weights": ("file_tensors",),
     "calibration": ("forward_kl",),
-    "width": ("WidthChoice", "choose_width", "is_made_by", "make_narrower", "narrow_config", "record_width"),
+    "width": (
+        "WidthChoice", "choose_width", "is_made_by", "make_narrower", "narrow_config", "record_width", "width_sizes",
+    ),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -130,6 +140,7 @@ __all__ = [
     "use_short_attention",
     "verify_head",
     "whole_weights",
+    "width_sizes",
 ]
 
 

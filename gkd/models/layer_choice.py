@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,13 @@ class LayerChoice:
     def as_record(self) -> dict[str, Any]:
         """Plain values for JSON; `from_record` reads them."""
         return {**asdict(self), "layers": list(self.layers), "removed": [asdict(one) for one in self.removed]}
+
+    def on_the_way(self) -> Iterator[LayerChoice]:
+        """Of a greedy search: what it would have ended with at each larger number of layers."""
+        for count in range(1, len(self.removed)):
+            back = (one.layer for one in self.removed[count:])
+            layers, removed = tuple(sorted((*self.layers, *back))), self.removed[:count]
+            yield LayerChoice(layers, removed, removed[-1].figure)
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> LayerChoice:

@@ -131,7 +131,7 @@ def narrow_config(config: PreTrainedConfig, width: StudentWidth) -> PreTrainedCo
     """
     for name, _ in empty_model(config).named_parameters():
         _axes_of(name)  # before sizes are asked for that another family does not have
-    whole = _sizes(config)
+    whole = width_sizes(config)
     sizes = width.of(**whole)
     head_dim = _head_dim(config)
     narrow = type(config).from_dict(config.to_dict())
@@ -154,7 +154,8 @@ def _check_valid(config: PreTrainedConfig) -> None:
         raise ConfigError(f"{_KEY}: {type(config).__name__} takes no such sizes: {error.__cause__ or error}") from None
 
 
-def _sizes(config: PreTrainedConfig) -> dict[str, int]:
+def width_sizes(config: PreTrainedConfig) -> dict[str, int]:
+    """hidden, heads, kv_heads and ffn, as `StudentWidth` names them."""
     text_config = config.get_text_config()
     heads = text_config.num_attention_heads
     return {
@@ -217,7 +218,7 @@ def choose_width(
 ) -> WidthChoice:
     """What `width` leaves of the model in `folder`, measured on `texts` (token ids). Raises as `narrow_config`."""
     config = read_config(str(folder), key=_KEY)
-    before, after = _sizes(config), _sizes(narrow_config(config, width))
+    before, after = width_sizes(config), width_sizes(narrow_config(config, width))
     model = load_causal_lm(str(folder), dtype, key=_KEY)
     use_short_attention(model)
     _log.info("measuring the width of %s on %d tokens", folder, sum(map(len, texts)))
@@ -349,7 +350,7 @@ def _narrower(folder: Path, config: PreTrainedConfig, choice: WidthChoice) -> It
                 places = torch.tensor(kept)[:, None] * size + torch.arange(size)
                 tensor = tensor.index_select(place, places.flatten())
         if choice.hidden is not None and name.split(".")[-2] in _NORMS:
-            tensor = _grown(tensor, math.sqrt(_sizes(config)["hidden"] / len(choice.hidden)), config)
+            tensor = _grown(tensor, math.sqrt(width_sizes(config)["hidden"] / len(choice.hidden)), config)
         yield name, tensor
 
 

@@ -51,6 +51,25 @@ def _cut(config: Config, folder: Path) -> dict[str, Any]:
     return json.loads((Path(models.student_path) / "student_init.json").read_text())
 
 
+def _cached(cache: Path, layers: int) -> Path:
+    """The file of the choice of so many layers."""
+    (file,) = (f for f in (cache / "cuts").iterdir() if len(json.loads(f.read_text())["layers"]) == layers)
+    return file
+
+
+def test_a_search_leaves_the_larger_students_in_the_cache(
+    values: dict[str, Any], own_cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = {layers: _cut(_with_init(values, layers=layers), tmp_path / f"own{layers}") for layers in (3, 2)}
+    shutil.rmtree(own_cache)
+    _cut(_with_init(values, layers=1), tmp_path / "one")
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "gkd"):
+        for layers, record in own.items():
+            assert _cut(_with_init(values, layers=layers), tmp_path / f"found{layers}") == record
+    assert MEASURING not in caplog.text
+
+
 @pytest.mark.parametrize("rule", ["divergence", "block_influence"])
 def test_what_was_kept_and_its_figures_are_recorded(
     values: dict[str, Any], own_cache: Path, tmp_path: Path, rule: str, caplog: pytest.LogCaptureFixture
@@ -77,7 +96,7 @@ def test_measured_once_for_all_runs_of_these_settings(
     caplog.clear()
     assert _cut(_with_init(values), tmp_path / "two") == first
     assert MEASURING not in caplog.text
-    for other in ({"layers": 3}, {"calibration_tokens": 80}, {"choose": "block_influence"}):
+    for other in ({"layers": 1}, {"calibration_tokens": 80}, {"choose": "block_influence"}):
         caplog.clear()
         _cut(_with_init(values, **other), tmp_path / "other")
         assert MEASURING in caplog.text, other
@@ -91,7 +110,7 @@ def test_a_damaged_cache_is_measured_again(
     values: dict[str, Any], own_cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = _cut(_with_init(values), tmp_path / "one")
-    (file,) = (own_cache / "cuts").iterdir()
+    file = _cached(own_cache, layers=2)
     for number, damaged in enumerate(("{", "[]", '{"layers": [0], "removed": [{}], "forward_kl": 1}')):
         file.write_text(damaged)
         with caplog.at_level(logging.INFO, "gkd"):
@@ -105,12 +124,11 @@ def test_a_run_goes_on_with_the_layers_it_has(
 ) -> None:
     """Wherever it goes on: without the cache, and whatever would be measured there."""
     first = _cut(_with_init(values), tmp_path / "one")
-    (file,) = (own_cache / "cuts").iterdir()
-    file.unlink()
+    shutil.rmtree(own_cache / "cuts")
     caplog.clear()
     with caplog.at_level(logging.INFO, "gkd"):
         assert _cut(_with_init(values), tmp_path / "one") == first
-    assert MEASURING not in caplog.text and not list((own_cache / "cuts").iterdir())
+    assert MEASURING not in caplog.text and not (own_cache / "cuts").exists()
 
 
 def test_a_narrower_student_is_measured_once(

@@ -69,7 +69,8 @@ class _Maker:
         rule = self._rule(choose=init.choose, count=init.layers)
         choice = recorded_choice(target, rule)  # of a run that goes on: even if the cache is gone
         if choice is None:
-            choice = self._cached("cuts", rule, LayerChoice.from_record, LayerChoice.as_record, self._choose_layers)
+            read, written = LayerChoice.from_record, LayerChoice.as_record
+            choice = self._cached("cuts", rule, read, written, lambda: self._choose_layers(rule))
         _log.info(
             "%s keeps layers %s of %d: %.3f nats a token from the whole model, on %d tokens of data.train's prompts",
             init.choose, list(choice.layers), len(choice.layers) + len(choice.removed), choice.forward_kl,
@@ -122,9 +123,7 @@ class _Maker:
         measure: Callable[[], T],
     ) -> T:
         """From the cache, or measured now."""
-        numbers = [array("q", (len(ids), *ids)) for ids in self._texts]
-        name = digest(json.dumps(rule, sort_keys=True).encode(), *numbers).hex()
-        file = cache_folder() / kind / f"{name}.json"
+        file = self._file(kind, rule)
         try:
             return read(json.loads(file.read_text(encoding="utf-8")))
         except _UNREADABLE:
@@ -133,9 +132,15 @@ class _Maker:
         write_json(file, written(choice))
         return choice
 
-    def _choose_layers(self) -> LayerChoice:
+    def _file(self, kind: str, rule: dict[str, Any]) -> Path:
+        numbers = [array("q", (len(ids), *ids)) for ids in self._texts]
+        name = digest(json.dumps(rule, sort_keys=True).encode(), *numbers).hex()
+        return cache_folder() / kind / f"{name}.json"
+
+    def _choose_layers(self, rule: dict[str, Any]) -> LayerChoice:
+        """A greedy search leaves in the cache also what it came by: students of more layers need none of their own."""
         assert isinstance(self._init.layers, int)
-        return choose_by_measure(
+        choice = choose_by_measure(
             self._source,
             self._init.choose,
             self._init.layers,
@@ -144,3 +149,7 @@ class _Maker:
             device=self._device,
             key=_KEY,
         )
+        if self._init.choose == "divergence":
+            for larger in choice.on_the_way():
+                write_json(self._file("cuts", {**rule, "count": len(larger.layers)}), larger.as_record())
+        return choice
