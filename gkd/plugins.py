@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gkd.objectives.closed_forms import Definition
     from gkd.objectives.terms import Term
     from gkd.objectives.token_weights import TokenWeight
+    from gkd.registry import Drawn
     from gkd.schedules import Shape
 
 
@@ -52,11 +53,14 @@ def register_divergence(kind: str, definition: Definition) -> None:
     TERMS.register(kind, DivergenceTerm)
 
 
-def register_source(name: str, source: type[Any]) -> None:
-    """Makes `name` a source of the mixture; a class of `gkd.rollout.sources.Source`."""
-    from gkd.registry import SOURCES
+def register_source(name: str, source: type[Any], drawn: Drawn | None = None) -> None:
+    """Makes `name` a source of the mixture; a class of `gkd.rollout.sources.Source`.
 
-    SOURCES.register(name, source)
+    `drawn` says who draws the tokens of its texts: None is Drawn.ELSEWHERE, of texts that come back as they are.
+    """
+    from gkd.registry import SOURCES, Drawn
+
+    SOURCES.register(name, source, drawn or Drawn.ELSEWHERE)
 
 
 def register_shape(name: str, shape: Shape) -> None:

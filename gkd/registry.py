@@ -12,6 +12,7 @@ import difflib
 import importlib
 import re
 from collections.abc import Mapping
+from enum import Enum, auto
 from typing import Any, Generic, TypeVar
 
 from gkd.errors import ConfigError
@@ -61,14 +62,45 @@ class Registry(Generic[T]):
 REPLAY = "replay"  # the source of texts that an older student sampled
 MIXED = "mixed"  # the source of texts that student and teacher draw token by token
 
-SOURCES: Registry[Any] = Registry(
-    "source",
+
+class Drawn(Enum):
+    """Who draws the tokens of a source's texts. P is the teacher, Q the student."""
+
+    BY_STUDENT = auto()  # of the step: on policy
+    BY_EARLIER_STUDENT = auto()
+    FROM_MIXTURE = auto()  # each from a P + (1 - a) Q in the step, a the rollout's `teacher_share`
+    ELSEWHERE = auto()  # the text comes back as it is
+
+    @property
+    def in_step(self) -> bool:
+        """The student's sampler takes part, with the weights of the step."""
+        return self in (Drawn.BY_STUDENT, Drawn.FROM_MIXTURE)
+
+
+class SourceRegistry(Registry[Any]):
+    """Classes of `gkd.rollout.sources.Source`, and who draws the tokens of their texts."""
+
+    def __init__(self, built_in: Mapping[str, tuple[str, Drawn]]) -> None:
+        super().__init__("source", {name: place for name, (place, _) in built_in.items()})
+        self._drawn = {name: drawn for name, (_, drawn) in built_in.items()}
+
+    def register(self, name: str, value: Any, drawn: Drawn = Drawn.ELSEWHERE) -> Any:
+        super().register(name, value)
+        self._drawn[name] = drawn
+        return value
+
+    def drawn(self, name: str) -> Drawn:
+        """Raises KeyError for a name that nobody registered."""
+        return self._drawn[name]
+
+
+SOURCES = SourceRegistry(
     {
-        "student": "gkd.rollout.sources.student:StudentSource",
-        "teacher": "gkd.rollout.sources.teacher:TeacherSource",
-        "dataset": "gkd.rollout.sources.dataset:DatasetSource",
-        REPLAY: "gkd.rollout.sources.replay:ReplaySource",
-        MIXED: "gkd.rollout.sources.mixed:MixedSource",
-    },
+        "student": ("gkd.rollout.sources.student:StudentSource", Drawn.BY_STUDENT),
+        "teacher": ("gkd.rollout.sources.teacher:TeacherSource", Drawn.ELSEWHERE),
+        "dataset": ("gkd.rollout.sources.dataset:DatasetSource", Drawn.ELSEWHERE),
+        REPLAY: ("gkd.rollout.sources.replay:ReplaySource", Drawn.BY_EARLIER_STUDENT),
+        MIXED: ("gkd.rollout.sources.mixed:MixedSource", Drawn.FROM_MIXTURE),
+    }
 )
-"""Where the completions of a mixture come from: classes of `gkd.rollout.sources.Source`."""
+"""Where the completions of a mixture come from."""

@@ -17,6 +17,7 @@ import torch
 
 from gkd.config import Config, Launch
 from gkd.planning.settled import settle_here
+from gkd.rollout.mixture import generated_tokens
 from gkd.run_files import RunFiles
 from gkd.train import distributed
 from gkd.train.placements import ask_placements
@@ -113,7 +114,7 @@ class BudgetRun(Run):
         return self.budget
 
     def measure(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
-        return {"tokens/sampled": float(sum(len(r.completion_ids) for r in rollouts if r.source == "student"))}
+        return {"tokens/sampled": float(generated_tokens(rollouts))}
 
     def evaluate(self, steps_done: int) -> dict[str, float]:
         del steps_done

@@ -16,7 +16,7 @@ from gkd.objectives.terms.batch import BatchTerm
 from gkd.objectives.terms.states import StatesTerm
 from gkd.objectives.token_weights import SequenceWeight
 from gkd.objectives.weight_rules import WEIGHT_RULES, WeightRule
-from gkd.registry import MIXED
+from gkd.registry import SOURCES, Drawn
 from gkd.schedules import MetricRule, Ramp, Schedule, TemperatureSchedule, describe_schedule, largest
 from gkd.schema import Section, is_mapping
 from gkd.types import ModelShape, StatePair
@@ -219,7 +219,10 @@ class ObjectiveConfig(Section):
                     fault = f"unknown source {source!r}; known: {', '.join(shares)}"
                 elif source not in trained:
                     fault = f"{source}, but mixture.{source} is 0; leave it out, or raise that"
-                elif term.on_policy_only and not (source == "student" or (source == MIXED and term.weighs_mixed)):
+                elif term.on_policy_only and not (
+                    (drawn := SOURCES.drawn(source)) is Drawn.BY_STUDENT
+                    or (drawn is Drawn.FROM_MIXTURE and term.weighs_mixed)
+                ):
                     fault = f"{term.kind} is for the student's own samples, not for {source}; set it to [student]"
                 if fault is not None:
                     raise ValueError(f"objective.terms.{index}.on: {fault}")

@@ -12,6 +12,7 @@ from gkd.config.training import TrainingSettings
 from gkd.errors import ConfigError
 from gkd.planning.devices import Device
 from gkd.planning.models import DTYPE_BYTES, Architecture
+from gkd.registry import SOURCES
 from gkd.schedules import largest
 from gkd.types import ModelShape
 
@@ -184,7 +185,7 @@ def setup_of(
         max_new_tokens=config.rollout.most_new_tokens,
         prompt_tokens=_mean("--prompt-tokens", prompt_tokens, config.data.max_prompt_tokens, 0.5),
         completion_tokens=_mean("--completion-tokens", completion_tokens, config.rollout.most_new_tokens, 1.0),
-        student_share=largest(config.mixture.student),
+        student_share=_sampled_share(config),
         vllm=config.rollout.engine == "vllm",
         sampler_sequences=_sampler_sequences(config, devices, sampler_replicas),
         sampler_memory_share=known(config.rollout.gpu_memory_utilization),
@@ -205,6 +206,11 @@ def setup_of(
         state_widths=state_widths,
         settled_lines=settled_lines,
     )
+
+
+def _sampled_share(config: Config) -> float:
+    """Of a step's completions those that the student samples, where most of them are."""
+    return min(1.0, sum(largest(share) for name, share in config.mixture.shares.items() if SOURCES.drawn(name).in_step))
 
 
 def _states(config: Config, student: Architecture, teacher: Architecture) -> tuple[int, tuple[int, int]]:

@@ -114,6 +114,11 @@ class MixtureRollouts:
         self._sampler.close()
 
 
+def generated_tokens(rollouts: Sequence[Rollout]) -> int:
+    """Tokens of the texts that the student sampled in the step, alone or with the teacher."""
+    return sum(len(rollout.completion_ids) for rollout in rollouts if SOURCES.drawn(rollout.source).in_step)
+
+
 def mixture_counts(rollouts: Sequence[Rollout], mixture: MixtureConfig) -> dict[str, int]:
     """Realised number of samples from each source of the mixture."""
     counts = Counter(rollout.source for rollout in rollouts)

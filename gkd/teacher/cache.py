@@ -24,7 +24,7 @@ from safetensors.torch import load, save
 from gkd.digests import sealed, unsealed
 from gkd.files import written_aside
 from gkd.models.head_bytes import head_from_bytes, head_to_bytes
-from gkd.registry import REPLAY
+from gkd.registry import SOURCES, Drawn
 from gkd.teacher.base import Teacher
 from gkd.types import HiddenScores, Rollout, TeacherScores, TopkScores, first_rows
 
@@ -146,7 +146,7 @@ class CachedTeacher:
 
 
 def _is_kept(rollout: Rollout) -> bool:
-    return rollout.source not in ("student", REPLAY) and bool(rollout.completion_ids)
+    return SOURCES.drawn(rollout.source) is Drawn.ELSEWHERE and bool(rollout.completion_ids)
 
 
 def _with_head_of(empty: TeacherScores, scores: TeacherScores) -> TeacherScores:

@@ -22,7 +22,7 @@ from gkd.objectives.reduction import weigh
 from gkd.ops.linear_terms import TermScores, linear_terms
 from gkd.ops.token_logprobs import token_logprobs
 from gkd.ops.vocabulary_pass import KL_MEASURES, LABEL_LOGPROB, TOPK_MEASURES, WeightedLoss
-from gkd.registry import REPLAY
+from gkd.registry import SOURCES
 from gkd.train.batch_terms import sequence_vectors
 from gkd.train.state_terms import StateTerms
 from gkd.types import HiddenScores, NoScores, OutputHead, TeacherScores, TokenBatch, TopkScores
@@ -170,8 +170,8 @@ def _stacked(scores: TermScores, names: Sequence[str]) -> tuple[torch.Tensor, to
 def _mismatch(scores: TermScores, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """The last two of ObjectiveSums, from the trainer's log-probabilities [N] of the labels."""
     device = batch.sampler_logprobs.device
-    is_old = torch.tensor([source == REPLAY for source in batch.sources], dtype=torch.bool)  # [S]: another student's
-    fresh = ~is_old.repeat_interleave(torch.tensor(batch.completion_lengths, dtype=torch.int64)).to(device)
+    is_new = torch.tensor([SOURCES.drawn(source).in_step for source in batch.sources], dtype=torch.bool)  # [S]
+    fresh = is_new.repeat_interleave(torch.tensor(batch.completion_lengths, dtype=torch.int64)).to(device)
     sampled = fresh & ~batch.sampler_logprobs.isnan() & scores.acts.to(device)
     log_ratio = torch.where(sampled, log_ratios(scores.measures[LABEL_LOGPROB], batch.sampler_logprobs), 0.0)
     largest = log_ratio.abs().max() if len(log_ratio) else log_ratio.sum()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from gkd.registry import SOURCES, Drawn
 from gkd.rollout.sources.base import Source, SourceContext
 from gkd.rollout.sources.student import StudentSource
 from gkd.seeding import derive_seed
@@ -34,7 +35,7 @@ class ReplaySource(Source):
         return chosen + (self._student.complete(draws[len(chosen) :], step) if len(chosen) < len(draws) else [])
 
     def remember(self, rollouts: Sequence[Rollout]) -> None:
-        self._kept.extend(rollout for rollout in rollouts if rollout.source == "student")
+        self._kept.extend(rollout for rollout in rollouts if SOURCES.drawn(rollout.source) is Drawn.BY_STUDENT)
 
     def saved(self) -> list[dict[str, Any]]:
         return [

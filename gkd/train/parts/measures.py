@@ -8,8 +8,7 @@ from gkd.config import Config, Launch, MixtureConfig
 from gkd.measures.answers import AnswerScoring, greedy_settings, sample_requests
 from gkd.measures.heldout import HeldoutEvaluation, MeasuresDivergence, heldout_requests, heldout_rollouts
 from gkd.monitor import JsonlSink
-from gkd.registry import MIXED
-from gkd.rollout.mixture import mixture_counts
+from gkd.rollout.mixture import generated_tokens, mixture_counts
 from gkd.rollout.sync import SyncedSampler
 from gkd.run_files import RunFiles
 from gkd.teacher.base import Teacher
@@ -100,8 +99,7 @@ def _shown_prompts(config: Config, prompts: Prompts) -> Sequence[Prompt]:
 def describe_samples(rollouts: Sequence[Rollout], mixture: MixtureConfig) -> dict[str, float]:
     """What a step's samples were, over all ranks."""
     counts = mixture_counts(rollouts, mixture)
-    generated = sum(len(r.completion_ids) for r in rollouts if r.source in ("student", MIXED))
-    total_generated, *realised = sum_all([generated, *counts.values()])
+    total_generated, *realised = sum_all([generated_tokens(rollouts), *counts.values()])
     total = max(1.0, sum(realised))
     return {
         "tokens/generated": total_generated,
