@@ -110,6 +110,8 @@ def runs(results: Path, work: Path) -> list[Run]:
         small("packing", "packing_cpu.json", 240,
               "benchmarks.runs.packing --batch 16 --max-new-tokens 160 --rounds 3 --work", work / "packing"),
         small("gkd_table", "gkd_table_smoke.json", 300, "gkd bench table --size smoke --folder", work / "gkd_table"),
+        small("gkd_additions", "gkd_additions_smoke.json", 240,
+              "gkd bench table --part additions --size smoke --folder", work / "gkd_table"),
         small("scaling", "scaling_cpu.json", 300, "benchmarks.runs.scaling --quick --steps 3"),
         # a full-sized step: in a small one the sync is most of it
         small("overlap", "overlap_cpu.json", 480,

@@ -6,9 +6,9 @@ A file says where a table goes: what stands between the lines <!-- begin: NAME -
 The names are divergence (medians of value and gradient, one line a shape), divergence-full (a table for each case),
 linear_divergence, terms, before_and_after, versus_trl (whole runs), versus_trl-profile (a step of gkd), quickstart,
 cut, narrow, packing, teacher_scoring, overlap, scaling, gkd_table, gkd_table-tasks, -grid, -temperature, -ratios,
--sweep and -verdict (docs/table.md), bench_text, bench_text-seconds, -times, -drift and -verdict (docs/text.md), and
-plan-links, -phases, -overlap, -limits, -verdicts, -errors and -error-sentence (docs/scaling.md; all but
-the errors are what the planner says today).
+-sweep and -verdict, gkd_additions, gkd_additions-tasks, -differences and -verdict (docs/table.md), bench_text,
+bench_text-seconds, -times, -drift and -verdict (docs/text.md), and plan-links, -phases, -overlap, -limits, -verdicts,
+-errors and -error-sentence (docs/scaling.md; all but the errors are what the planner says today).
 Every CSV or JSON in benchmarks/results/ whose name begins so is part of it. --check changes nothing and fails if a
 file is not what --write would make of it. --plots needs matplotlib.
 """

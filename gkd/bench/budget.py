@@ -19,7 +19,7 @@ from gkd.config import Config, Launch
 from gkd.planning.settled import settle_here
 from gkd.rollout.mixture import generated_tokens
 from gkd.run_files import RunFiles
-from gkd.train import distributed
+from gkd.train import distributed, parts
 from gkd.train.placements import ask_placements
 from gkd.train.run import Run
 from gkd.types import Rollout, TokenBatch
@@ -110,6 +110,18 @@ class BudgetRun(Run):
     def _take_look(self) -> None:
         self._curve.append({"step": self.budget.step_count, "tokens": self.budget.trained, **self._look()})
 
+    def build(self) -> None:
+        super().build()
+        self._followed = parts.build_heldout(
+            self.config,
+            self.models,
+            self.prompts,
+            self.texts,
+            teacher=self.teacher,
+            student=self.student,
+            launch=self.launch,
+        )
+
     def build_monitor(self) -> TokenBudget:
         return self.budget
 
@@ -117,8 +129,11 @@ class BudgetRun(Run):
         return {"tokens/sampled": float(generated_tokens(rollouts))}
 
     def evaluate(self, steps_done: int) -> dict[str, float]:
-        del steps_done
-        return {}
+        """Only what a rule of the objective follows."""
+        every = self.config.eval.every
+        if self._followed is None or not every or steps_done % every:
+            return {}
+        return self._observed(self._followed.measure().means)
 
     def save(self, steps_done: int) -> None:
         del steps_done

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from gkd.bench.methods import Cell, Completions
@@ -12,7 +12,8 @@ from gkd.bench.sizes import Size, key
 from gkd.bench.tasks import Problem, problems
 from gkd.files import write_atomically
 
-_TEACHER_SEED, _HELDOUT_SEED, _TRAIN_SEED = 1_000_000, 2_000_000, 3_000_000
+_TEACHER_SEED, _HELDOUT_SEED, _TRAIN_SEED, _FOLLOWED_SEED = 1_000_000, 2_000_000, 3_000_000, 4_000_000
+FOLLOWED_PROBLEMS = 16  # a task
 _DECIDES_NO_CELL = ("name", "seeds", "main_seeds", "swept_train_problems", "swept_schooling_steps")
 
 
@@ -55,6 +56,17 @@ class Folder:
         """A JSONL of gkd; the problems of a seed are the same whoever wrote the completions."""
         return self.root / f"train-{self._text_key()}-{self.size.train_problems}-seed{seed}-{completions}.jsonl"
 
+    @property
+    def followed_file(self) -> Path:
+        """Prompts whose divergence a rule of an objective follows: none that a student is judged by."""
+        return self.root / f"followed-{key(self.size.heldout_problems, FOLLOWED_PROBLEMS)}.jsonl"
+
+    @property
+    def assistant(self) -> Folder:
+        """In which the assistant is the student, of half of the tokens."""
+        size = replace(self.size, student=self.size.assistant, trained_tokens=self.size.trained_tokens // 2)
+        return Folder(self.root, size)
+
     def result(self, cell: Cell) -> Path:
         size = {name: value for name, value in asdict(self.size).items() if name not in _DECIDES_NO_CELL}
         return self.root / "cells" / f"{key(size, cell)}.json"
@@ -69,6 +81,9 @@ class Folder:
 
     def train_problems(self, seed: int) -> list[Problem]:
         return problems(_TRAIN_SEED + seed, self.size.train_problems, self.heldout_prompts())
+
+    def followed_problems(self) -> list[Problem]:
+        return problems(_FOLLOWED_SEED, FOLLOWED_PROBLEMS, self.heldout_prompts())
 
     def teacher_problems(self, step: int, exclude: set[str]) -> list[Problem]:
         """New ones in every step."""

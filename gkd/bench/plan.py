@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gkd.bench import additions, methods
 from gkd.bench.folder import Folder
 from gkd.bench.kept import kept_result, read_json
-from gkd.bench.methods import SWEPT, Cell, cells
+from gkd.bench.methods import SWEPT, Cell
 from gkd.bench.sizes import Size
 from gkd.bench.work import Job
 from gkd.config import Launch
@@ -25,31 +26,33 @@ class Setting:
 
     name: str
     folder: Folder
+    cells: Sequence[Cell]
 
     @property
     def size(self) -> Size:
         return self.folder.size
 
+    @property
+    def seeds(self) -> Sequence[int]:
+        return sorted({cell.seed for cell in self.cells})
 
-def settings(root: Path, size: Size) -> list[Setting]:
+
+def divergences(root: Path, size: Size) -> list[Setting]:
     """The table's own first, then those of the sweep."""
-    varied = {AS_IT_STANDS: size}
+    varied: dict[str, Size] = {}
     for count in size.swept_train_problems:
         varied[f"{count} train problems a task"] = replace(size, train_problems=count)
     for steps in size.swept_schooling_steps:
         schooling = replace(size.student_schooling, steps=steps)
         varied[f"{steps} supervised steps before"] = replace(size, student_schooling=schooling)
-    return [Setting(name, Folder(root, changed)) for name, changed in varied.items()]
+    swept = [Cell(method, seed) for seed in range(size.seeds) for method in SWEPT]
+    own = Setting(AS_IT_STANDS, Folder(root, size), methods.cells(size))
+    return [own, *(Setting(name, Folder(root, changed), swept) for name, changed in varied.items())]
 
 
-def cells_of(setting: Setting) -> list[Cell]:
-    if setting.name == AS_IT_STANDS:
-        return cells(setting.size)
-    return [Cell(method, seed) for seed in range(setting.size.seeds) for method in SWEPT]
-
-
-def seeds_of(setting: Setting) -> Sequence[int]:
-    return sorted({cell.seed for cell in cells_of(setting)})
+def added(root: Path, size: Size) -> list[Setting]:
+    """The table's own alone."""
+    return [Setting(AS_IT_STANDS, Folder(root, size), additions.cells(size))]
 
 
 # ---- jobs
@@ -61,9 +64,13 @@ def start_jobs(chosen: Sequence[Setting]) -> list[Job]:
     jobs = [Job("teacher", folder.teacher, _make_teacher, (folder,), cost=_teacher_cost(folder.size))]
     for setting in chosen:
         cost = setting.size.student_schooling.steps * _STEP_COST
-        for seed in seeds_of(setting):
-            target = setting.folder.student(seed)
-            jobs.append(Job(_named(setting, f"student {seed}"), target, _make_student, (setting.folder, seed), cost))
+        learners = {"student": setting.folder}
+        if any(cell.method.through_assistant for cell in setting.cells):
+            learners["assistant"] = setting.folder.assistant
+        for seed in setting.seeds:
+            for name, own in learners.items():
+                label = _named(setting, f"{name} {seed}")
+                jobs.append(Job(label, own.student(seed), _make_student, (own, seed), cost))
     return list({job.target: job for job in jobs}.values())
 
 
@@ -73,7 +80,7 @@ def text_jobs(chosen: Sequence[Setting]) -> list[Job]:
     for setting in chosen:
         folder = setting.folder
         jobs.append(Job("the teacher's held-out texts", folder.teacher_texts, _write_teacher_texts, (folder,)))
-        for seed in seeds_of(setting):
+        for seed in setting.seeds:
             target = folder.train_file(seed, "teacher_greedy")  # the last of the three that is written
             jobs.append(Job(_named(setting, f"train data {seed}"), target, _write_train_files, (folder, seed)))
     return list({job.target: job for job in jobs}.values())
@@ -82,7 +89,7 @@ def text_jobs(chosen: Sequence[Setting]) -> list[Job]:
 def cell_jobs(chosen: Sequence[Setting]) -> list[Job]:
     jobs = []
     for setting in chosen:
-        for cell in cells_of(setting):
+        for cell in setting.cells:
             label = _named(setting, f"{cell.method.label}, seed {cell.seed}")
             cost = _cell_cost(setting.size, cell)
             jobs.append(Job(label, setting.folder.result(cell), _run_cell, (setting.folder, cell), cost))
@@ -161,7 +168,7 @@ def results(chosen: Sequence[Setting]) -> list[dict[str, Any]]:
     """All cells that there are, in the order of the plan."""
     found = []
     for setting in chosen:
-        for cell in cells_of(setting):
+        for cell in setting.cells:
             path = setting.folder.result(cell)
             if path.exists():
                 found.append({"setting": setting.name, **asdict(cell), **read_json(path)})

@@ -49,13 +49,20 @@ def _save_complete(model: Any, target: Path) -> None:
 
 
 def write_teacher_texts(folder: Folder) -> str:
-    """What the teacher samples for the held-out problems, and how many it gets right."""
+    """What the teacher samples for the held-out problems, and how many it gets right. Before them the prompts of
+    others."""
+    write_followed_file(folder)
     sampler, problems = _teacher_sampler(folder), folder.heldout_problems()
     sampled = _complete(sampler, folder, problems, 1.0, seed=0)
     greedy = _complete(sampler, folder, problems, 0.0, seed=0)
     accuracy = {"greedy": _accuracy(problems, greedy), "sampled": _accuracy(problems, sampled)}
     write_json(folder.teacher_texts, {**accuracy, "completions": [completion.token_ids for completion in sampled]})
     return ", ".join(f"{task} {share:.0%}" for task, share in accuracy["greedy"].items())
+
+
+def write_followed_file(folder: Folder) -> None:
+    problems = folder.followed_problems()
+    write_rows(folder.followed_file, [problem.prompt for problem in problems], [problem.answer for problem in problems])
 
 
 def write_train_files(folder: Folder, seed: int) -> str:

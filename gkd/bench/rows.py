@@ -21,6 +21,12 @@ def number(found: Estimate | None, scale: float = 1.0, digits: int = 3) -> str:
     return f"{scale * found.mean:.{digits}f}{spread}"
 
 
+def difference(found: Estimate | None, scale: float = 1.0, digits: int = 3) -> str:
+    """As `number`, with its sign."""
+    text = number(found, scale, digits)
+    return f"+{text}" if found is not None and found.mean > 0 else text
+
+
 def columns(rows: Sequence[Sequence[str]]) -> None:
     """The first column to the left, all others to the right."""
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
-from gkd.bench import tables
+from gkd.bench.parts import Part
 from gkd.bench.rows import columns
 from gkd.bench.summary import CellResult
 
 
-def show(record: dict[str, Any]) -> None:
-    for rows in (
-        tables.method_rows(record),
-        tables.grid_rows(record, "greedy"),
-        tables.temperature_rows(record),
-        tables.ratio_rows(record),
-        tables.sweep_rows(record, "greedy"),
-        tables.sweep_rows(record, "sampled"),
-    ):
+def show(record: dict[str, Any], part: Part) -> None:
+    for rows in part.tables(record):
         print()
         columns(rows)
-    print(f"\n{tables.verdict(record)}\n")
+    print(f"\n{part.verdict(record)}\n")
 
 
 def write_csv(path: Path, record: dict[str, Any]) -> None:
@@ -36,10 +30,9 @@ def write_csv(path: Path, record: dict[str, Any]) -> None:
 
 
 def flat(cell: CellResult) -> dict[str, Any]:
-    """Scores by task get a column each, `greedy/addition`; the curve stays in the JSON."""
-    method = {name: value for name, value in cell["method"].items() if name != "objective"}
-    objective = {name: cell["method"]["objective"][name] for name in ("kind", "beta", "alpha")}
-    row = {"setting": cell["setting"], "seed": cell["seed"], **method, **objective, "failed": cell.get("failed", "")}
+    """Scores by task get a column each, `greedy/addition`; curve and assistant stay in the JSON."""
+    method = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in cell["method"].items()}
+    row = {"setting": cell["setting"], "seed": cell["seed"], **method, "failed": cell.get("failed", "")}
     row |= {name: cell[name] for name in ("trained_tokens", "sampled_tokens", "steps") if name in cell}
     row |= {f"{name}_s": f"{seconds:.2f}" for name, seconds in cell.get("seconds", {}).items()}
     for name, value in cell.get("scores", {}).items():

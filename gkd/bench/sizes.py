@@ -35,6 +35,7 @@ class Size:
     name: str
     teacher: Shape
     student: Shape
+    assistant: Shape  # between the two
     teacher_schooling: Schooling  # on new problems in every step
     student_schooling: Schooling  # on its train problems again and again
     train_problems: int
@@ -52,12 +53,18 @@ class Size:
     max_new_tokens: int = 14
     max_prompt_tokens: int = 12
 
+    @property
+    def about_steps(self) -> int:
+        """Of a cell: an answer of the data has about 8 tokens."""
+        return max(1, self.trained_tokens // (8 * self.batch_size))
+
 
 SIZES = {
     "smoke": Size(
         name="smoke",
         teacher=Shape(32, 2),
         student=Shape(16, 1),
+        assistant=Shape(32, 1),
         teacher_schooling=Schooling(20, 8, 5e-3),
         student_schooling=Schooling(5, 8, 5e-3),
         train_problems=16,
@@ -77,6 +84,7 @@ SIZES = {
         name="cpu",
         teacher=Shape(96, 3),
         student=Shape(48, 2),
+        assistant=Shape(64, 3),
         teacher_schooling=Schooling(2000, 32, 3e-3),
         student_schooling=Schooling(800, 16, 5e-3),
         train_problems=4000,
@@ -96,6 +104,7 @@ SIZES = {
         name="gpu",
         teacher=Shape(512, 8),
         student=Shape(192, 4),
+        assistant=Shape(320, 6),
         teacher_schooling=Schooling(20_000, 256, 5e-4),
         student_schooling=Schooling(1500, 64, 1e-3),
         train_problems=5000,

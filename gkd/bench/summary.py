@@ -105,11 +105,11 @@ def over_seeds(cells: Sequence[CellResult], figure: Figure) -> Estimate | None:
     return estimate(values) if values else None
 
 
-def gains(cells: Sequence[CellResult], method: str, figure: Figure, setting: str = "") -> dict[int, float]:
-    """How much more a method's student has of a figure than the initial student, by seed."""
-    before, after = (
-        {cell["seed"]: figure(cell) for cell in of(cells, label, setting)} for label in (START.label, method)
-    )
+def gains(
+    cells: Sequence[CellResult], method: str, figure: Figure, setting: str = "", *, over: str = START.label
+) -> dict[int, float]:
+    """How much more a method's student has of a figure than that of another, by seed."""
+    before, after = ({cell["seed"]: figure(cell) for cell in of(cells, label, setting)} for label in (over, method))
     return {seed: after[seed] - before[seed] for seed in sorted(before.keys() & after.keys())}
 
 

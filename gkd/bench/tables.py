@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from gkd.bench.methods import GRID, LAMBDAS, OBJECTIVES, ON_POLICY, START, SUPERVISED_KD, SWEPT
+from gkd.bench.methods import LAMBDAS, OBJECTIVES, ON_POLICY, START, SUPERVISED_KD, SWEPT, gkd
 from gkd.bench.rows import Rows, number, percent
 from gkd.bench.summary import CellResult, Figure, Ratio, estimate, gain_ratio, gains, labels, of, over_seeds, score
 from gkd.bench.tasks import TASKS
@@ -33,11 +33,18 @@ def ratio(found: Ratio | None) -> str:
     return f"{found.value:.2f} ({low:.2f} – {high:.2f})"
 
 
+def compared(cells: Sequence[CellResult]) -> list[str]:
+    """The methods that are looked at one by one, as labels: not those of the grid and of other temperatures."""
+    additions = labels(cells, "addition")
+    plain = labels(cells, "grid") if additions else [BASELINE, *(method.label for method in ON_POLICY)]
+    return [*labels(cells, "start", "baseline", "control"), *plain, *additions]
+
+
 # ---- tables
 
 
 def method_rows(record: dict[str, Any]) -> Rows:
-    """The baselines, the controls, supervised KD, and every divergence on policy."""
+    """The baselines, the controls, supervised KD, and every divergence on policy; or what was added to them."""
     cells = record["cells"]
     samples = record["size"]["samples"]
     best = max(2**power for power in range(samples.bit_length()))
@@ -52,7 +59,7 @@ def method_rows(record: dict[str, Any]) -> Rows:
     ]
     header += ["entropy", "distinct", "trained tokens", "sampled tokens", "sampling, s", "training, s", "seeds"]
     rows = [header]
-    for label in [*labels(cells, "start", "baseline", "control"), BASELINE, *(m.label for m in ON_POLICY)]:
+    for label in compared(cells):
         chosen = of(cells, label)
         if not chosen:
             continue
@@ -78,7 +85,7 @@ def task_rows(record: dict[str, Any]) -> Rows:
     """Greedy accuracy by task, the teacher's too."""
     cells, teacher = record["cells"], record["teacher"]["greedy"]
     rows = [["greedy, %", *TASKS], ["teacher", *(f"{100 * teacher[task]:.1f}" for task in TASKS)]]
-    for label in [*labels(cells, "start", "baseline", "control"), BASELINE, *(m.label for m in ON_POLICY)]:
+    for label in compared(cells):
         chosen = of(cells, label)
         if chosen:
             rows.append([shown(label), *(percent(over_seeds(chosen, score("greedy", task))) for task in TASKS)])
@@ -91,7 +98,7 @@ def grid_rows(record: dict[str, Any], name: str) -> Rows:
     cells = [cell for cell in record["cells"] if cell["seed"] < seeds]
     rows = [[f"{name}, %", *(f"λ = {share:g}" for share in LAMBDAS)]]
     for objective in OBJECTIVES:
-        methods = [method for method in GRID if method.objective == objective]
+        methods = [gkd(objective, share) for share in LAMBDAS]
         rows.append([objective.label, *(percent(over_seeds(of(cells, m.label), score(name))) for m in methods)])
     return rows
 
@@ -148,11 +155,13 @@ def caption(record: dict[str, Any]) -> str:
     share = parameters["teacher"] / parameters["student"]
     greedy, sampled = (statistics.fmean(record["teacher"][name].values()) for name in ("greedy", "sampled"))
     failed = sum("failed" in cell for cell in cells)
+    longer = f", {size['longer']} times as many for *SFT, longer*" if labels(cells, "control") else ""
+    between = f"; the assistant {parameters['assistant']:,}" if labels(cells, "addition") else ""
     return (
         f"Teacher {parameters['teacher']:,} parameters, {100 * greedy:.1f} % greedy and {100 * sampled:.1f} % sampled; "
-        f"students {parameters['student']:,}, {share:.1f} times smaller. {size['train_problems']} train and "
-        f"{size['heldout_problems']} held-out problems a task; {size['trained_tokens']:,} trained tokens a cell, "
-        f"{size['longer']} times as many for *SFT, longer*; batches of {size['batch_size']}, learning rate "
+        f"students {parameters['student']:,}, {share:.1f} times smaller{between}. {size['train_problems']} train and "
+        f"{size['heldout_problems']} held-out problems a task; {size['trained_tokens']:,} trained tokens a cell"
+        f"{longer}; batches of {size['batch_size']}, learning rate "
         f"{size['lr']:g}. {len(cells)} of {record['planned_cells']} cells, of which {failed} failed, in "
         f"{record['cell_seconds'] / 60:.0f} minutes of one core.  \n{record['device']}; {record['versions']}."
     )

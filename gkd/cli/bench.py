@@ -15,6 +15,9 @@ bench_app = typer.Typer(help="Experiments that need nothing but gkd.", no_args_i
 @bench_app.command("table")
 def table_command(
     size: Annotated[str, typer.Option(help="smoke (does it work, in a minute; no figures), cpu or gpu.")] = "cpu",
+    part: Annotated[
+        str, typer.Option(help="divergences (the GKD paper's comparison), or additions (what more than it may bring).")
+    ] = "divergences",
     workers: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 2,
     folder: Annotated[Path, typer.Option(help="What is made on the way.")] = Path("runs/gkd_table"),
     out: Annotated[Path | None, typer.Option(help="The JSON; a CSV goes beside it. Default: in the folder.")] = None,
@@ -22,14 +25,17 @@ def table_command(
 ) -> None:
     """Compare SFT, SeqKD, supervised KD and GKD on checkable tasks, as the GKD paper does, with tiny models made here.
 
-    Started again, the same command goes on where it was cut off. The cpu size takes an hour on two cores; the gpu size
-    has not been run yet.
+    The other part adds features, relations, MiniLLM, weights of tokens, an assistant and more, each beside the same
+    without it. Started again, the same command goes on where it was cut off. A part of the cpu size takes an hour on
+    two cores; the gpu size has not been run yet.
     """
     _check_out(out)
+    from gkd.bench.parts import part_named
     from gkd.bench.sizes import size_named
     from gkd.bench.table import make_table
 
-    make_table(size_named(size), workers=workers, folder=folder, out=out, so_far=so_far, say=typer.echo)
+    asked = part_named(part)
+    make_table(size_named(size), part=asked, workers=workers, folder=folder, out=out, so_far=so_far, say=typer.echo)
 
 
 @bench_app.command("text")

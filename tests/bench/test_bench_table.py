@@ -11,15 +11,17 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from launching import check, run_gkd, run_python
 
-from gkd.bench import methods
+from gkd.bench import additions, methods
+from gkd.bench.additions import ADAPTIVE, ASSISTANT
 from gkd.bench.budget import TokenBudget
 from gkd.bench.cell import CellRun, run_cell
+from gkd.bench.differences import addition_rows, additions_verdict
 from gkd.bench.folder import Folder
 from gkd.bench.methods import FIXED_NEGATIVE, JSD, SFT, START, SUPERVISED_KD, Cell, cells, gkd
 from gkd.bench.models import VOCABULARY, decode, encode, make_model, save_model
@@ -29,6 +31,7 @@ from gkd.bench.sizes import SIZES
 from gkd.bench.summary import estimate, gain_ratio, ratio_of_means
 from gkd.bench.tasks import TASKS, Problem, is_right, problems
 from gkd.bench.work import Job, Workers, run_stages
+from gkd.teacher.local import LocalTeacher
 from gkd.teacher.unasked import Unasked
 
 
@@ -38,6 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     made = Folder(tmp_path_factory.mktemp("table"), SIZES["smoke"])
     make_teacher(made)
     make_student(made, 0)
+    make_student(made.assistant, 0)
     write_teacher_texts(made)
     write_train_files(made, 0)
     return made
@@ -86,9 +90,20 @@ def test_the_grid_is_whole_and_no_cell_runs_twice() -> None:
     size = SIZES["cpu"]
     found = cells(size)
     assert len(set(found)) == len(found)
-    grid = {(c.method.objective.label, c.method.student_share, c.seed) for c in found if c.method.group == "grid"}
-    assert len([cell for cell in grid if cell[2] < size.seeds]) == 6 * 3 * size.seeds
+    grid = {(c.method.label, c.seed) for c in found if c.method.group == "grid"}
+    assert len([cell for cell in grid if cell[1] < size.seeds]) == 6 * 3 * size.seeds
     assert {cell.seed for cell in found if cell.method == SUPERVISED_KD} == set(range(size.main_seeds))
+
+
+def test_an_addition_stands_beside_one_that_runs_with_the_same_seeds() -> None:
+    size = SIZES["cpu"]
+    found = additions.cells(size)
+    assert len(set(found)) == len(found)
+    labels = list(dict.fromkeys(cell.method.label for cell in found))
+    for method in additions.methods(size):
+        assert {cell.seed for cell in found if cell.method == method} == set(range(size.seeds))
+        if method.group == "addition":
+            assert labels.index(method.beside) < labels.index(method.label)
 
 
 def test_a_cells_name_hangs_on_what_decides_it(tmp_path: Path) -> None:
@@ -100,6 +115,7 @@ def test_a_cells_name_hangs_on_what_decides_it(tmp_path: Path) -> None:
     assert {Folder(tmp_path, changed).result(cell) for changed in same} == {path}
     assert path not in {Folder(tmp_path, changed).result(cell) for changed in other}
     assert path != Folder(tmp_path, size).result(Cell(SFT, 1))
+    assert path != Folder(tmp_path, size).result(Cell(replace(SFT, objective={"kind": "reverse_kl"}), 0))
 
 
 # ---- cells
@@ -116,6 +132,48 @@ def test_cells_train_on_equally_many_tokens_and_are_scored(folder: Any, name: st
     assert [look["tokens"] for look in done["curve"]][-1] == done["trained_tokens"]
     assert set(done["scores"]["greedy"]) == set(TASKS)
     assert done["scores"]["forward_kl"] > 0 and done["scores"]["reverse_kl"] > 0
+
+
+@pytest.mark.parametrize("name", ["FEATURES", "RKD", "MINILLM_MIXED", "REPLAY", "DYNAMIC_WEIGHTS"])
+def test_additions_train_on_as_many_tokens(folder: Any, name: str) -> None:
+    """One of each kind: states of layers, vectors of texts, both models drawing, old texts, a rule over the weights."""
+    method = getattr(additions, name)
+    done = run_cell(folder, Cell(method, 0))
+    size = folder.size
+    assert size.trained_tokens <= done["trained_tokens"] < size.trained_tokens + size.batch_size * size.max_new_tokens
+    assert (done["sampled_tokens"] > 0) == (method.mixture.get("dataset", 0.0) < 1)
+    assert done["sampled_tokens"] < done["trained_tokens"]
+    assert done["scores"]["forward_kl"] > 0
+
+
+def test_an_assistant_is_taught_and_teaches_and_the_teacher_judges(
+    folder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the tokens each. The judge knows the student's divergence from the teacher, not from the assistant."""
+    runs: list[CellRun] = []
+    result = CellRun.result
+    monkeypatch.setattr(CellRun, "result", lambda run: runs.append(run) or result(run))
+    done = run_cell(folder, Cell(ASSISTANT, 0))
+    first, second = runs
+    assert done["trained_tokens"] == first.budget.trained + second.budget.trained
+    assert first.budget.tokens == second.budget.tokens == folder.size.trained_tokens // 2
+    assert done["assistant"]["trained_tokens"] == first.budget.trained
+
+    taught = dict(first.student.weights())
+    teaching = cast(LocalTeacher, second.teacher)._model.state_dict()
+    assert all(torch.equal(taught[name], teaching[name]) for name in taught)
+    assert second.judge.teacher is first.teacher
+    assert first.config.teacher.model == str(folder.teacher) != second.config.teacher.model
+
+
+def test_a_rule_follows_a_divergence_that_is_measured_while_a_cell_trains(folder: Any) -> None:
+    budget = TokenBudget(folder.size.trained_tokens, 1)
+    run = CellRun(folder, Cell(ADAPTIVE, 0), budget)
+    seen: list[Any] = []
+    observe = run.student.observe
+    run.student.observe = lambda metrics: seen.append(metrics.get("heldout/forward_kl", 0.0)) or observe(metrics)
+    run.greedy_curve()
+    assert budget.step_count >= len([value for value in seen if value > 0]) > 1
 
 
 def test_the_same_cell_gives_the_same_numbers(folder: Any) -> None:
@@ -212,6 +270,27 @@ def test_a_ratio_to_a_loss_is_none() -> None:
     assert gain_ratio(known, "worst", "better", figure).value < 0
 
 
+def test_a_difference_is_between_cells_of_one_seed() -> None:
+    def cells(label: str, greedy: dict[int, float], beside: str = "") -> list[dict[str, Any]]:
+        method = {"label": label, "group": "addition" if beside else "grid", "beside": beside}
+        scores = {"forward_kl": 0.2, "reverse_kl": 0.3}
+        return [
+            {"seed": seed, "setting": "", "method": method}
+            | {"scores": {**scores, "greedy": {"all": one}, "sampled": {"all": -one}}}
+            for seed, one in greedy.items()
+        ]
+
+    record = {
+        "cells": cells("plain", {0: 0.1, 1: 0.5, 2: 0.3, 3: 0.9}) + cells("more", {0: 0.2, 1: 0.6, 2: 0.41}, "plain")
+    }
+    header, row = addition_rows(record)
+    assert row[:2] == ["more", "plain"] and row[-1] == "3"
+    assert row[header.index("greedy, points")].startswith("+10.3 ± 1.4")
+    told = additions_verdict(record)
+    assert "greedy accuracy, beside the method without it and at 95 %, more: more. Less: none." in told
+    assert "sampled accuracy, beside the method without it and at 95 %, more: none. Less: more." in told
+
+
 # ---- jobs
 
 
@@ -289,8 +368,26 @@ def test_the_smallest_table_from_end_to_end(tmp_path: Path) -> None:
     assert page.read_text().count("| SFT |") == 2 and (tmp_path / "gkd_table_smoke_grid.svg").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.long
+def test_the_smallest_table_of_additions_from_end_to_end(tmp_path: Path) -> None:
+    out = tmp_path / "gkd_additions_smoke.json"
+    done = bench("--part", "additions", "--size", "smoke", "--folder", "work", "--out", out.name, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = json.loads(out.read_text())["cells"]
+    assert len(cells) == len(additions.cells(SIZES["smoke"])) and not any("failed" in cell for cell in cells)
+    assert "MiniLLM" in done.stdout and "Undecided" in done.stdout
+
+    page = tmp_path / "page.md"
+    names = ("gkd_additions", "gkd_additions-tasks", "gkd_additions-differences", "gkd_additions-verdict")
+    page.write_text("".join(f"<!-- begin: {name} -->\n<!-- end: {name} -->\n" for name in names))
+    check(run_python(["-m", "benchmarks.figures.tables", "--results", tmp_path, "--write", page, "--plots", tmp_path]))
+    assert page.read_text().count("| teacher assistant |") == 3
+    assert (tmp_path / "gkd_additions_smoke_differences.svg").exists()
+
+
 def test_options_that_make_no_sense_are_refused_at_once(tmp_path: Path) -> None:
-    for option, value in (("--size", "huge"), ("--out", "table.csv")):
+    for option, value in (("--size", "huge"), ("--out", "table.csv"), ("--part", "all")):
         done = bench(option, value, cwd=tmp_path)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
         assert f"{option}: " in done.stderr and value in done.stderr

@@ -1,4 +1,4 @@
-"""Pictures of a record: accuracy against trained tokens, and the grid of divergences and lambdas."""
+"""Pictures of a record: accuracy against tokens, the grid of divergences and lambdas, and what additions bring."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures.sections.style import LINE, OURS, PEER, TEXT, figure
+from gkd.bench.differences import ACCURACIES, additions_beside, difference_of
 from gkd.bench.methods import (
     FIXED_NEGATIVE,
     FORWARD,
-    GRID,
     JSD,
     LAMBDAS,
     OBJECTIVES,
@@ -19,6 +19,7 @@ from gkd.bench.methods import (
     SEQKD,
     SFT,
     SUPERVISED_KD,
+    Method,
     gkd,
 )
 from gkd.bench.summary import CellResult, of, over_seeds, score
@@ -42,6 +43,24 @@ def plots(record: dict[str, Any], name: str, folder: Path) -> list[Path]:
     with figure(grid, rows=1, columns=2, size=(7, 3.2), share_y=True) as panels:
         draw_grid(panels, record["cells"])
     return [curves, grid]
+
+
+def differences_plot(record: dict[str, Any], name: str, folder: Path) -> Path:
+    """Writes it as SVG and returns the file: each addition less what it stands beside, with its 95 % t-interval."""
+    path, cells = folder / f"{name}_differences.svg", record["cells"]
+    pairs = additions_beside(cells)
+    with figure(path, rows=1, columns=2, size=(8.4, 0.26 * len(pairs) + 1.2), share_y=True) as panels:
+        for axes, (accuracy, wanted) in zip(panels, ACCURACIES.items(), strict=True):
+            for row, (label, beside) in enumerate(pairs.items()):
+                found = difference_of(cells, label, beside, wanted)
+                if found is not None:
+                    spread = 100 * (found.half_width or 0.0)
+                    axes.errorbar(100 * found.mean, row, xerr=spread, fmt="o", color=OURS, ecolor=TEXT, markersize=4)
+            axes.axvline(0.0, color=LINE, linewidth=1.2)
+            axes.set_yticks(range(len(pairs)), list(pairs))
+            axes.set_ylim(len(pairs) - 0.5, -0.5)
+            axes.set_title(f"{accuracy} accuracy, points", loc="left", fontsize=9)
+    return path
 
 
 def draw_curves(axes: Any, cells: Sequence[CellResult]) -> None:
@@ -70,7 +89,7 @@ def draw_grid(panels: Sequence[Any], cells: Sequence[CellResult]) -> None:
     seeds = {cell["seed"] for cell in of(cells, gkd(FORWARD, 0.5).label)}  # those of the whole grid
     known = [cell for cell in cells if cell["seed"] in seeds]
     for axes, name in zip(panels, ("greedy", "sampled"), strict=True):
-        shares = [[_share(known, objective.label, share, name) for share in LAMBDAS] for objective in OBJECTIVES]
+        shares = [[_share(known, gkd(objective, share), name) for share in LAMBDAS] for objective in OBJECTIVES]
         axes.imshow(shares, cmap="Oranges", aspect="auto", alpha=0.8)
         for row, line in enumerate(shares):
             for column, value in enumerate(line):
@@ -81,8 +100,7 @@ def draw_grid(panels: Sequence[Any], cells: Sequence[CellResult]) -> None:
         axes.spines[:].set_visible(False)
 
 
-def _share(cells: Sequence[CellResult], objective: str, share: float, name: str) -> float:
+def _share(cells: Sequence[CellResult], method: Method, name: str) -> float:
     """NaN where no cell is finished."""
-    label = next(m.label for m in GRID if m.objective.label == objective and m.student_share == share)
-    found = over_seeds(of(cells, label), score(name))
+    found = over_seeds(of(cells, method.label), score(name))
     return float("nan") if found is None else 100 * found.mean

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures.sections.bench_text import KIND, drift_plot
+from benchmarks.figures.sections.gkd_table_plots import differences_plot
 from benchmarks.figures.sections.gkd_table_plots import plots as table_plots
 from benchmarks.figures.sections.reading import BOTH, Row, divergence_name, floor_ms, grouped, read, records, shape
 from benchmarks.figures.sections.scaling import scaling_plots
@@ -15,12 +16,13 @@ from benchmarks.figures.sections.text import three_digits
 
 
 def plots(results: Path, folder: Path) -> list[Path]:
-    """Writes them as SVG: bars of the losses, curves and grid of each gkd_table, drift of each bench_text, growth of
-    each scaling record."""
+    """Writes them as SVG: bars of the losses, curves and grid of each gkd_table, differences of each gkd_additions,
+    drift of each bench_text, growth of each scaling record."""
     folder.mkdir(parents=True, exist_ok=True)
     tables = records(results, "gkd_table").items()
     return [
         *(path for name, record in tables for path in table_plots(record, name, folder)),
+        *(differences_plot(record, name, folder) for name, record in records(results, "gkd_additions").items()),
         *(drift_plot(record, name, folder) for name, record in records(results, KIND).items()),
         *loss_plots(results, folder),
         *scaling_plots(results, folder),
