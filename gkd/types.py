@@ -6,7 +6,7 @@ Legend: B rows of a micro-batch, T positions, N scored tokens, M tokens of all s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 if TYPE_CHECKING:  # torch takes a second to import; these types must not
@@ -28,6 +28,12 @@ class Prompt:
     completion_ids: tuple[int, ...] | None = None  # the data set's own answer, end token included
     origin: str = ""  # "file:line", for messages
     teacher: str = "main"  # which of several teaches it: gkd.config.MAIN_TEACHER, or a name of other_teachers
+    teacher_ids: tuple[int, ...] | None = None  # its view: read in the place of `token_ids`; None: it reads these
+
+    @property
+    def read_by_teacher(self) -> tuple[int, ...]:
+        """The ids that its teacher reads before a completion."""
+        return self.token_ids if self.teacher_ids is None else self.teacher_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +95,13 @@ class Rollout:
     @property
     def token_ids(self) -> tuple[int, ...]:
         return self.draw.prompt.token_ids + self.completion_ids
+
+    def as_its_teacher_reads(self) -> Rollout:
+        """The same completion, token by token, behind what the prompt's teacher reads in the prompt's place."""
+        prompt = self.draw.prompt
+        if prompt.teacher_ids is None:
+            return self
+        return replace(self, draw=replace(self.draw, prompt=replace(prompt, token_ids=prompt.teacher_ids)))
 
 
 @dataclass(frozen=True)

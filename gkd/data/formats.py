@@ -4,6 +4,8 @@
     {"prompt": [message, ...]}                        a conversation, rendered with the chat template
     {"prompt": ..., "completion": "text" | [message]} either, with the data set's own answer
     {"messages": [message, ...]}                      a last message of the assistant's is the completion
+    {..., "teacher_messages": [message, ...]}         beside any of them: what the teacher reads in the prompt's place
+    {..., "teacher_prompt": "text" | [message]}       the same, as raw text or as a conversation
 
 A message is {"role": ..., "content": "text"}. The first wrong row ends the reading, with its file and line.
 
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-ROW_KEYS = ("prompt", "completion", "messages")
+_VIEW_KEYS = ("teacher_messages", "teacher_prompt")
+ROW_KEYS = ("prompt", "completion", "messages", *_VIEW_KEYS)
 _EXPECTED = 'expected {"prompt": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
 JSON_SUFFIXES = (".jsonl", ".json")  # read without any library
 _FILE_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
@@ -51,6 +54,13 @@ class Row:
     completion_messages: tuple[Message, ...] | None = None  # beside `messages`: one, of the assistant's
     completion_text: str | None = None  # beside `prompt_text`
     teacher: str | None = None  # what the teacher column says
+    teacher_messages: tuple[Message, ...] | None = None  # what the teacher reads in the prompt's place
+    teacher_prompt_text: str | None = None  # the same, of a row whose teacher reads raw text
+
+    @property
+    def has_view(self) -> bool:
+        """Whether the row says what its teacher reads."""
+        return self.teacher_messages is not None or self.teacher_prompt_text is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +134,7 @@ def _parse_row(value: object, origin: str, known: tuple[str, ...], columns: Coun
         raise DataError(f"{origin}: {known[-1]}: expected a teacher's name, not {_kind(teacher)}")
     if "messages" in row:
         columns.update(f"{name} beside messages" for name in ("prompt", "completion") if name in row)
-    parsed = _parse_texts(row, origin)
-    return parsed if teacher is None else replace(parsed, teacher=teacher)
+    return replace(_parse_texts(row, origin), teacher=teacher, **_parse_view(row, origin))
 
 
 def _check_is_nobodys(name: str, known: tuple[str, ...], origin: str) -> None:
@@ -176,6 +185,24 @@ def _parse_texts(row: dict[Any, Any], origin: str) -> Row:
     return _parse_prompt_row(row["prompt"], row.get("completion"), origin)
 
 
+def _parse_view(row: dict[Any, Any], origin: str) -> dict[str, Any]:
+    """What the teacher reads, by the names of `Row`."""
+    given = [name for name in _VIEW_KEYS if name in row]
+    if len(given) > 1:
+        raise DataError(f"{origin}: teacher_messages and teacher_prompt both say what the teacher reads; leave out one")
+    for name in given:
+        if name == "teacher_prompt" and isinstance(row[name], str):
+            return {"teacher_prompt_text": _parse_text(row[name], f"{origin}: {name}")}
+        messages = _parse_messages(row[name], origin, name)
+        if not messages or messages[-1]["role"] == "assistant":
+            what = "the last message is the assistant's" if messages else "no messages"
+            raise DataError(
+                f"{origin}: {name}: {what}; it stands in the prompt's place, before the completion that both read"
+            )
+        return {"teacher_messages": messages}
+    return {}
+
+
 def _parse_prompt_row(prompt: object, completion: object, origin: str) -> Row:
     if isinstance(prompt, str):
         if completion is not None and not isinstance(completion, str):
@@ -197,7 +224,7 @@ def _parse_prompt_row(prompt: object, completion: object, origin: str) -> Row:
 
 def _parse_messages(value: object, origin: str, name: str) -> tuple[Message, ...]:
     if not isinstance(value, list):
-        kinds = "text or a list of messages" if name == "prompt" else "a list of messages"
+        kinds = "text or a list of messages" if name.endswith("prompt") else "a list of messages"
         raise DataError(f"{origin}: {name}: expected {kinds}, not {_kind(value)}")
     return tuple(_parse_message(item, f"{origin}: {name}[{i}]") for i, item in enumerate(value))
 

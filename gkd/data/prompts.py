@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from gkd.config import DROPPABLE, MAIN_TEACHER, DataConfig
 from gkd.data.encoding import RowEncoder
 from gkd.data.formats import Row, read_table
+from gkd.data.templates import ChatTemplate
+from gkd.data.views import RowReaders, TeacherView
 from gkd.errors import DataError
 from gkd.types import Prompt
 
@@ -38,11 +40,13 @@ def load_prompts(
     *,
     key: str = "data.train",
     max_completion_tokens: int | None = None,
+    readers: RowReaders | None = None,
 ) -> PromptSet:
     """Reads `path` (see `gkd.data.formats`) and renders and tokenises every row.
 
     `Prompt.index` is the row's number in the data, dropped rows counted. `key` is the config key to name in
-    messages. `max_completion_tokens` None: the rows' completions are not trained on, and may have any length.
+    messages. `max_completion_tokens` None: the rows' completions are not trained on, and may have any length. `readers`
+    None: nobody teaches, and what rows say of a teacher's view is passed over.
     Raises DataError for a row that cannot be used or that a policy "error" refuses, for what the chat template leaves
     out of the rows unless the config allows it, and if no prompt is left; ConfigError for an argument that the chat
     template does not know.
@@ -51,50 +55,82 @@ def load_prompts(
     rows = table.rows
     if (line := table.ignored_line(key)) is not None:
         _log.info(line)
-    encoder = RowEncoder(tokenizer, config.chat_template_kwargs)
+    encoder = RowEncoder(tokenizer, ChatTemplate(tokenizer, config.chat_template_kwargs))
     prompts: list[Prompt] = []
     counts = {"rows": len(rows), "kept": 0, **{f"dropped_{policy}": 0 for policy in _POLICIES}}
     for index, row in enumerate(rows):
-        ids = [] if _is_blank(row) else encoder.prompt_ids(row)
-        refusal, completion = _prompt_refusal(len(ids), config), None
-        if refusal is None:
-            completion = encoder.completion_ids(row, ids)
-            refusal = _completion_refusal(len(completion or ()), max_completion_tokens)
-        if refusal is not None:
-            policy, reason = refusal
+        prompt = _read_row(index, row, encoder, config, max_completion_tokens, readers)
+        if not isinstance(prompt, Prompt):
+            policy, reason = prompt
             if getattr(config, policy) == "error":
                 raise DataError(f"{row.origin}: {reason}; data.{policy}: drop would leave it out")
             counts[f"dropped_{policy}"] += 1
             continue
-        teacher = row.teacher or MAIN_TEACHER
-        prompts.append(Prompt(index, tuple(ids), _shown_text(row), completion, row.origin, teacher))
+        prompts.append(prompt)
     counts["kept"] = len(prompts)
     _tell_split_tokens(encoder, key)
     _check_left_out(encoder, config.allow_dropped, key)
+    for view in readers.views.values() if readers else ():
+        _check_left_out(view.encoder, config.allow_dropped, f"{key}, as {view.section} reads it")
     if not prompts:
         raise DataError(
             f"{path}: no prompt is left of {len(rows)} rows: {counts['dropped_long_prompts']} longer than "
-            f"data.max_prompt_tokens = {config.max_prompt_tokens}, {counts['dropped_empty_prompts']} empty, "
+            f"{_limits(config, readers)}, {counts['dropped_empty_prompts']} empty, "
             f"{counts['dropped_long_completions']} with a completion longer than rollout.max_new_tokens"
         )
     return PromptSet(tuple(prompts), counts)
 
 
+def _limits(config: DataConfig, readers: RowReaders | None) -> str:
+    limits = {"data.max_prompt_tokens": config.max_prompt_tokens}
+    limits |= {view.limit_key: view.limit for view in readers.views.values()} if readers else {}
+    return " or ".join(f"{key} = {limit}" for key, limit in limits.items())
+
+
+def _read_row(
+    index: int,
+    row: Row,
+    encoder: RowEncoder,
+    config: DataConfig,
+    max_completion_tokens: int | None,
+    readers: RowReaders | None,
+) -> Prompt | tuple[str, str]:
+    """The row's prompt as both sides read it, or which policy it falls under, and why."""
+    ids = [] if _is_blank(row) else encoder.prompt_ids(row)
+    if (refusal := _prompt_refusal(len(ids), config)) is not None:
+        return refusal
+    completion = encoder.completion_ids(row, ids)
+    if (refusal := _completion_refusal(len(completion or ()), max_completion_tokens)) is not None:
+        return refusal
+    prompt = Prompt(index, tuple(ids), _shown_text(row), completion, row.origin, row.teacher or MAIN_TEACHER)
+    if readers is None:
+        return prompt
+    teacher = readers.teacher_of(index, row)
+    view = readers.views[teacher]
+    teacher_ids = view.ids(row)
+    prompt = replace(prompt, teacher=teacher, teacher_ids=None if teacher_ids == prompt.token_ids else teacher_ids)
+    return view.refusal(len(prompt.read_by_teacher)) or prompt
+
+
 def render_message(
-    text: str, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] = MappingProxyType({})
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    view: TeacherView | None = None,
 ) -> Prompt:
-    """One user's message as a prompt, outside a data set; raw text where the tokenizer has no chat template.
+    """One user's message as a prompt, outside a data set; raw text where the tokenizer has no chat template. `view`: of
+    the teacher that is asked, too.
 
     Raises DataError for an empty message, or one that the template refuses.
     """
     is_chat = tokenizer.chat_template is not None
     row = Row("message", messages=({"role": "user", "content": text},)) if is_chat else Row("message", prompt_text=text)
-    encoder = RowEncoder(tokenizer, chat_template_kwargs)
+    encoder = RowEncoder(tokenizer, ChatTemplate(tokenizer, chat_template_kwargs))
     ids = [] if _is_blank(row) else encoder.prompt_ids(row)
     if not ids:
         raise DataError(f"message: {text!r} is empty")
     _check_left_out(encoder, (), "message")
-    return Prompt(0, tuple(ids), text, origin="message")
+    return Prompt(0, tuple(ids), text, origin="message", teacher_ids=None if view is None else view.ids(row))
 
 
 def _tell_split_tokens(encoder: RowEncoder, key: str) -> None:

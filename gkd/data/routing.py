@@ -1,20 +1,18 @@
-"""Which of several teachers teaches a prompt: as its row says, or by a draw."""
+"""Which of several teachers teaches a row: as it says, or by a draw."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import accumulate
 from typing import Protocol
 
-from gkd.config import MAIN_TEACHER
+from gkd.config import MAIN_TEACHER, Config
 from gkd.errors import DataError
 from gkd.seeding import derive_uniform
-from gkd.types import Prompt
 
 
 class NamesTeacher(Protocol):
-    """A row or a prompt."""
+    """A row."""
 
     @property
     def origin(self) -> str: ...
@@ -29,15 +27,29 @@ def check_teacher_names(rows: Iterable[NamesTeacher], names: Collection[str], co
             raise DataError(f"{row.origin}: {column}: there is no teacher {row.teacher!r}; known: {', '.join(names)}")
 
 
-def draw_teachers(prompts: Sequence[Prompt], weights: Mapping[str, float], seed: int, split: str) -> tuple[Prompt, ...]:
-    """Gives each prompt to one of `weights` with that probability, else to the main teacher.
+def row_teachers(config: Config, split: str) -> Callable[[int, NamesTeacher], str]:
+    """By a row's number, and the row, its teacher's name. Raises DataError for a name that there is not."""
+    column = config.data.teacher_column
+    if column is None:
+        drawn = teacher_draw({n: t.weight for n, t in config.other_teachers.items()}, config.run.seed, split)
+        return lambda index, _: drawn(index)
 
-    The draw depends on (seed, split, prompt) alone: it is the same in all epochs, on all ranks and after a resume.
+    def named(_: int, row: NamesTeacher) -> str:
+        check_teacher_names([row], config.teachers, column)
+        return row.teacher or MAIN_TEACHER
+
+    return named
+
+
+def teacher_draw(weights: Mapping[str, float], seed: int, split: str) -> Callable[[int], str]:
+    """Gives each row, by its number, to one of `weights` with that probability, else to the main teacher.
+
+    The draw depends on (seed, split, number) alone: it is the same in all epochs, on all ranks and after a resume.
     """
     bounds = dict(zip(weights, accumulate(weights.values()), strict=True))
 
-    def drawn(prompt: Prompt) -> str:
-        u = derive_uniform(seed, "teacher of", split, prompt.index)
+    def drawn(index: int) -> str:
+        u = derive_uniform(seed, "teacher of", split, index)
         return next((name for name, bound in bounds.items() if u < bound), MAIN_TEACHER)
 
-    return tuple(replace(prompt, teacher=drawn(prompt)) for prompt in prompts)
+    return drawn

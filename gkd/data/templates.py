@@ -27,22 +27,31 @@ _THOUGHTS = re.compile(r"<think>.*?</think>|\A.*?</think>", re.DOTALL)
 
 
 class ChatTemplate:
-    """The template of a tokenizer with the arguments that the config gives it.
+    """The template of a tokenizer, or another one for it, with the arguments that the config gives it.
 
-    Raises ConfigError for an argument that the template does not know.
+    Raises ConfigError, which names `key`, for an argument that the template does not know.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        arguments: Mapping[str, Any],
+        *,
+        template: str | None = None,
+        key: str = "data.chat_template_kwargs",
+    ) -> None:
         self._tokenizer, self._arguments = tokenizer, arguments
+        self._own = template
+        self._template: Any = tokenizer.chat_template if template is None else template
         self._unread: dict[tuple[tuple[str, ...], bool], frozenset[int]] = {}
         for name in arguments:  # jinja would ignore it
-            if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
-                where = f"the chat template of {tokenizer.name_or_path!r}"
-                raise ConfigError(f"data.chat_template_kwargs: {where} does not know {name!r}")
+            if not re.search(rf"\b{re.escape(name)}\b", str(self._template)):
+                own = "the teacher's chat template" if template is not None else "the chat template"
+                raise ConfigError(f"{key}: {own} of {tokenizer.name_or_path!r} does not know {name!r}")
 
     def render(self, messages: Sequence[Message], origin: str, *, ask: bool) -> str:
         """The conversation as text; `ask` opens the assistant's turn at its end. Raises DataError."""
-        if self._tokenizer.chat_template is None:
+        if self._template is None:
             raise DataError(
                 f"{origin}: the row is a conversation, but the tokenizer of {self._tokenizer.name_or_path!r} "
                 "has no chat template; use a model that has one, or rows with 'prompt' as raw text"
@@ -50,7 +59,11 @@ class ChatTemplate:
         try:
             with _processor_time_limit(_LIMIT_S):
                 text = self._tokenizer.apply_chat_template(
-                    list(messages), add_generation_prompt=ask, tokenize=False, **self._arguments
+                    list(messages),
+                    chat_template=self._own,
+                    add_generation_prompt=ask,
+                    tokenize=False,
+                    **self._arguments,
                 )
         except _TooLongError:
             raise DataError(

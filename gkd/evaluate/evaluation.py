@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from gkd.config import Config, Launch, cache_folder
-from gkd.data import load_prompts, render_message
+from gkd.config import MAIN_TEACHER, Config, Launch, cache_folder
+from gkd.data import render_message
+from gkd.data.views import TeacherView
 from gkd.engines.sampling import SamplerSpec
 from gkd.errors import ConfigError, RunFolderError
 from gkd.evaluate import task
@@ -171,10 +172,7 @@ def _folders(config: Config, pairs: Mapping[str, Models]) -> dict[str, Path]:
 
 
 def _heldout_prompts(config: Config, pair: Models) -> tuple[Prompt, ...]:
-    data = config.data
-    assert data.heldout is not None
-    kept = load_prompts(data.heldout, data.heldout_split, pair.tokenizer, data, key="data.heldout")
-    return kept.prompts[: config.eval.prompts]
+    return parts.load_split(config, pair, "heldout").prompts[: config.eval.prompts]
 
 
 # ---- task
@@ -233,7 +231,7 @@ def _written(contest: _Contest, column: str) -> _Texts:
     """What a model writes, from a process of its own and kept in the cache, as a run keeps its teacher's texts."""
     seed, settings = contest.config.run.seed, parts.sampling_settings(contest.config, contest.pair)
     groups = [contest.prompts, *(_task_prompts(verified, contest) for verified in contest.tasks)]
-    greedy = [request for group in groups for request in sample_requests(group, seed)]
+    greedy = [request for group in groups for request in sample_requests(group, seed, of_teacher=column == "teacher")]
     sampled = heldout_requests(contest.prompts, seed) if column == "teacher" else []
     completions = _complete(contest, column, [(settings, sampled), (greedy_settings(settings), greedy)])
     answers = iter(contest.pair.decode(c.token_ids, skip_special_tokens=True).strip() for c in completions[1])
@@ -243,7 +241,8 @@ def _written(contest: _Contest, column: str) -> _Texts:
 
 def _task_prompts(verified: VerifiedTask, contest: _Contest) -> list[Prompt]:
     tokenizer, arguments = contest.pair.tokenizer, contest.config.data.chat_template_kwargs
-    rendered = (render_message(question, tokenizer, arguments) for question in verified.questions)
+    view = TeacherView(contest.config, MAIN_TEACHER, tokenizer)
+    rendered = (render_message(question, tokenizer, arguments, view) for question in verified.questions)
     return [replace(prompt, index=index) for index, prompt in enumerate(rendered)]
 
 

@@ -42,8 +42,12 @@ def greedy_settings(settings: SamplingSettings) -> SamplingSettings:
     return replace(settings, temperature=0.0, top_p=1.0, top_k=0)
 
 
-def sample_requests(prompts: Sequence[Prompt], seed: int) -> list[SampleRequest]:
-    return [SampleRequest(p.token_ids, derive_seed(seed, "shown", p.index)) for p in prompts]
+def sample_requests(prompts: Sequence[Prompt], seed: int, *, of_teacher: bool = False) -> list[SampleRequest]:
+    """Of the student, or of the teacher as it reads the prompts."""
+    return [
+        SampleRequest(p.read_by_teacher if of_teacher else p.token_ids, derive_seed(seed, "shown", p.index))
+        for p in prompts
+    ]
 
 
 def answer_rollouts(prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[Rollout]:

@@ -55,8 +55,8 @@ class HeldoutFigures:
 
 
 def heldout_requests(prompts: Sequence[Prompt], seed: int) -> list[SampleRequest]:
-    """What the teacher is asked to complete."""
-    return [SampleRequest(p.token_ids, derive_seed(seed, "heldout", p.index)) for p in prompts]
+    """What the teacher is asked to complete, as it reads the prompts."""
+    return [SampleRequest(p.read_by_teacher, derive_seed(seed, "heldout", p.index)) for p in prompts]
 
 
 def heldout_rollouts(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Rollout]:

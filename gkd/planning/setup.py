@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gkd.chunks import loss_chunk_bytes
-from gkd.config import Config, known
+from gkd.config import MAIN_TEACHER, Config, known
 from gkd.config.deepspeed import deepspeed_config
 from gkd.config.training import TrainingSettings
 from gkd.errors import ConfigError
@@ -42,6 +42,7 @@ class Setup:
     max_new_tokens: int
     prompt_tokens: float  # mean
     completion_tokens: float  # mean
+    teacher_prompt_share: float  # tokens that the teacher reads before a completion, by those of the student's prompt
     student_share: float  # of the completions that the student samples (lambda)
     vllm: bool
     sampler_sequences: int  # at most, at once
@@ -71,6 +72,16 @@ class Setup:
     def mean_tokens(self) -> float:
         """Prompt and completion of a mean sequence."""
         return self.prompt_tokens + self.completion_tokens
+
+    @property
+    def teacher_longest_tokens(self) -> float:
+        """As `longest_tokens`, of what the teacher reads."""
+        return self.teacher_prompt_share * self.max_prompt_tokens + self.max_new_tokens
+
+    @property
+    def teacher_mean_tokens(self) -> float:
+        """As `mean_tokens`, of what the teacher reads."""
+        return self.teacher_prompt_share * self.prompt_tokens + self.completion_tokens
 
     @property
     def local_sequences(self) -> float:
@@ -185,6 +196,7 @@ def setup_of(
         max_new_tokens=config.rollout.most_new_tokens,
         prompt_tokens=_mean("--prompt-tokens", prompt_tokens, config.data.max_prompt_tokens, 0.5),
         completion_tokens=_mean("--completion-tokens", completion_tokens, config.rollout.most_new_tokens, 1.0),
+        teacher_prompt_share=config.longest_prompt_of(MAIN_TEACHER)[0] / config.data.max_prompt_tokens,
         student_share=_sampled_share(config),
         vllm=config.rollout.engine == "vllm",
         sampler_sequences=_sampler_sequences(config, devices, sampler_replicas),

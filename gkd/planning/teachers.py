@@ -125,7 +125,7 @@ def _head(setup: Setup) -> Bytes:
 
 
 def _activation_bytes(setup: Setup) -> float:
-    tokens = setup.scoring_micro_batch_size * setup.longest_tokens
+    tokens = setup.scoring_micro_batch_size * setup.teacher_longest_tokens
     return setup.teacher.inference_bytes(setup.teacher_dtype) * tokens
 
 

@@ -139,9 +139,9 @@ def scoring_s(setup: Setup) -> Seconds:
     teacher, eff, place = setup.teacher, setup.device.efficiency.score, teacher_place(setup)
     if not place.sequences(setup):
         return {"compute": 0.0}
-    tokens = place.sequences(setup) * setup.mean_tokens * PADDING
+    tokens = place.sequences(setup) * setup.teacher_mean_tokens * PADDING
     micro_batches = math.ceil(setup.local_sequences / setup.scoring_micro_batch_size)
-    flops = tokens * teacher.forward_flops(setup.mean_tokens / 2)
+    flops = tokens * teacher.forward_flops(setup.teacher_mean_tokens / 2)
     read = teacher.weights_read_bytes(tokens / micro_batches, setup.teacher_dtype) / place.devices_as_one(setup)
     return {
         "compute": flops / _flops_per_s(setup, setup.teacher_dtype) / eff,

@@ -41,13 +41,20 @@ class Endpoints(TeacherServers):
     max_tokens: int | None  # the least that any of them takes; None: they do not say
     vocabulary_rows: int  # of teacher.model, to be set before anything is scored: servers do not say it
 
-    def __init__(self, config: TeacherConfig, section: str = "teacher", *, longest_tokens: int = 1) -> None:
+    def __init__(
+        self,
+        config: TeacherConfig,
+        section: str = "teacher",
+        *,
+        longest_tokens: int = 1,
+        limit_key: str = "data.max_prompt_tokens",
+    ) -> None:
         """Asks every server what it serves, and for one answer of K tokens. `section` is the config's, for messages.
 
         Raises ConfigError if one does not answer, asks for a token that it was not given, serves several models or
         another than the others, allows fewer tokens, or takes no sequence of `longest_tokens`.
         """
-        self._longest_tokens = longest_tokens
+        self._longest_tokens, self._limit_key = longest_tokens, limit_key
         self._texts: Probe[TopTokens] = Probe(distances)
         super().__init__(
             config, Role(section, "nothing", "OpenAI-compatible server", _MODELS_PATH, self._start_command)
@@ -65,7 +72,7 @@ class Endpoints(TeacherServers):
         if self.max_tokens is not None and self.max_tokens < needed:
             raise ConfigError(
                 f"{self._section}.addresses: a sequence can reach {self._longest_tokens} tokens "
-                f"(data.max_prompt_tokens + rollout.max_new_tokens), and a server that scores it samples one more; "
+                f"({self._limit_key} + rollout.max_new_tokens), and a server that scores it samples one more; "
                 f"{self.model} is served with {self.max_tokens}; start it with --max-model-len {needed} or more, or "
                 "lower one of the two"
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from gkd.config import Config
 from gkd.models import check_covers, model_fingerprint, read_config, resolve_model
@@ -30,6 +30,11 @@ class Site:
     pad_token_id: int
     agree_on_largest: Callable[[int], int]
     state_places: Mapping[StatePlace, int] | None = None  # what terms ask of layers beside the last states: widths
+
+
+class _Longest(TypedDict):
+    longest_tokens: int
+    limit_key: str
 
 
 class TeacherPlacement:
@@ -117,7 +122,7 @@ class Served(TeacherPlacement):
 
     def __init__(self, config: Config, name: str) -> None:
         super().__init__(config, name)
-        self._replicas = Replicas(self.teacher, self.section, longest_tokens=config.longest_sequence)
+        self._replicas = Replicas(self.teacher, self.section, **_longest(config, name))
 
     def close(self) -> None:
         self._replicas.close()
@@ -136,7 +141,7 @@ class Topk(TeacherPlacement):
 
     def __init__(self, config: Config, name: str) -> None:
         super().__init__(config, name)
-        self._endpoints = Endpoints(self.teacher, self.section, longest_tokens=config.longest_sequence)
+        self._endpoints = Endpoints(self.teacher, self.section, **_longest(config, name))
 
     def close(self) -> None:
         self._endpoints.close()
@@ -155,6 +160,11 @@ class Topk(TeacherPlacement):
 
     def _check_model(self, path: str) -> None:
         self._endpoints.check_vocabulary(self._vocabulary_rows(path))
+
+
+def _longest(config: Config, name: str) -> _Longest:
+    """What servers have to read of a sequence."""
+    return {"longest_tokens": config.longest_read_by(name), "limit_key": config.longest_prompt_of(name)[1]}
 
 
 PLACEMENTS: dict[str, type[TeacherPlacement]] = {"local": Local, "sharded": Sharded, "served": Served, "topk": Topk}

@@ -37,13 +37,20 @@ class Replicas(TeacherServers):
 
     served: ServedTeacherModel  # what all serve, with the least max_tokens of any
 
-    def __init__(self, config: TeacherConfig, section: str = "teacher", *, longest_tokens: int = 1) -> None:
+    def __init__(
+        self,
+        config: TeacherConfig,
+        section: str = "teacher",
+        *,
+        longest_tokens: int = 1,
+        limit_key: str = "data.max_prompt_tokens",
+    ) -> None:
         """Asks every server what it serves. `section` is the config's, for messages.
 
         Raises ConfigError if one does not answer, asks for a token that it was not given, serves another dtype than
         the section's, or another model than the others, or reads less than a sequence of `longest_tokens` needs.
         """
-        self._longest_tokens = longest_tokens
+        self._longest_tokens, self._limit_key = longest_tokens, limit_key
         self._texts: Probe[torch.Tensor] = Probe(_distances)
         role = Role(section, "no teacher", "gkd teacher", protocol.DESCRIPTION_PATH, self._start_command)
         super().__init__(config, role)
@@ -57,7 +64,7 @@ class Replicas(TeacherServers):
         if max_tokens < needed:
             raise ConfigError(
                 f"{self._section}.addresses: a sequence can reach {self._longest_tokens} tokens "
-                f"(data.max_prompt_tokens + rollout.max_new_tokens), of which the served teacher has to read {needed}, "
+                f"({self._limit_key} + rollout.max_new_tokens), of which the served teacher has to read {needed}, "
                 f"and it reads {max_tokens}; start it with --max-model-tokens {needed} or more, or lower one of the two"
             )
         self._probe_all()

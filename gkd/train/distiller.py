@@ -12,6 +12,7 @@ from typing import Any
 from gkd.config import Config, Launch, Settled, load_config, make_config
 from gkd.data.formats import JSON_SUFFIXES, read_rows
 from gkd.data.routing import check_teacher_names
+from gkd.data.views import check_row_views
 from gkd.environment import local_rank_taken_back, prepare_process
 from gkd.errors import MachineError
 from gkd.extras import require_vllm
@@ -169,3 +170,4 @@ class Distiller:
             if path is not None and path.endswith(JSON_SUFFIXES):
                 rows = read_rows(path, split, key=key, teacher_column=data.teacher_column)
                 check_teacher_names(rows, self.config.teachers, data.teacher_column)
+                check_row_views(rows, self.config.without_views())

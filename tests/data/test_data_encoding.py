@@ -20,6 +20,7 @@ from gkd.config import DataConfig
 from gkd.data.encoding import RowEncoder
 from gkd.data.formats import Row
 from gkd.data.prompts import load_prompts
+from gkd.data.templates import ChatTemplate
 from gkd.errors import DataError
 from gkd.types import Prompt
 
@@ -158,7 +159,7 @@ def test_a_typed_control_token_adds_no_piece(prefix_space: str, typed: str) -> N
     expected = ordinary.convert_ids_to_tokens(ids_of(ordinary, str(rendered), add_special_tokens=False))
     tokenizer = make_sentencepiece(prefix_space)
     row = Row("row", messages=({"role": "user", "content": typed},))
-    ids = RowEncoder(tokenizer, {}).prompt_ids(row)
+    ids = RowEncoder(tokenizer, ChatTemplate(tokenizer, {})).prompt_ids(row)
     tokens = [token if token not in CONTROL else "<e>" for token in tokenizer.convert_ids_to_tokens(ids)]
     assert tokens == expected
     assert tokens.count("<e>") == 3, "the template's own"
@@ -172,7 +173,7 @@ def test_stand_ins_give_the_ordinary_tokens(content: str, prefix_space: str) -> 
     tokenizer = SENTENCEPIECE[prefix_space]
     messages = [{"role": "user", "content": content}]
     text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    encoder = RowEncoder(tokenizer, {})
+    encoder = RowEncoder(tokenizer, ChatTemplate(tokenizer, {}))
     assert encoder._encode(text, {"no such mark": ""}, "row") == ids_of(tokenizer, text, add_special_tokens=False)
 
 

@@ -20,6 +20,7 @@ from gkd.config import DataConfig
 from gkd.data.encoding import RowEncoder
 from gkd.data.formats import Row
 from gkd.data.prompts import PromptSet, load_prompts, render_message
+from gkd.data.templates import ChatTemplate
 from gkd.errors import ConfigError, DataError
 
 PAD, START, END = range(3)
@@ -361,7 +362,7 @@ def test_any_mixture_of_text_and_control_tokens(contents: list[str]) -> None:
     """The template's control tokens and no others; every character of the rendering, once and in order."""
     tokenizer = MERGING
     messages = chat(*contents)["messages"]
-    ids = RowEncoder(tokenizer, {}).prompt_ids(Row("row", messages=tuple(messages)))
+    ids = RowEncoder(tokenizer, ChatTemplate(tokenizer, {})).prompt_ids(Row("row", messages=tuple(messages)))
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert ids.count(START) == len(messages) + 1
     assert ids.count(END) == len(messages)
@@ -371,7 +372,7 @@ def test_any_mixture_of_text_and_control_tokens(contents: list[str]) -> None:
 @given(st.lists(st.lists(words, max_size=8).map("".join), min_size=1, max_size=4))
 def test_the_careful_way_gives_the_ordinary_tokens(contents: list[str]) -> None:
     """Merges across the border of template and content included."""
-    encoder = RowEncoder(MERGING, {})
+    encoder = RowEncoder(MERGING, ChatTemplate(MERGING, {}))
     text = MERGING.apply_chat_template(chat(*contents)["messages"], add_generation_prompt=True, tokenize=False)
     assert isinstance(text, str)
     careful = encoder._encode(text, {"no such mark": ""}, "row")

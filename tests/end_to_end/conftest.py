@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 import yaml
 from filelock import FileLock
 from launching import MakeConfig, check, run_gkd
+
+from gkd.rollout import offline
 
 ROWS = 24
 
@@ -89,3 +92,14 @@ def finished_run(
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GKD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def sampling_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher's texts are sampled in this process, and not in one of their own."""
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        offline._run(json.loads(Path(command[-1]).read_text()))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(offline.subprocess, "run", run)

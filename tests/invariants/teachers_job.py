@@ -2,7 +2,8 @@
 
 python teachers_job.py OUT.safetensors STUDENT '[NARROW, WIDE, TOPK]' '[[split, zero_stage], ...]'
 
-A prompt's teacher is its index modulo 3: two of other hidden sizes, and one that tells its top 5 only. A split is a
+A prompt's teacher is its index modulo 3: two of other hidden sizes, and one that tells its top 5 only. Each reads some
+prompts as the student does, and others in a view of its own, shorter or longer. A split is a
 micro-batch size, or "60 tokens": packed. Writes, for each split, every parameter's gradient, (old - new) / lr.
 """
 
@@ -22,8 +23,10 @@ from gkd.config import Launch
 from gkd.config.training import TrainingSettings
 from gkd.data import pack
 from gkd.models import head_logits, load_causal_lm, use_packed_attention
+from gkd.teacher.base import Teacher
 from gkd.teacher.local import LocalTeacher
 from gkd.teacher.routed import RoutedTeacher
+from gkd.teacher.views import WithViews
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
 from gkd.types import HiddenScores, Rollout, TeacherScores, TopkScores
@@ -36,9 +39,15 @@ def routed_rollouts() -> list[Rollout]:
     """The teacher of the last is asked by one rank only."""
     rollouts: list[Rollout] = []
     for index, rollout in enumerate(ragged_rollouts()):
-        prompt = replace(rollout.draw.prompt, teacher=NAMES[index % 3])
+        prompt = replace(rollout.draw.prompt, teacher=NAMES[index % 3], teacher_ids=view_of(index))
         rollouts.append(replace(rollout, draw=replace(rollout.draw, prompt=prompt), source="student"))
     return rollouts
+
+
+def view_of(index: int) -> tuple[int, ...] | None:
+    generator = torch.Generator().manual_seed(100 + index)
+    length = (None, 3, 31, 12, 1)[index % 5]
+    return None if length is None else tuple(torch.randint(3, 259, (length,), generator=generator).tolist())
 
 
 class FewTokens:
@@ -62,7 +71,7 @@ def local(folder: str) -> LocalTeacher:
 
 
 def run_split(
-    student_folder: str, teacher: RoutedTeacher, split: int | str, stage: int, launch: Launch
+    student_folder: str, teacher: Teacher, split: int | str, stage: int, launch: Launch
 ) -> dict[str, torch.Tensor]:
     sgd = Path(sys.argv[1]).parent / f"sgd{launch.rank}.json"
     sgd.write_text(json.dumps({"optimizer": {"type": "SGD", "params": {"lr": LR}}}))
@@ -102,7 +111,7 @@ def main() -> None:
     launch = Launch.from_environment()
     distributed.initialize(launch)
     narrow, wide, few = map(local, json.loads(teachers))
-    teacher = RoutedTeacher(dict(zip(NAMES, (narrow, wide, FewTokens(few)), strict=True)))
+    teacher = WithViews(RoutedTeacher(dict(zip(NAMES, (narrow, wide, FewTokens(few)), strict=True))))
     results: dict[str, torch.Tensor] = {}
     for split, stage in json.loads(splits):
         found = run_split(student, teacher, split, stage, launch)

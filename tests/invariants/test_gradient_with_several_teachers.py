@@ -1,4 +1,5 @@
-"""A batch of several teachers has one gradient, however it is cut: each token's is that of its own teacher.
+"""A batch of several teachers has one gradient, however it is cut: each token's is that of its own teacher, behind what
+that one reads in the prompt's place.
 
 The reference is autograd over full logits, written here without any of the engine.
 """
@@ -12,7 +13,7 @@ import pytest
 import torch
 from launching import check, run_python, torchrun
 from safetensors.torch import load_file
-from teachers_job import NAMES, TOP_K, routed_rollouts
+from teachers_job import NAMES, TOP_K, routed_rollouts, view_of
 from tiny import save_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -50,8 +51,10 @@ def reference(student: Path, teachers: list[Path]) -> Figures:
         ids, span = torch.tensor([rollout.token_ids]), slice(len(rollout.draw.prompt.token_ids) - 1, -1)
         name = rollout.draw.prompt.teacher
         logits = s(ids).logits[0, span]
+        context = view_of(rollout.draw.prompt.index) or rollout.draw.prompt.token_ids
+        read = torch.tensor([[*context, *rollout.completion_ids]])
         with torch.no_grad():
-            teacher_logits = models[name](ids).logits[0, span]
+            teacher_logits = models[name](read).logits[0, -len(rollout.completion_ids) - 1 : -1]
         entropy.append(torch.distributions.Categorical(logits=logits.detach()).entropy())
         agreement.append((logits.argmax(-1) == teacher_logits.argmax(-1)).double())
         top = teacher_logits.topk(TOP_K if name == "topk" else 259, dim=-1).indices

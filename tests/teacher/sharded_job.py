@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from gradient_job import ragged_rollouts
 from scores import whole
+from teacher_servers import with_view
 
 from gkd.config import Launch
 from gkd.config.training import TrainingSettings
@@ -20,9 +21,10 @@ from gkd.data import pack
 from gkd.models import backbone_of, load_causal_lm
 from gkd.teacher.local import LocalTeacher
 from gkd.teacher.sharded import sharded
+from gkd.teacher.views import WithViews
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
-from gkd.types import StatePlace, TeacherScores
+from gkd.types import Prompt, PromptDraw, Rollout, StatePlace, TeacherScores
 
 PLACES = {StatePlace(2): 64, StatePlace(4, "all"): 64, StatePlace(3, "all", "key"): 32}
 
@@ -50,6 +52,9 @@ def main() -> None:
     kept = sum(p.ds_tensor.numel() for p in backbone_of(model).parameters())  # pyright: ignore
     mine = ragged_rollouts()[: 7 if launch.rank == 0 else 1]
     differences = [largest_difference(teacher.score(mine), undivided.score(mine)) for _ in range(2)]
+    seen = [with_view(one, (7, 9, *one.draw.prompt.token_ids[1:])) for one in mine]
+    by_hand = [Rollout(PromptDraw(Prompt(0, r.draw.prompt.read_by_teacher, ""), 0), "", r.completion_ids) for r in seen]
+    differences.append(largest_difference(WithViews(teacher).score(seen), undivided.score(by_hand)))
 
     training = TrainingSettings.model_validate(
         {"optim": {"batch_size": 2, "micro_batch_size": 1}, "deepspeed": {"zero_stage": 3}}

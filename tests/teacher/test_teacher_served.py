@@ -17,7 +17,7 @@ import torch
 import yaml
 from launching import check, read_metrics, run_gkd
 from scores import whole
-from teacher_servers import TOKEN, Relay, rollout, start_server, total_rows
+from teacher_servers import TOKEN, Relay, rollout, start_server, total_rows, with_view
 from tiny import save_tiny_model
 
 import gkd
@@ -27,7 +27,8 @@ from gkd.models import load_causal_lm
 from gkd.teacher.local import LocalTeacher
 from gkd.teacher.replicas import Replicas
 from gkd.teacher.served import ServedTeacher
-from gkd.types import HiddenScores, Rollout
+from gkd.teacher.views import WithViews
+from gkd.types import HiddenScores, Prompt, PromptDraw, Rollout
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 CPU = torch.device("cpu")
@@ -105,6 +106,22 @@ def test_float32_is_the_local_teacher(servers: Servers, kind: str) -> None:
     assert local_value.mean() > 0.1, "far from a trivial comparison"
     torch.testing.assert_close(value, local_value, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(gradient, local_gradient, atol=1e-7, rtol=1e-4)
+
+
+def test_it_reads_its_own_view(servers: Servers) -> None:
+    view = rollout(7, 90, 0).draw.prompt.token_ids
+    seen = [with_view(one, view[: 3 + 20 * i]) for i, one in enumerate(ROLLOUTS)]
+    by_hand = [
+        Rollout(PromptDraw(Prompt(0, view[: 3 + 20 * i], ""), 0), "student", one.completion_ids)
+        for i, one in enumerate(ROLLOUTS)
+    ]
+    served = whole(WithViews(servers.teacher(servers.exact.address)).score(seen))
+    plain = local_scores(servers.exact_model, "float32", ROLLOUTS)
+    for found, expected, other in zip(
+        served, local_scores(servers.exact_model, "float32", by_hand), plain, strict=True
+    ):
+        torch.testing.assert_close(found.states, expected.states, atol=1e-4, rtol=1e-4)
+        assert not len(found) or (found.states - other.states).abs().max() > 0.1
 
 
 def test_bfloat16_is_the_local_teacher_up_to_rounding(servers: Servers) -> None:

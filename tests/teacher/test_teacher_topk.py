@@ -19,6 +19,7 @@ from teacher_servers import (
     rollout,
     start_openai_server,
     wait_until_healthy,
+    with_view,
 )
 from tiny import save_tiny_model
 
@@ -29,7 +30,8 @@ from gkd.teacher.cache import CachedTeacher
 from gkd.teacher.endpoints import Endpoints
 from gkd.teacher.local import LocalTeacher
 from gkd.teacher.topk import TopkTeacher
-from gkd.types import Rollout, TeacherScores
+from gkd.teacher.views import WithViews
+from gkd.types import Prompt, PromptDraw, Rollout, TeacherScores
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 CPU = torch.device("cpu")
@@ -81,6 +83,18 @@ def test_it_is_the_local_teachers_top_k(folder: Path, model: Path, server: Teach
         torch.testing.assert_close(log_probs.gather(-1, scores.ids), expected.values, atol=1e-4, rtol=1e-4)
     tokens = sum(len(one.token_ids) for one in ROLLOUTS if one.completion_ids)
     assert relay.answered_bytes < 100 * 7 * tokens + 2000 * len(ROLLOUTS)  # JSON; of the prompt's tokens too
+
+
+def test_it_reads_its_own_view(folder: Path, model: Path, server: TeacherServer) -> None:
+    view = rollout(7, 40, 0).draw.prompt.token_ids
+    seen = [with_view(one, view[: 1 + 9 * i]) for i, one in enumerate(ROLLOUTS)]
+    found = topk(WithViews(teacher(folder, server.address)).score(seen))
+    local = LocalTeacher(load_causal_lm(str(model), "float32"), device=CPU, micro_batch_size=2, pad_token_id=0)
+    for i, (one, scores) in enumerate(zip(ROLLOUTS, found, strict=True)):
+        by_hand = Rollout(PromptDraw(Prompt(0, view[: 1 + 9 * i], ""), 0), "student", one.completion_ids)
+        (hidden,) = whole(local.score([by_hand]))
+        expected = head_logits(hidden.states, hidden.head).log_softmax(-1).topk(7, dim=-1).values
+        torch.testing.assert_close(scores.log_probs, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_what_a_server_does_not_offer(folder: Path, server: TeacherServer) -> None:

@@ -40,6 +40,10 @@ class HiddenStates(StatesTerm):
     )
     tokens: WhichTokens = Field("scored", description="scored = where scored tokens are predicted; all = prompts too")
 
+    @property
+    def reads_prompts(self) -> bool:
+        return self.tokens == "all"
+
     def needs_states(self, student: ModelShape, teacher: ModelShape) -> list[StatePair]:
         return [
             StatePair(

@@ -37,6 +37,10 @@ class Relations(StatesTerm):
     )
     tokens: WhichTokens = Field("all", description="of whose relations the mean is taken; all = prompts too")
 
+    @property
+    def reads_prompts(self) -> bool:
+        return True  # a position's relations are to all before it
+
     def needs_states(self, student: ModelShape, teacher: ModelShape) -> list[StatePair]:
         pairs: list[StatePair] = []
         for output in self.outputs:

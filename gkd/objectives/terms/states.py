@@ -22,6 +22,11 @@ class StatesTerm(Term):
     prompt makes it weigh no more.
     """
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether states of prompts are compared: then student and teacher have to read the same ones."""
+        raise NotImplementedError
+
     def needs_states(self, student: ModelShape, teacher: ModelShape) -> Sequence[StatePair]:
         """Which states it compares with which: what nobody asks for is not kept, and leaves no teacher.
 

@@ -10,8 +10,13 @@ from gkd.types import PromptDraw, Rollout, SampleRequest
 
 
 def teacher_request(seed: int, draw: PromptDraw) -> SampleRequest:
-    """The teacher's completion of a draw does not depend on the step: it is sampled once and kept."""
-    return SampleRequest(draw.prompt.token_ids, derive_seed(seed, "teacher", draw.prompt.index, draw.sample_index))
+    """The teacher's completion of a draw does not depend on the step: it is sampled once and kept.
+
+    It writes from its own view, and the student is trained on its tokens behind the student's prompt.
+    """
+    return SampleRequest(
+        draw.prompt.read_by_teacher, derive_seed(seed, "teacher", draw.prompt.index, draw.sample_index)
+    )
 
 
 class TeacherSource(Source):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 from gkd.config import Config, Launch
 from gkd.data import PromptData, PromptSet, calibration_texts, load_prompts, pack
-from gkd.data.routing import check_teacher_names, draw_teachers
+from gkd.data.views import RowReaders
 from gkd.errors import DataError
 from gkd.measures.heldout import Pack
 from gkd.train.distributed import largest_count
@@ -38,14 +38,8 @@ def _describe(counts: Mapping[str, int]) -> str:
 
 def load_data(config: Config, models: Models) -> Prompts:
     """Raises DataError, also where the mixture needs completions that rows do not have, or the cut more prompts."""
-    train = load_prompts(
-        config.data.train,
-        config.data.train_split,
-        models.tokenizer,
-        config.data,
-        max_completion_tokens=config.rollout.most_new_tokens if config.mixture.uses("dataset") else None,
-    )
-    train = _with_teachers(config, train, "train")
+    trained_tokens = config.rollout.most_new_tokens if config.mixture.uses("dataset") else None
+    train = load_split(config, models, "train", trained_tokens)
     init = config.student.init
     calibration: Sequence[tuple[int, ...]] = ()
     if init is not None and init.needs_texts:
@@ -56,19 +50,25 @@ def load_data(config: Config, models: Models) -> Prompts:
             raise DataError(f"{bare.origin}: mixture.dataset > 0 needs a completion in every row")
     heldout = None
     if config.data.heldout is not None:
-        heldout = load_prompts(
-            config.data.heldout, config.data.heldout_split, models.tokenizer, config.data, key="data.heldout"
-        )
-        heldout = _with_teachers(config, heldout, "heldout")
+        heldout = load_split(config, models, "heldout")
     return Prompts(train, heldout, calibration)
 
 
-def _with_teachers(config: Config, prompts: PromptSet, split: str) -> PromptSet:
-    if config.data.teacher_column is not None:
-        check_teacher_names(prompts.prompts, config.teachers, config.data.teacher_column)
-        return prompts
-    weights = {name: teacher.weight for name, teacher in config.other_teachers.items()}
-    return replace(prompts, prompts=draw_teachers(prompts.prompts, weights, config.run.seed, split))
+def load_split(
+    config: Config, models: Models, split: Literal["train", "heldout"], max_completion_tokens: int | None = None
+) -> PromptSet:
+    """`data.train` or `data.heldout`, as the student and each row's teacher read it. Raises as `load_prompts` does."""
+    path = getattr(config.data, split)
+    assert path is not None
+    return load_prompts(
+        path,
+        getattr(config.data, f"{split}_split"),
+        models.tokenizer,
+        config.data,
+        key=f"data.{split}",
+        max_completion_tokens=max_completion_tokens,
+        readers=RowReaders(config, split, models.tokenizer),
+    )
 
 
 def prompt_data(config: Config, prompts: Prompts, launch: Launch) -> PromptData:

@@ -88,7 +88,9 @@ def build_snapshots(
 def shown_texts(config: Config, models: Models, prompts: Prompts, texts: TeacherTexts) -> list[tuple[str, str]]:
     """(prompt, the teacher's answer) of the prompts whose answers are shown side by side."""
     shown = _shown_prompts(config, prompts)
-    answers = (texts.greedy.get(request).token_ids for request in sample_requests(shown, config.run.seed))
+    answers = (
+        texts.greedy.get(request).token_ids for request in sample_requests(shown, config.run.seed, of_teacher=True)
+    )
     return [(prompt.text, models.readable(token_ids)) for prompt, token_ids in zip(shown, answers, strict=True)]
 
 

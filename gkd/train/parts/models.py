@@ -81,7 +81,7 @@ def locate_models(config: Config, folder: RunFiles, launch: Launch, placements: 
         lora_targets(empty_model(student), config.student.lora)  # raises for what cannot be adapted
     sides = {"student.model": Closing.of(source, revision=revision)}
     tokenizer = sides["student.model"].tokenizer
-    _check_context("student.model", student, config.longest_sequence)
+    _check_context("student.model", student, config.longest_sequence, "data.max_prompt_tokens")
     rows = _vocabulary_rows(student)
     shared: list[int] = []
     for name, path in ((MAIN_TEACHER, teacher_path), *teacher_paths.items()):
@@ -126,7 +126,7 @@ def _check_teacher(
     """How many columns of the vocabulary the student shares with a teacher. Raises ModelError or ConfigError."""
     revision, key = config.teachers[name].revision, f"{config.teacher_key(name)}.model"
     teacher_config = read_config(path, revision=revision, key=key)
-    _check_context(key, teacher_config, config.longest_sequence)
+    _check_context(key, teacher_config, config.longest_read_by(name), config.longest_prompt_of(name)[1])
     return check_tokenizer_pair(student_tokenizer, teacher_tokenizer, student_rows, _vocabulary_rows(teacher_config))
 
 
@@ -154,10 +154,10 @@ def _vocabulary_rows(model_config: PreTrainedConfig) -> int:
     return model_config.get_text_config().vocab_size
 
 
-def _check_context(key: str, model_config: PreTrainedConfig, longest: int) -> None:
+def _check_context(key: str, model_config: PreTrainedConfig, longest: int, limit_key: str) -> None:
     context = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if context is not None and longest > context:
         raise ConfigError(
-            f"data.max_prompt_tokens: with rollout.max_new_tokens a sequence can reach {longest} tokens, but "
+            f"{limit_key}: with rollout.max_new_tokens a sequence can reach {longest} tokens, but "
             f"{key} reads {context}; lower one of the two by {longest - context}"
         )

@@ -9,6 +9,7 @@ from gkd.teacher.base import Teacher
 from gkd.teacher.cache import CachedTeacher
 from gkd.teacher.placements import Site
 from gkd.teacher.routed import RoutedTeacher
+from gkd.teacher.views import WithViews
 from gkd.train.distributed import compute_device, from_main, largest_count
 from gkd.train.parts.models import Models
 from gkd.train.parts.together import SharedTeacher
@@ -32,4 +33,4 @@ def build_teacher(config: Config, models: Models, launch: Launch, placements: Pl
                 make, cache_folder() / "scores" / folder, limit_bytes=limit_bytes, device=site.device
             )
         teachers[name] = SharedTeacher(scorer) if teacher.has_servers else scorer
-    return RoutedTeacher(teachers) if config.other_teachers else teachers[MAIN_TEACHER]
+    return WithViews(RoutedTeacher(teachers) if config.other_teachers else teachers[MAIN_TEACHER])

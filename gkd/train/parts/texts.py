@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from gkd.config import MAIN_TEACHER, Config, Launch, cache_folder
@@ -79,7 +79,7 @@ def _text_requests(config: Config, prompts: Prompts, data: PromptData, name: str
         sampled += teacher_requests(config.mixture, config.run.seed, steps)
     if prompts.heldout is not None:
         sampled += heldout_requests(own(prompts.heldout.prompts[: config.eval.prompts]), config.run.seed)
-        greedy += sample_requests(own(prompts.heldout.prompts[: config.eval.samples]), config.run.seed)
+        greedy += sample_requests(own(prompts.heldout.prompts[: config.eval.samples]), config.run.seed, of_teacher=True)
     return _TextRequests(sampled, greedy)
 
 
@@ -90,6 +90,7 @@ def _complete_texts(
     teacher, path = config.teachers[name], models.teacher_paths[name]
     key = f"{config.teacher_key(name)}.model"
     spec = sampler_spec(config, models, path, teacher.dtype, teacher.revision, key=key)
+    spec = replace(spec, max_model_tokens=max(models.max_model_tokens, config.longest_read_by(name)))
     settings = sampling_settings(config, models)
     fingerprint = from_main(model_fingerprint(path, teacher.revision) if launch.is_main else None)
     sampled = cache_for(cache_folder(), spec, fingerprint, settings)

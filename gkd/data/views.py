@@ -1,0 +1,102 @@
+"""What a teacher reads in the place of the student's prompt: the solution, documents, demonstrations, a system prompt.
+
+A row says so itself (`teacher_messages`, `teacher_prompt`), or the teacher's section does for all rows (`system`,
+`chat_template`, `chat_template_kwargs`). The context is tokenised alone, as a sampler would see it, and the ids of the
+completion follow as they are: they are the student's, whatever another context would have made of their text, because
+scores belong to tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gkd.config import Config
+from gkd.data.encoding import RowEncoder
+from gkd.data.formats import Message, Row
+from gkd.data.routing import row_teachers
+from gkd.data.templates import ChatTemplate
+from gkd.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TeacherView:
+    """One teacher's."""
+
+    def __init__(self, config: Config, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises ConfigError for a template that cannot be read, or does not know an argument."""
+        self.section, self._fault = config.teacher_key(name), config.without_views()
+        self._teacher = config.teachers[name]
+        self.limit, self.limit_key = config.longest_prompt_of(name)
+        arguments, key = config.data.chat_template_kwargs, "data.chat_template_kwargs"
+        if self._teacher.chat_template_kwargs is not None:
+            arguments, key = self._teacher.chat_template_kwargs, f"{self.section}.chat_template_kwargs"
+        template = ChatTemplate(tokenizer, arguments, template=self._own_template(), key=key)
+        self.encoder = RowEncoder(tokenizer, template)
+
+    def ids(self, row: Row) -> tuple[int, ...] | None:
+        """None: what the student reads. Raises DataError for a row that cannot be read so."""
+        check_row_views([row], self._fault)
+        if not (row.has_view or self._teacher.view_keys):
+            return None
+        return tuple(self.encoder.prompt_ids(self._as_read(row)))
+
+    def refusal(self, tokens: int) -> tuple[str, str] | None:
+        """Which policy of `data` a context of so many tokens falls under, and why; None if it is fine."""
+        if tokens == 0:
+            return "empty_prompts", f"what {self.section} reads is empty"
+        if tokens > self.limit:
+            limit = f"{self.limit_key} = {self.limit}"
+            return "long_prompts", f"{self.section} reads {tokens} tokens before the completion, more than {limit}"
+        return None
+
+    def _own_template(self) -> str | None:
+        if self._teacher.chat_template is None:
+            return None
+        path = Path(self._teacher.chat_template).expanduser()
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{self.section}.chat_template: {path} cannot be read: {error}") from None
+
+    def _as_read(self, row: Row) -> Row:
+        """A row whose prompt is the teacher's context."""
+        messages, text = row.messages, row.prompt_text
+        if row.has_view:
+            messages, text = row.teacher_messages, row.teacher_prompt_text
+        if self._teacher.system is not None:
+            messages = self._with_system(messages, row)
+        return Row(row.origin, messages=messages, prompt_text=text)
+
+    def _with_system(self, messages: tuple[Message, ...] | None, row: Row) -> tuple[Message, ...]:
+        where = f"{self.section}.system"
+        if messages is None:
+            raise DataError(
+                f"{row.origin}: what the teacher reads is raw text, which {where} cannot begin; write the row as "
+                "messages, or what the teacher reads into its teacher_prompt, without that key"
+            )
+        has_own = messages[0]["role"] == "system"
+        if has_own and row.has_view:
+            raise DataError(
+                f"{row.origin}: teacher_messages begin with a system message, and {where} is another; leave out one"
+            )
+        own: Message = {"role": "system", "content": self._teacher.system or ""}
+        return (own, *(messages[1:] if has_own else messages))
+
+
+class RowReaders:
+    """Whose each row is of a config's teachers, and what that one reads."""
+
+    def __init__(self, config: Config, split: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.views: Mapping[str, TeacherView] = {name: TeacherView(config, name, tokenizer) for name in config.teachers}
+        self.teacher_of: Callable[[int, Row], str] = row_teachers(config, split)
+
+
+def check_row_views(rows: Iterable[Row], fault: str | None) -> None:
+    """Raises DataError, with file:line, for a row with a view where `fault` says why there must be none."""
+    for row in rows if fault is not None else ():
+        if row.has_view:
+            raise DataError(f"{row.origin}: what the teacher reads cannot be another context here: {fault}")
