@@ -284,7 +284,7 @@ class TokenBatch:
 
 
 class WeightStream(Protocol):
-    """The student's weights as they leave the trainer, one gathered parameter at a time."""
+    """The student's weights as they leave the trainer, one whole parameter at a time."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -34,8 +34,8 @@ class LeavingWeight:
     """A tensor that leaves the trainer, and how it is made of parameters that may be sharded."""
 
     shape: tuple[int, ...]
-    parameters: tuple[nn.Parameter, ...]  # have to be whole while `value` is called
-    value: Callable[[], torch.Tensor]
+    parameters: tuple[nn.Parameter, ...]
+    value: Callable[..., torch.Tensor]  # of the parameters' whole tensors, in their order
 
 
 def lora_targets(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
@@ -138,9 +138,10 @@ def whole_weights(model: nn.Module) -> dict[str, LeavingWeight]:
     weights: dict[str, LeavingWeight] = {}
     for name, parameter in model.named_parameters():
         if name.endswith(_BASE_WEIGHT):
-            layer = model.get_submodule(name.removesuffix(_BASE_WEIGHT))
+            layer: Any = model.get_submodule(name.removesuffix(_BASE_WEIGHT))  # peft's
             parts = (parameter, *(p for part, p in layer.named_parameters() if _is_adapter(f".{part}")))
-            weights[_base_name(name)] = LeavingWeight(tuple(parameter.shape), parts, partial(_merged, layer))
+            value = partial(_merged, layer.scaling[_ADAPTER])
+            weights[_base_name(name)] = LeavingWeight(tuple(parameter.shape), parts, value)
         elif not _is_adapter(name):
             weights[_base_name(name)] = _plain(parameter)
     return weights
@@ -151,16 +152,14 @@ def _base_name(name: str) -> str:
 
 
 def _plain(parameter: nn.Parameter) -> LeavingWeight:
-    return LeavingWeight(tuple(parameter.shape), (parameter,), parameter.detach)
+    return LeavingWeight(tuple(parameter.shape), (parameter,), lambda whole: whole)
 
 
-def _merged(layer: Any) -> torch.Tensor:
-    """W + scale * B A in float32, a new tensor; `layer` is peft's."""
+def _merged(scale: float, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """W + scale * B A in float32, a new tensor."""
     import torch
 
-    with torch.no_grad():
-        weight, a, b = (m.weight.float() for m in (layer.base_layer, layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]))
-        return torch.addmm(weight, b, a, alpha=layer.scaling[_ADAPTER])
+    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
 
 
 def save_adapter(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gkd.chunks import WEIGHT_PIECE_BYTES
+from gkd.chunks import WEIGHT_PIECE_BYTES, gather_bucket_bytes
 from gkd.planning.devices import SERVED_SAMPLER_SHARE, USABLE_MEMORY_SHARE
 from gkd.planning.models import DTYPE_BYTES
 from gkd.planning.setup import Setup
@@ -166,16 +166,17 @@ def _training(setup: Setup) -> Bytes:
 
 
 def _sync(setup: Setup) -> Bytes:
-    """One parameter travels at a time: gathered whole if sharded, merged with its adapter, and cast.
-
-    A served sampler is sent pieces instead, of cast parameters.
+    """One parameter travels at a time: taken from the bucket in which it was gathered if it is sharded, merged with its
+    adapter, and cast. A served sampler is sent pieces instead, of cast parameters.
     """
     if setup.sampler_applies_adapter:
         return {}
     largest, width = setup.student.largest_tensor_parameters, DTYPE_BYTES[setup.student_dtype]
     held = float(width if setup.adapter_parameters else 4)
     cast = float(largest * width)
+    bucket = max(held * largest, min(float(gather_bucket_bytes(setup.device.torch_type)), held * setup.held_parameters))
     items = {
+        "gathered bucket": bucket * (1 + 1 / setup.devices) if setup.zero_stage == 3 else 0.0,
         "gathered parameter": held * largest if setup.zero_stage == 3 else 0.0,
         "cast parameter": max(cast, float(WEIGHT_PIECE_BYTES)) if setup.sampler_replicas else cast,
     }

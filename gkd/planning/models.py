@@ -123,12 +123,6 @@ class Architecture:
     def largest_tensor_parameters(self) -> int:
         return max(self.embedding_parameters, 2 * self.experts * self.hidden * self.expert_intermediate)
 
-    @property
-    def tensors(self) -> int:
-        """Roughly how many named parameters there are."""
-        layer = 9 + (2 if self.qk_norm else 0) + (3 if self.qkv_bias else 0)
-        return self.layers * layer + 3 * self.moe_layers * self.experts + (2 if self.tied else 3)
-
     # ---- a token
 
     def forward_flops(self, context_tokens: float) -> float:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from gkd.chunks import gather_bucket_bytes
 from gkd.config import PROBE_TOKENS
 from gkd.monitor.timing import PHASES
 from gkd.planning.devices import HOST_BANDWIDTH_BYTES_PER_S
@@ -245,7 +246,7 @@ def _training_links(setup: Setup) -> list[Link]:
 
 
 def _sync_links(setup: Setup) -> list[Link]:
-    """Each rank's sampler takes the weights from its own rank; sharded ones are gathered one by one.
+    """Each rank's sampler takes the weights from its own rank; sharded ones are gathered in buckets.
 
     To served samplers the main rank sends them, to each its own copy; what is frozen is gathered as it is kept.
     """
@@ -257,7 +258,7 @@ def _sync_links(setup: Setup) -> list[Link]:
     links: list[Link] = []
     if setup.zero_stage == 3 and setup.devices > 1:
         gathered = "weights gathered" if setup.sampler_replicas else name
-        links.append(collective(setup, gathered, kept, student.tensors))
+        links.append(collective(setup, gathered, kept, max(1.0, kept / gather_bucket_bytes(setup.device.torch_type))))
     if setup.sampler_replicas:
         links.append(_to_servers(setup, name, sent * setup.sampler_replicas))
     return links or [Link(name, "device", sent, 0.0)]

@@ -186,7 +186,7 @@ class WeightSender:
 
 
 def _pieces(weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> Iterator[Piece]:
-    """Copies: a gathered parameter is there only until the next one is asked for."""
+    """Copies: a whole parameter may be there only until the next one is asked for."""
     tensors: list[tuple[str, torch.Tensor]] = []
     size_bytes = 0
     for name, tensor in weights:

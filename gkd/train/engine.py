@@ -28,6 +28,7 @@ from gkd.system_errors import memory_for
 from gkd.train.batch_terms import batch_gradients
 from gkd.train.deepspeed_check import deepspeed_refusals, where
 from gkd.train.distributed import compute_device, sum_over_ranks
+from gkd.train.gathering import whole_tensors
 from gkd.train.guards import FiniteGuard, LossScaleGuard, MismatchGuard
 from gkd.train.module import ObjectiveSums, StudentModule, token_measures
 from gkd.train.optimizer import make_optimizer, make_schedule
@@ -251,14 +252,8 @@ class StudentEngine:
         return _EngineWeights(self, self._adapter)
 
     def stream(self, weights: Mapping[str, LeavingWeight]) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, full tensor), the parameters of one gathered at a time."""
-        import deepspeed
-
-        sharded = self._engine.zero_optimization_partition_weights()
-        for name, weight in weights.items():
-            gathered = deepspeed.zero.GatheredParameters(list(weight.parameters)) if sharded else nullcontext()
-            with gathered:
-                yield name, weight.value()
+        """(name, full tensor), gathered in buckets where sharded. A tensor may be gone once the next is asked for."""
+        return whole_tensors(weights, self._device)
 
     def save_state(self, folder: str) -> None:
         self._engine.save_checkpoint(

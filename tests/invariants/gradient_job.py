@@ -117,7 +117,7 @@ def all_weights(engine: StudentEngine) -> Iterator[tuple[str, torch.Tensor]]:
     own = {} if terms is None else dict(terms.named_parameters())
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in own.items()}
     yield from engine.whole_weights()
-    yield from engine.stream({name: LeavingWeight(shapes[name], (p,), p.detach) for name, p in own.items()})
+    yield from engine.stream({name: LeavingWeight(shapes[name], (p,), lambda whole: whole) for name, p in own.items()})
 
 
 def main() -> None:

@@ -93,7 +93,7 @@ def deepspeed_json(folder: Path, stage: int, is_offloaded: bool) -> Path:
     if is_offloaded and stage == 3:
         zero["offload_param"] = {"device": "cpu"}
     file = folder / "deepspeed.json"
-    file.write_text(json.dumps({"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False}))
+    file.write_text(json.dumps({"zero_optimization": zero}))
     return file
 
 
