@@ -213,6 +213,13 @@ def test_of_many_errors_ten_are_named() -> None:
     assert "key10:" not in str(caught.value)
 
 
+def test_an_override_of_a_section_that_an_alias_repeats_is_of_that_one(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("teacher: &same {model: t}\nstudent: *same\ndata: {train: d.jsonl}\n")
+    config = load_config(path, ["student.dtype=float32"])
+    assert (config.student.dtype, config.teacher.dtype) == ("float32", "auto")
+
+
 @pytest.mark.parametrize("override", ["run.steps", "=1", "run.=1", "run.steps.more=1"])
 def test_broken_overrides(tmp_path: Path, override: str) -> None:
     path = tmp_path / "run.yaml"

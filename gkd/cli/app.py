@@ -19,6 +19,7 @@ from gkd.cli.plan import plan_command
 from gkd.cli.report import report_command
 from gkd.cli.serve_sampler import serve_sampler_command
 from gkd.cli.serve_teacher import serve_teacher_command
+from gkd.cli.shape import shape_command
 from gkd.cli.train import train_command
 from gkd.cli.watch import watch_command
 from gkd.config import Launch
@@ -43,6 +44,7 @@ app.command("launch")(launch_command)
 app.command("watch")(watch_command)
 app.command("report")(report_command)
 app.command("plan")(plan_command)
+app.command("shape")(shape_command)
 app.command("config")(config_command)
 app.command("doctor")(doctor_command)
 app.add_typer(bench_app, name="bench")

@@ -28,6 +28,7 @@ COMMANDS = {
     "watch": "cli",
     "report": "cli",
     "plan": "cli",
+    "shape": "train",
     "config": "cli",
     "doctor": "cli",
     "bench": "train",

@@ -201,6 +201,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             node[key] = {}
         if not isinstance(node[key], dict):
             raise ConfigError(f"override {override!r}: {key} is a value, not a section")
+        node[key] = {**node[key]}  # an alias may have put the same section elsewhere
         node = node[key]
     node[keys[-1]] = _parse_yaml(text, f"override {path}")
 

@@ -1,0 +1,49 @@
+"""Which of the measured candidates are worth a look: those that none is both smaller and closer than."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+Row = dict[str, Any]  # a candidate of a record
+
+
+def divergence(row: Row) -> float | None:
+    """The last that was measured, in nats a token; None where none was."""
+    found = row.get("after_probe", row.get("after_cut"))
+    return None if found is None or not math.isfinite(found) else found
+
+
+def pareto(rows: Sequence[Row]) -> list[Row]:
+    """By parameters and divergence; smallest first."""
+    front: list[Row] = []
+    measured = [row for row in rows if divergence(row) is not None]
+    for row in sorted(measured, key=lambda row: (row["parameters"], divergence(row))):
+        if not front or _closer(row, front[-1]):
+            front.append(row)
+    return front
+
+
+def knee(front: Sequence[Row]) -> Row | None:
+    """Where the front bends most: what is farthest below the line between its ends, by the logarithm of parameters and
+    by divergence, each as a share of the front's range (Satopää et al. 2011, Finding a "Kneedle" in a Haystack).
+
+    The smaller end of two; None of none.
+    """
+    if not front:
+        return None
+    first, last = front[0], front[-1]
+    size = math.log(last["parameters"] / first["parameters"]) or 1.0
+    fall = (divergence(first) or 0.0) - (divergence(last) or 0.0) or 1.0
+
+    def below(row: Row) -> float:
+        along = math.log(row["parameters"] / first["parameters"]) / size
+        fallen = ((divergence(first) or 0.0) - (divergence(row) or 0.0)) / fall
+        return fallen - along
+
+    return max(front, key=below)
+
+
+def _closer(row: Row, other: Row) -> bool:
+    return (divergence(row) or 0.0) < (divergence(other) or 0.0)
