@@ -5,6 +5,7 @@ Every error is a `ConfigError` whose message starts with the path of the key.
 """
 
 from gkd.config.addresses import ENDPOINT_PORT, SAMPLER_PORT, TEACHER_PORT
+from gkd.config.advice import advice, advice_on_share
 from gkd.config.choices import Choice, known
 from gkd.config.config import MAIN_TEACHER, PROBE_TOKENS, Config
 from gkd.config.files import describe_keys, load_config, make_config, make_section, read_mapping
@@ -57,6 +58,8 @@ __all__ = [
     "StudentInit",
     "StudentWidth",
     "TeacherConfig",
+    "advice",
+    "advice_on_share",
     "cache_folder",
     "default_objective",
     "describe_keys",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gkd.models.layer_choice import LayerChoice, choose_by_measure
     from gkd.models.layer_states import StateReader, model_shape
     from gkd.models.load import (
+        count_parameters,
         empty_model,
         has_experts,
         load_causal_lm,
@@ -64,8 +65,8 @@ _HOMES = {
     "layer_choice": ("LayerChoice", "choose_by_measure"),
     "layer_states": ("StateReader", "model_shape"),
     "load": (
-        "empty_model", "has_experts", "load_causal_lm", "load_tokenizer", "owns_head", "pad_token_id",
-        "read_config", "read_generation_config",
+        "count_parameters", "empty_model", "has_experts", "load_causal_lm", "load_tokenizer", "owns_head",
+        "pad_token_id", "read_config", "read_generation_config",
     ),
     "lora": (
         "adapter_parameters", "adapter_weights", "inject_lora", "lora_targets", "save_adapter",
@@ -103,6 +104,7 @@ __all__ = [
     "choose_layers",
     "choose_width",
     "config_of_layers",
+    "count_parameters",
     "describe_sides",
     "empty_model",
     "end_token_ids",

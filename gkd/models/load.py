@@ -139,6 +139,11 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation=_attention(config))
 
 
+def count_parameters(config: PreTrainedConfig) -> int:
+    """Of the model that a config describes, a tied head once."""
+    return sum(parameter.numel() for parameter in empty_model(config).parameters())
+
+
 def owns_head(path: str, *, revision: str | None = None, key: str = "student.model") -> bool:
     """Whether a resolved model's files hold an output head that differs from the embedding, though its config ties the
     two. transformers goes by the files then, vLLM by the config."""

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gkd.config import Config, Launch, Settled, load_config, make_config
+from gkd.config import Config, Launch, Settled, advice, advice_on_share, load_config, make_config
 from gkd.data.formats import JSON_SUFFIXES, read_rows
 from gkd.data.routing import check_teacher_names
 from gkd.data.views import check_row_views
@@ -22,6 +22,9 @@ from gkd.system_errors import system_errors, write_fault
 from gkd.train.placements import ask_placements
 from gkd.train.run_folder import claimed_folder, started_with
 from gkd.train.signals import Signals
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class Distiller:
@@ -92,7 +95,7 @@ class Distiller:
     def check(self, *, resume: bool = False) -> list[str]:
         """Checks what can be checked without loading weights: that vLLM is there if it samples, the data files, the
         run's folder, the DeepSpeed JSON, the servers of a served teacher or sampler, and the folders of models that are
-        here. Returns lines: what `auto` is, what ends a completion, and whether the sides' chat templates differ.
+        here. Returns lines: what `auto` is, advice, what ends a completion, whether the sides' chat templates differ.
 
         Raises MissingPackageError, DataError with file:line, ConfigError, MachineError, or ModelError.
         """
@@ -105,7 +108,7 @@ class Distiller:
         self._check_folder()
         check_deepspeed(TrainingSettings.of(config), self._launch.world_size)
         ask_placements(config).close()
-        return [*notes, *warnings, *self._describe_models()]
+        return [*notes, *warnings, *advice(config), *self._describe_models()]
 
     def _describe_models(self) -> list[str]:
         """Nothing of models on the hub, which are not asked for here."""
@@ -143,6 +146,7 @@ class Distiller:
         if (init := self.config.student.init) is not None:
             available = read_config(paths["student.model"]).get_text_config().num_hidden_layers
             lines.append(f"student: {names['student.model']} of {available} layers: {init.describe()}")
+        lines += self._describe_share(student, paths["teacher.model"])
         if self.config.objective.state_terms:
             teacher = read_config(paths["teacher.model"], key="teacher.model")
             self.config.objective.state_pairs(
@@ -151,6 +155,14 @@ class Distiller:
         if (lora := self.config.student.lora) is not None:
             lora_targets(empty_model(student), lora)  # raises, too
         return lines
+
+    def _describe_share(self, student: PreTrainedConfig, teacher_path: str) -> list[str]:
+        """Advice on a student that is small beside its teacher."""
+        from gkd.models import count_parameters, read_config
+
+        teacher = read_config(teacher_path, key="teacher.model")
+        line = advice_on_share(count_parameters(student), count_parameters(teacher))
+        return [] if line is None else [line]
 
     def _check_packages(self) -> None:
         rollout = self.config.rollout
