@@ -69,12 +69,17 @@ class Drawn(Enum):
     BY_STUDENT = auto()  # of the step: on policy
     BY_EARLIER_STUDENT = auto()
     FROM_MIXTURE = auto()  # each from a P + (1 - a) Q in the step, a the rollout's `teacher_share`
-    ELSEWHERE = auto()  # the text comes back as it is
+    ELSEWHERE = auto()  # the text comes back as it is, and the student's sampler is not asked
 
     @property
     def in_step(self) -> bool:
         """The student's sampler takes part, with the weights of the step."""
         return self in (Drawn.BY_STUDENT, Drawn.FROM_MIXTURE)
+
+    @property
+    def asks_sampler(self) -> bool:
+        """It may, so that the sampler has to have the weights of the step."""
+        return self is not Drawn.ELSEWHERE
 
 
 class SourceRegistry(Registry[Any]):

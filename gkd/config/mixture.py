@@ -56,6 +56,14 @@ class MixtureConfig(Section):
         """Whether it gets anything at some step."""
         return largest(self.shares.get(source, 0.0)) > 0
 
+    def asks_sampler(self, step: int) -> bool:
+        """Whether a source of the step may ask the student's sampler, on whichever rank."""
+        return any(share > 0 and SOURCES.drawn(name).asks_sampler for name, share in self.at(step).items())
+
+    @property
+    def ever_asks_sampler(self) -> bool:
+        return any(self.uses(name) and SOURCES.drawn(name).asks_sampler for name in self.shares)
+
     def _steps_to_check(self) -> Iterable[int]:
         """Where ramps that run together cancel, their corners; else every step from the first ramp's start on."""
         ramps = [share for share in self.shares.values() if isinstance(share, Ramp)]

@@ -169,7 +169,7 @@ class VllmSampler:
 
     def sleep(self) -> None:
         """Level 1: the cache is dropped and the weights wait in host memory; 2: both are dropped. 0: stays awake."""
-        if self._sleep_level:
+        if self._sleep_level and not self._is_asleep:
             self._llm.sleep(self._sleep_level)
             self._is_asleep = True
 

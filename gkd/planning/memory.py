@@ -169,7 +169,7 @@ def _sync(setup: Setup) -> Bytes:
     """One parameter travels at a time: taken from the bucket in which it was gathered if it is sharded, merged with its
     adapter, and cast. A served sampler is sent pieces instead, of cast parameters.
     """
-    if setup.sampler_applies_adapter:
+    if setup.sampler_applies_adapter or not setup.sends_weights:
         return {}
     largest, width = setup.student.largest_tensor_parameters, DTYPE_BYTES[setup.student_dtype]
     held = float(width if setup.adapter_parameters else 4)

@@ -44,6 +44,7 @@ class Setup:
     completion_tokens: float  # mean
     teacher_prompt_share: float  # tokens that the teacher reads before a completion, by those of the student's prompt
     student_share: float  # of the completions that the student samples (lambda)
+    sends_weights: bool  # to the sampler after a step, as some step asks it
     vllm: bool
     sampler_sequences: int  # at most, at once
     sampler_memory_share: float  # of a training GPU, reserved by vLLM
@@ -198,6 +199,7 @@ def setup_of(
         completion_tokens=_mean("--completion-tokens", completion_tokens, config.rollout.most_new_tokens, 1.0),
         teacher_prompt_share=config.longest_prompt_of(MAIN_TEACHER)[0] / config.data.max_prompt_tokens,
         student_share=_sampled_share(config),
+        sends_weights=config.mixture.ever_asks_sampler,
         vllm=config.rollout.engine == "vllm",
         sampler_sequences=_sampler_sequences(config, devices, sampler_replicas),
         sampler_memory_share=known(config.rollout.gpu_memory_utilization),

@@ -198,6 +198,8 @@ def syncing_s(setup: Setup) -> Seconds:
     read = student.weights_read_bytes(1, setup.student_dtype)
     compute_s = PROBE_TOKENS * student.forward_flops(PROBE_TOKENS / 2) / rate / eff.train
     server_s = max(read / device.bandwidth_bytes_per_s / eff.sample, compute_s) + setup.decode_overhead_s
+    if not setup.sends_weights:
+        return {}
     seconds = {
         "weights": copied / device.bandwidth_bytes_per_s / eff.sync,
         "sampler's sleep": 2 * setup.waiting_bytes / device.host_link_bytes_per_s / eff.link,  # there and back
@@ -250,6 +252,8 @@ def _sync_links(setup: Setup) -> list[Link]:
 
     To served samplers the main rank sends them, to each its own copy; what is frozen is gathered as it is kept.
     """
+    if not setup.sends_weights:
+        return []
     student, name = setup.student, "weights to the sampler"
     kept = 4.0 * (setup.trained_parameters - setup.projector_parameters) + setup.frozen_bytes
     sent = float(student.parameters * DTYPE_BYTES[setup.student_dtype])

@@ -82,7 +82,7 @@ class MixtureRollouts:
         no completion for a draw that needs it.
         """
         version = self._sampler.weights_version
-        if version is None or not step - self._staleness <= version <= step:
+        if self._mixture.asks_sampler(step) and (version is None or not step - self._staleness <= version <= step):
             raise SamplerError(f"step {step} would sample from weights of version {version}")
         shares = self._mixture.at(step)
         drawn = [draw_source(shares, self._seed, step, draw) for draw in draws]
@@ -108,6 +108,10 @@ class MixtureRollouts:
                 source.restore(saved[name])
 
     def load_weights(self, weights: WeightStream, version: int) -> dict[str, float]:
+        """Weights that no step will sample from stay where they are: the sampler falls behind; no metrics."""
+        if not any(map(self._mixture.asks_sampler, range(version, version + self._staleness + 1))):
+            self._sampler.fall_behind()
+            return {}
         return self._sampler.load_weights(weights, version)
 
     def close(self) -> None:

@@ -191,6 +191,11 @@ class SyncedSampler:
         trainer = weights.token_logprobs(token_ids, 1)
         return [[abs(a - b) for a, b in zip(trainer, sampler, strict=True)] for sampler in answers]
 
+    def fall_behind(self) -> None:
+        """The trainer's weights changed, and the sampler is not asked before the next `load_weights`."""
+        self._proven = False
+        self.weights_version = None
+
     def sleep(self) -> None:
         """Nothing more is generated before the next `load_weights`."""
         self._sampler.sleep()

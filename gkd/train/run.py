@@ -185,6 +185,8 @@ class Run:
         )
         if self.interruption.error is not None:
             raise self.interruption.error
+        if self.sampler.weights_version is None:  # no step would have sampled from these weights
+            self.sampler.load_weights(self.student.weights(), version=config.run.steps)
         after = self.snapshots.take(config.run.steps, folder.tokens_after)
         summary = summarise(
             config,

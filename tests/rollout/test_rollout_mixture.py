@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import pytest
 
@@ -11,7 +12,7 @@ from gkd.errors import DataError, SamplerError, WeightSyncError
 from gkd.rollout.mixture import MixtureRollouts, draw_source, mixture_counts, teacher_requests
 from gkd.rollout.sources.teacher import teacher_request
 from gkd.seeding import derive_seed
-from gkd.types import Completion, Prompt, PromptDraw, SampleRequest, SamplingSettings
+from gkd.types import Completion, Prompt, PromptDraw, SampleRequest, SamplingSettings, WeightStream
 
 SETTINGS = SamplingSettings(max_new_tokens=4)
 
@@ -40,8 +41,15 @@ class EchoSampler:
     def sleep(self) -> None:
         self.sleeps += 1
 
+    def load_weights(self, weights: WeightStream, version: int) -> dict[str, float]:
+        self.weights_version = version
+        return {"sync/mean_logprob_error": 0.0}
 
-def rollouts_of(sampler: EchoSampler, config: MixtureConfig, seed: int = 3) -> MixtureRollouts:
+    def fall_behind(self) -> None:
+        self.weights_version = None
+
+
+def rollouts_of(sampler: EchoSampler, config: MixtureConfig, seed: int = 3, staleness: int = 0) -> MixtureRollouts:
     return MixtureRollouts(
         sampler,  # pyright: ignore[reportArgumentType]
         mixture=config,
@@ -50,6 +58,7 @@ def rollouts_of(sampler: EchoSampler, config: MixtureConfig, seed: int = 3) -> M
         teacher_completion=lambda request: Completion((100, request.seed % 97), (-1.0, -1.0), "stop"),
         prompts={},
         replay=ReplayConfig(),
+        staleness=staleness,
     )
 
 
@@ -130,3 +139,29 @@ def test_a_missing_completion_names_its_row() -> None:
 
 def test_weight_sync_error_is_a_run_error() -> None:
     assert WeightSyncError.exit_code == 1
+
+
+@pytest.mark.parametrize(("staleness", "first"), [(0, 3), (2, 1)])
+def test_weights_that_nobody_samples_from_are_not_sent(staleness: int, first: int) -> None:
+    """Nothing is the student's before step 3; of the versions before only those that step 3 may sample from are sent.
+    The sampler is marked as behind, so that nothing can be sampled from it by mistake."""
+    ramp = {
+        "student": {"from": 0.0, "to": 1.0, "start": 2, "steps": 2},
+        "dataset": {"from": 1.0, "to": 0.0, "start": 2, "steps": 2},
+    }
+    config = MixtureConfig.model_validate(ramp)
+    sampler = EchoSampler()
+    rollouts, weights = rollouts_of(sampler, config, staleness=staleness), cast("WeightStream", None)
+    sent: list[int] = []
+    for step in range(4):
+        rollouts.sample(draws(8), step)
+        if rollouts.load_weights(weights, step + 1):
+            sent.append(step + 1)
+        else:
+            assert sampler.weights_version is None
+    assert sent == [version for version in range(1, 5) if version >= first]
+
+
+def test_a_replayed_text_may_need_the_sampler() -> None:
+    config = MixtureConfig.model_validate({"student": 0.0, "replay": 1.0})
+    assert rollouts_of(EchoSampler(), config).load_weights(cast("WeightStream", None), 1)
