@@ -5,8 +5,8 @@
 A file says where a table goes: what stands between the lines <!-- begin: NAME --> and <!-- end: NAME --> is replaced.
 The names are divergence (medians of value and gradient, one line a shape), divergence-full (a table for each case),
 linear_divergence, terms, before_and_after, versus_trl (whole runs), versus_trl-profile (a step of gkd), quickstart,
-cut, narrow, packing, teacher_scoring, overlap, scaling, gkd_table, gkd_table-tasks, -grid, -temperature, -ratios,
--sweep and -verdict, gkd_additions, gkd_additions-tasks, -differences and -verdict (docs/table.md), bench_text,
+cut, narrow, shape, packing, teacher_scoring, overlap, scaling, gkd_table, gkd_table-tasks, -grid, -temperature,
+-ratios, -sweep and -verdict, gkd_additions, gkd_additions-tasks, -differences and -verdict (docs/table.md), bench_text,
 bench_text-seconds, -times, -drift and -verdict (docs/text.md), and plan-links, -phases, -overlap, -limits, -verdicts,
 -errors and -error-sentence (docs/scaling.md; all but the errors are what the planner says today).
 Every CSV or JSON in benchmarks/results/ whose name begins so is part of it. --check changes nothing and fails if a
@@ -32,6 +32,7 @@ from benchmarks.figures.sections.planner import PLANNER_SECTIONS
 from benchmarks.figures.sections.plots import plots
 from benchmarks.figures.sections.quickstart import quickstart_section
 from benchmarks.figures.sections.scaling import scaling_section
+from benchmarks.figures.sections.shape import shape_section
 from benchmarks.figures.sections.teacher_scoring import teacher_scoring_section
 from benchmarks.figures.sections.terms import before_and_after_section, terms_section
 from benchmarks.figures.sections.versus_trl import versus_trl_profile_section, versus_trl_section
@@ -43,6 +44,7 @@ SECTIONS: dict[str, Callable[[Path], str]] = {
     "versus_trl": versus_trl_section,
     "versus_trl-profile": versus_trl_profile_section,
     "narrow": narrow_section,
+    "shape": shape_section,
     "packing": packing_section,
     "divergence": divergence_section,
     "divergence-full": lambda results: full_section("divergence", results),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,12 +30,12 @@ def shape_command(
     candidates: Annotated[
         int, typer.Option(min=0, help="How many are made and measured, far apart in size and shape; 0: plans alone.")
     ] = 8,
-    probe_steps: Annotated[int, typer.Option(min=0, help="Steps of the run that each is trained for.")] = 4,
+    probe_steps: Annotated[int, typer.Option(min=0, help="Steps of the run that each is trained for.")] = 8,
     gpu: Annotated[str, typer.Option(help="Latency and memory are of it: h100, h200, a100-80, b200, l40s, cpu.")] = (
         "h100"
     ),
     pick: Annotated[
-        str | None, typer.Option(help="The candidate that --out takes, by its name. Default: where the front bends.")
+        str | None, typer.Option(help="The candidate that --out takes, by its name. Default: the suggested one.")
     ] = None,
     folder: Annotated[Path, typer.Option(help="Results, shape.json, shape.md and shape.png.")] = Path("runs/shape"),
     out: Annotated[Path | None, typer.Option(help="Write the config with the chosen student.")] = None,
@@ -51,9 +52,10 @@ def shape_command(
     limits, device, families = parse_share(share), device_named(gpu), families_named(widths)
     _check_out(out, measures=candidates > 0 or pick is not None)
     asked = Asked.read(config, overrides or (), folder, probe_steps)
-    found = candidates_of(asked.source, families)
+    found = candidates_of(asked.source, families, revision=asked.config.teacher.revision)
     picked = None if pick is None else found.named(pick)
-    record = shape(asked, limits, found, count=candidates, picked=picked, device=device, say=typer.echo)
+    made = shape(asked, limits, found, count=candidates, picked=picked, device=device, say=typer.echo)
+    record = {"command": shlex.join(["gkd", *sys.argv[1:]]), **made}
     _keep(record, folder)
     if out is not None:
         _write_chosen(asked, record, picked, found, out)

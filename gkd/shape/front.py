@@ -29,7 +29,7 @@ def knee(front: Sequence[Row]) -> Row | None:
     """Where the front bends most: what is farthest below the line between its ends, by the logarithm of parameters and
     by divergence, each as a share of the front's range (Satopää et al. 2011, Finding a "Kneedle" in a Haystack).
 
-    The smaller end of two; None of none.
+    The closest where it bends nowhere inwards; None of none.
     """
     if not front:
         return None
@@ -42,7 +42,8 @@ def knee(front: Sequence[Row]) -> Row | None:
         fallen = ((divergence(first) or 0.0) - (divergence(row) or 0.0)) / fall
         return fallen - along
 
-    return max(front, key=below)
+    bend = max(front, key=below)
+    return bend if below(bend) > 0.0 else last
 
 
 def _closer(row: Row, other: Row) -> bool:

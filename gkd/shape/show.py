@@ -16,12 +16,12 @@ _HEADER = ("student", "M param.", "share", "cut", "probed", "ms a token", "s a s
 
 
 def table_rows(record: dict[str, Any]) -> list[list[str]]:
-    """Without the header. What was measured, else all; the last column: on the front, and where it bends."""
+    """Without the header. What was measured, else all; the last column: on the front, and what --out would take."""
     rows: list[Row] = record["candidates"]
     front = pareto(rows)
     bend = knee(front)
     shown = [row for row in rows if "after_cut" in row or "failed" in row] or rows
-    return [_cells(row, "knee" if row is bend else "front" if row in front else "") for row in shown]
+    return [_cells(row, "suggested" if row is bend else "front" if row in front else "") for row in shown]
 
 
 def _cells(row: Row, mark: str) -> list[str]:

@@ -191,7 +191,7 @@ def test_what_was_measured_is_kept_and_shown(
     assert len(measured) == 3 < len(record["candidates"]) and not any("failed" in row for row in measured)
     assert record["not_planned"] == "" and all(row["plan"]["token_s"] > 0 for row in record["candidates"])
     table = (asked.folder / "shape.md").read_text()
-    assert table.count("\n| ") == 2 + 3 and "knee" in table and f"{measured[0]['after_probe']:.3f}" in table
+    assert table.count("\n| ") == 2 + 3 and "suggested" in table and f"{measured[0]['after_probe']:.3f}" in table
     assert (asked.folder / "shape.png").stat().st_size > 1000 and not any((asked.folder / "runs").iterdir())
 
     chosen = load_config(tmp_path / "chosen.yaml")
@@ -231,6 +231,8 @@ def test_the_front_and_where_it_bends() -> None:
     assert [row["parameters"] for row in front.pareto(rows)] == [10, 20, 40, 80]
     bend = front.knee(front.pareto(rows))
     assert bend is not None and bend["parameters"] == 20
+    bulging = [{"parameters": size, "after_cut": nats} for size, nats in ((10, 5.0), (20, 4.9), (40, 1.0))]
+    assert front.knee(front.pareto(bulging)) == bulging[-1]
     assert front.knee([]) is None and front.knee(rows[:1]) == rows[0]
     broken = [{"parameters": 5, "after_cut": float("nan")}, {"parameters": 6, "after_cut": 1.0}]
     assert front.pareto(broken) == broken[1:]
