@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from gkd.begin_tokens import begin_ids
 from gkd.data.formats import Message, Row
 from gkd.data.templates import MARK, MARK_END, ChatTemplate
 from gkd.errors import DataError, shown
@@ -83,11 +84,7 @@ class RowEncoder:
 
     @cached_property
     def _begin_ids(self) -> list[int]:
-        """What the tokenizer puts before a text. What it puts behind one would end a prompt before its answer."""
-        bare = self._bare_ids("a")
-        framed: list[int] = self._tokenizer("a", add_special_tokens=True, verbose=False)["input_ids"]
-        starts = (i for i in range(len(framed) - len(bare) + 1) if framed[i : i + len(bare)] == bare)
-        return framed[: next(starts, 0)]
+        return begin_ids(self._tokenizer)
 
     def _bare_ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

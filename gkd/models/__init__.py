@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gkd.models.card import ModelCard
     from gkd.models.coverage import check_covers
     from gkd.models.cut_config import student_config
-    from gkd.models.end_tokens import Closing, describe_sides, end_token_ids, union_of_ends
+    from gkd.models.end_tokens import end_token_ids
     from gkd.models.export import save_final
     from gkd.models.fingerprint import model_fingerprint
     from gkd.models.heads import backbone_of, head_logits, head_settings, output_head, verify_head
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from gkd.models.packed import packed_inputs, use_packed_attention
     from gkd.models.proof import Probe
     from gkd.models.resolve import local_folder, resolve_model
+    from gkd.models.sides import Side, describe_sides, union_of_ends
     from gkd.models.subset import choose_layers, config_of_layers, make_student_from_layers, recorded_choice
     from gkd.models.tokenizer_pair import check_tokenizer_pair
     from gkd.models.weights import file_tensors
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "card": ("ModelCard",),
     "coverage": ("check_covers",),
-    "end_tokens": ("Closing", "describe_sides", "end_token_ids", "union_of_ends"),
+    "end_tokens": ("end_token_ids",),
     "export": ("save_final",),
     "heads": ("backbone_of", "head_logits", "head_settings", "output_head", "verify_head"),
     "layer_choice": ("LayerChoice", "choose_by_measure"),
@@ -78,6 +79,7 @@ _HOMES = {
     "fingerprint": ("model_fingerprint",),
     "resolve": ("local_folder", "resolve_model"),
     "cut_config": ("student_config",),
+    "sides": ("Side", "describe_sides", "union_of_ends"),
     "subset": ("choose_layers", "config_of_layers", "make_student_from_layers", "recorded_choice"),
     "tokenizer_pair": ("check_tokenizer_pair",),
     "weights": ("file_tensors",),
@@ -89,10 +91,10 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Closing",
     "LayerChoice",
     "ModelCard",
     "Probe",
+    "Side",
     "StateReader",
     "WidthChoice",
     "adapter_parameters",

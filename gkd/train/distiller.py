@@ -113,7 +113,7 @@ class Distiller:
     def _describe_models(self) -> list[str]:
         """Nothing of models on the hub, which are not asked for here."""
         from gkd.models import (
-            Closing,
+            Side,
             check_covers,
             describe_sides,
             empty_model,
@@ -140,7 +140,7 @@ class Distiller:
                 check_covers(path, key=key)
         if paths.keys() != names.keys():
             return []
-        sides = {key: Closing.of(path, key=key) for key, path in paths.items()}
+        sides = {key: Side.of(path, key=key) for key, path in paths.items()}
         lines = describe_sides(sides, self.config.rollout.stop_token_ids)
         student = student_config(paths["student.model"], self.config.student.init)  # raises for what does not fit
         if (init := self.config.student.init) is not None:

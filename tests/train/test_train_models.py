@@ -59,10 +59,11 @@ def test_either_sides_end_token_ends_a_completion(config: Config, tmp_path: Path
 
 
 def test_a_dry_run_says_how_the_sides_end(config: Config) -> None:
-    settled, ends, templates = gkd.Distiller(config).check()
+    settled, ends, templates, pad = gkd.Distiller(config).check()
     assert "by auto: a CPU" in settled
     assert "student.model 0 '<|pad|>'; teacher.model 2 '<|end|>'" in ends
     assert templates.startswith("chat templates: that of teacher.model differs")
+    assert pad.startswith("pad token: student.model has none of its own")
 
 
 @pytest.mark.fault

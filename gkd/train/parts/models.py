@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gkd.config import MAIN_TEACHER, Config, Launch
 from gkd.errors import ConfigError
 from gkd.models import (
-    Closing,
+    Side,
     check_covers,
     check_tokenizer_pair,
     describe_sides,
@@ -79,14 +79,14 @@ def locate_models(config: Config, folder: RunFiles, launch: Launch, placements: 
         placements.sampler.check_student(student)
     if config.student.lora is not None:
         lora_targets(empty_model(student), config.student.lora)  # raises for what cannot be adapted
-    sides = {"student.model": Closing.of(source, revision=revision)}
+    sides = {"student.model": Side.of(source, revision=revision)}
     tokenizer = sides["student.model"].tokenizer
     _check_context("student.model", student, config.longest_sequence, "data.max_prompt_tokens")
     rows = _vocabulary_rows(student)
     shared: list[int] = []
     for name, path in ((MAIN_TEACHER, teacher_path), *teacher_paths.items()):
         key = f"{config.teacher_key(name)}.model"
-        sides[key] = Closing.of(path, revision=config.teachers[name].revision, key=key)
+        sides[key] = Side.of(path, revision=config.teachers[name].revision, key=key)
         shared.append(_check_teacher(config, name, path, tokenizer, sides[key].tokenizer, rows))
     chosen = config.rollout.stop_token_ids
     for line in describe_sides(sides, chosen):
