@@ -60,7 +60,6 @@ class Registry(Generic[T]):
 
 
 REPLAY = "replay"  # the source of texts that an older student sampled
-MIXED = "mixed"  # the source of texts that student and teacher draw token by token
 
 
 class Drawn(Enum):
@@ -69,12 +68,18 @@ class Drawn(Enum):
     BY_STUDENT = auto()  # of the step: on policy
     BY_EARLIER_STUDENT = auto()
     FROM_MIXTURE = auto()  # each from a P + (1 - a) Q in the step, a the rollout's `teacher_share`
+    CORRECTED = auto()  # by the student of the step, and by the teacher instead where it would not have said that
     ELSEWHERE = auto()  # the text comes back as it is, and the student's sampler is not asked
 
     @property
     def in_step(self) -> bool:
         """The student's sampler takes part, with the weights of the step."""
-        return self in (Drawn.BY_STUDENT, Drawn.FROM_MIXTURE)
+        return self is Drawn.BY_STUDENT or self.with_teacher
+
+    @property
+    def with_teacher(self) -> bool:
+        """The teacher takes part, in the step."""
+        return self in (Drawn.FROM_MIXTURE, Drawn.CORRECTED)
 
     @property
     def asks_sampler(self) -> bool:
@@ -105,7 +110,8 @@ SOURCES = SourceRegistry(
         "teacher": ("gkd.rollout.sources.teacher:TeacherSource", Drawn.ELSEWHERE),
         "dataset": ("gkd.rollout.sources.dataset:DatasetSource", Drawn.ELSEWHERE),
         REPLAY: ("gkd.rollout.sources.replay:ReplaySource", Drawn.BY_EARLIER_STUDENT),
-        MIXED: ("gkd.rollout.sources.mixed:MixedSource", Drawn.FROM_MIXTURE),
+        "mixed": ("gkd.rollout.sources.mixed:MixedSource", Drawn.FROM_MIXTURE),
+        "speculative": ("gkd.rollout.sources.speculative:SpeculativeSource", Drawn.CORRECTED),
     }
 )
 """Where the completions of a mixture come from."""

@@ -62,6 +62,13 @@ class SampleRequest:
 
     prompt_ids: tuple[int, ...]
     seed: int
+    most_tokens: int | None = None  # of the completion, where that is less than the settings say
+
+    def limited(self, settings: SamplingSettings) -> SamplingSettings:
+        """How this completion is drawn."""
+        if self.most_tokens is None or self.most_tokens >= settings.max_new_tokens:
+            return settings
+        return replace(settings, max_new_tokens=self.most_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +91,7 @@ class Rollout:
     draw: PromptDraw
     source: str  # of gkd.registry.SOURCES
     completion_ids: tuple[int, ...]
-    logprobs: tuple[float, ...] | None = None  # student samples only
+    logprobs: tuple[float, ...] | None = None  # student samples only; NaN of a token that the teacher drew among them
     weights_version: int | None = None  # student samples only
     teacher_share: float = 0.0  # the teacher's in the distribution that each token was drawn from, beside the student's
 

@@ -11,7 +11,6 @@ import typer
 
 from gkd.config import load_config
 from gkd.errors import ConfigError
-from gkd.registry import MIXED
 
 if TYPE_CHECKING:
     from gkd.planning.devices import Device
@@ -59,13 +58,16 @@ def plan_command(
         raise ConfigError(
             "other_teachers: gkd plan knows of one teacher; add other_teachers={} for a run with it alone"
         )
-    if resolved.mixture.uses(MIXED):
-        raise ConfigError("mixture.mixed: gkd plan does not know what it takes to draw token by token; set it to 0")
     placement = teacher or resolved.teacher.placement
     if placement == "topk":
         raise ConfigError(
             "teacher.placement: gkd plan cannot know what another server takes for a top k; --teacher served plans for "
             "one of hidden states"
+        )
+    if placement != "local" and resolved.mixture.with_teacher:
+        raise ConfigError(
+            f"--teacher: a {placement} one cannot draw the texts of mixture.{resolved.mixture.with_teacher[0]}; "
+            "leave it out, or set that to 0"
         )
     if placement == "served" and teacher_gpus < 1:
         raise ConfigError(f"--teacher-gpus: {teacher_gpus} must be at least 1")

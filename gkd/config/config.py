@@ -23,7 +23,7 @@ from gkd.config.sections import (
 )
 from gkd.config.teachers import OtherTeacherConfig, TeacherConfig
 from gkd.errors import ConfigError
-from gkd.registry import MIXED, REPLAY
+from gkd.registry import REPLAY
 from gkd.schema import Section
 
 _ROUNDING = 1e-6  # of fractions that add up
@@ -102,7 +102,7 @@ class Config(Section):
                 f"mixture.replay: has no meaning with rollout.staleness = {rollout.staleness}, where texts are sampled "
                 "ahead of what a checkpoint holds; set one of them to 0"
             )
-        self._check_mixed()
+        self._check_together()
         if rollout.lora_sync == "adapter" and self.student.lora is None:
             raise ValueError("rollout.lora_sync: adapter needs student.lora, which is null; set it to auto")
         if rollout.lora_sync == "adapter" and rollout.placement == "served":
@@ -156,24 +156,25 @@ class Config(Section):
             return "of one teacher; leave out other_teachers, or the term"
         return None
 
-    def _check_mixed(self) -> None:
+    def _check_together(self) -> None:
         """Student and teacher draw a text together only beside one another, each from its own distribution."""
-        if not self.mixture.uses(MIXED):
-            return
         rollout = self.rollout
-        needed = {
-            "rollout.engine": (rollout.engine, "transformers"),
-            "rollout.temperature": (rollout.temperature, 1.0),
-            "rollout.top_p": (rollout.top_p, 1.0),
-            "rollout.top_k": (rollout.top_k, 0),
-            "teacher.placement": (self.teacher.placement, "local"),
-            "teacher.cache_gib": (self.teacher.cache_gib, 0.0),
-        }
-        for key, (value, only) in needed.items():
-            if value != only:
-                raise ValueError(f"{key}: {value} cannot draw the texts of mixture.mixed; set it to {only}")
-        if self.other_teachers:
-            raise ValueError("other_teachers: mixture.mixed draws from one teacher; leave them out, or set that to 0")
+        for source in self.mixture.with_teacher:
+            needed = {
+                "rollout.temperature": (rollout.temperature, 1.0),
+                "rollout.top_p": (rollout.top_p, 1.0),
+                "rollout.top_k": (rollout.top_k, 0),
+                "rollout.staleness": (rollout.staleness, 0),  # the teacher would score in two threads
+                "rollout.tensor_parallel": (rollout.tensor_parallel, 1),  # ranks have different numbers of rounds
+                "teacher.placement": (self.teacher.placement, "local"),
+            }
+            for key, (value, only) in needed.items():
+                if value != only:
+                    raise ValueError(f"{key}: {value} cannot draw the texts of mixture.{source}; set it to {only}")
+            if self.other_teachers:
+                raise ValueError(
+                    f"other_teachers: mixture.{source} draws from one teacher; leave them out, or set that to 0"
+                )
 
     def _check_views(self) -> None:
         for name, teacher in self.teachers.items():
@@ -191,8 +192,6 @@ class Config(Section):
                     f"{key} ({term.kind}) compares states of prompts, so that both have to read the same; compare "
                     "hidden_states of scored tokens, or leave the term out"
                 )
-        if self.mixture.uses(MIXED):
-            return "mixture.mixed has the teacher go on with the student's own prompt; set that to 0"
         return None
 
     def _check_routes(self) -> None:

@@ -17,7 +17,7 @@ _MOST_STEPS = 100_000  # a fraction of a second
 
 class MixtureConfig(Section):
     """Each source's probability for a sample: numbers or schedules that add up to 1 at every step. Besides those below
-    `replay` and `mixed` (see `rollout.replay` and `rollout.mixed`) and the sources of plugins."""
+    `replay`, `mixed` and `speculative` (see `rollout.replay` and so on) and the sources of plugins."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True, allow_inf_nan=False)
     __pydantic_extra__: dict[str, FractionSchedule] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]  # other sources
@@ -63,6 +63,11 @@ class MixtureConfig(Section):
     @property
     def ever_asks_sampler(self) -> bool:
         return any(self.uses(name) and SOURCES.drawn(name).asks_sampler for name in self.shares)
+
+    @property
+    def with_teacher(self) -> list[str]:
+        """Sources of texts that student and teacher draw together, in the step."""
+        return [name for name in self.shares if SOURCES.drawn(name).with_teacher and self.uses(name)]
 
     def _steps_to_check(self) -> Iterable[int]:
         """Where ramps that run together cancel, their corners; else every step from the first ramp's start on."""

@@ -238,6 +238,20 @@ class ReplayConfig(Section):
 class MixedConfig(Section):
     teacher_share: float = Field(0.2, gt=0.0, lt=1.0, description="alpha: chance of each token to be the teacher's")
 
+    @property
+    def tokens_a_turn(self) -> float:
+        """Mean length by which a text grows from one time that the teacher reads it to the next."""
+        return 1.0 / self.teacher_share
+
+
+class SpeculativeConfig(Section):
+    top_k: int = Field(25, ge=1, description="a token that is not among the teacher's so many most likely is replaced")
+    block_tokens: int = Field(8, ge=1, description="that the student proposes before the teacher reads them")
+
+    def tokens_a_turn(self, accepted_share: float) -> float:
+        """As of `MixedConfig`, where each token of the student's is accepted with that chance."""
+        return sum(accepted_share**place for place in range(self.block_tokens))
+
 
 class RolloutConfig(Section):
     engine: Literal["vllm", "transformers"] = Field("vllm", description="which sampler; transformers is the reference")
@@ -272,6 +286,7 @@ class RolloutConfig(Section):
     samples_per_prompt: int = Field(1, ge=1, description="completions a prompt in one step")
     replay: ReplayConfig = ReplayConfig()  # pyright: ignore[reportCallIssue]  # of mixture.replay
     mixed: MixedConfig = MixedConfig()  # pyright: ignore[reportCallIssue]  # of mixture.mixed
+    speculative: SpeculativeConfig = SpeculativeConfig()  # pyright: ignore[reportCallIssue]  # of mixture.speculative
     stop_token_ids: list[int] | None = Field(
         None, description="null = the end tokens of student, teachers and their chat templates"
     )

@@ -139,6 +139,7 @@ def own_shared_memory() -> Iterator[None]:
 
 def vllm_request(request: SampleRequest, settings: SamplingSettings, vocabulary_rows: int) -> VllmRequest:
     """`vocabulary_rows` are the model's: vLLM refuses to exclude an id that it has not."""
+    settings = request.limited(settings)
     excluded = range(settings.shared_vocab or vocabulary_rows, vocabulary_rows)
     return _request(
         request.prompt_ids,

@@ -50,6 +50,8 @@ METRICS: dict[str, str] = {  # name -> "unit: meaning"
     "weights_version": "count: optimizer steps behind the weights that the step's completions were sampled from",
     "rollout/staleness": "count: optimizer steps behind the newest weights that the student's samples of the step "
     "were, on average; with `rollout.staleness` only",
+    "rollout/teacher_share": "fraction: tokens that the teacher drew, of the texts that student and teacher drew "
+    "together in the step; with `mixture.mixed` or `mixture.speculative` only",
     "heldout/forward_kl": "nats: KL(teacher || student), mean over the held-out prompts' scored tokens",
     "heldout/reverse_kl": "nats: KL(student || teacher), mean over the held-out prompts' scored tokens",
     "heldout/jsd": "nats: Jensen-Shannon divergence at beta 0.5, mean over the held-out prompts' scored tokens",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from gkd.planning import devices, memory, time
-from gkd.planning.setup import Setup
+from gkd.planning.setup import ACCEPTED_SHARE, Setup
 
 
 class Assumption(NamedTuple):
@@ -36,6 +36,7 @@ def assumptions(setup: Setup) -> list[Assumption]:
         Assumption("padding", time.PADDING, "x", "padded tokens by real ones"),
         Assumption("efficiency: sample", eff.sample, "of peak", origin),
         Assumption("sampler's own time a step", setup.decode_overhead_s * 1e3, "ms", own),
+        Assumption("speculative: accepted", ACCEPTED_SHARE, "of the tokens", "assumed; it grows as the student learns"),
         Assumption("efficiency: score", eff.score, "of peak", origin),
         Assumption("efficiency: train", eff.train, "of peak", origin),
         Assumption("efficiency: optimizer", eff.optimizer, "of bandwidth", origin),

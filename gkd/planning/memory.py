@@ -83,7 +83,7 @@ def memory_plan(setup: Setup) -> MemoryPlan:
     return MemoryPlan(
         resident={**state, **teacher.resident(setup), **always},
         phases={
-            "sample": awake,
+            "sample": awake | (teacher.scoring(setup) if setup.together_share else {}),
             "score": {**teacher.scoring(setup), "teacher hidden states": teacher.states_bytes(setup)},
             "train": _training(setup),
             "sync": awake | _sync(setup),

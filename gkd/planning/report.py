@@ -98,7 +98,8 @@ def _setup_json(setup: Setup) -> dict[str, Any]:
         "offload_optimizer", "offload_parameters", "checkpointing", "student_dtype", "teacher_dtype", "prompt_tokens",
         "completion_tokens", "max_prompt_tokens", "max_new_tokens", "student_share", "sampler_memory_share",
         "teacher_placement", "teacher_devices", "sampler_devices", "sleep_level", "sampler_replicas",
-        "staleness", "head_products", "extra_forwards", "projector_parameters", "state_widths",
+        "staleness", "head_products", "extra_forwards", "projector_parameters", "state_widths", "together_share",
+        "teacher_turns", "proposed_share",
     )  # fmt: skip
     return {"device": setup.device.name, **{name: getattr(setup, name) for name in names}}
 
@@ -235,6 +236,12 @@ def _head(report: Report, console: Console) -> None:
         f"on       {where}, ZeRO-{setup.zero_stage}, {setup.batch_size} sequences a step, "
         f"{setup.micro_batch_size} a micro-batch, {setup.student_share:.0%} sampled by the student",
     )
+    if setup.together_share:
+        _line(
+            console,
+            f"         {setup.together_share:.0%} of the texts are drawn with the teacher, which reads each of them "
+            f"{setup.teacher_turns:.3g} times meanwhile",
+        )
     if setup.teacher_placement == "unasked":
         _line(console, "         no term of the objective needs the teacher: it is not asked")
     if setup.sampler_replicas:

@@ -16,6 +16,7 @@ from gkd.registry import SOURCES
 from gkd.schedules import largest
 from gkd.types import ModelShape
 
+ACCEPTED_SHARE = 0.9  # ASSUMPTION: of the tokens that a student proposes to a speculating teacher
 Placement = Literal["local", "sharded", "served", "unasked"]  # the last: no term of the objective needs a teacher
 
 
@@ -61,6 +62,9 @@ class Setup:
     adapter_parameters: int = 0  # of LoRA, beside a frozen student; 0: all of the student is trained
     sampler_applies_adapter: bool = False  # and is sent nothing else; otherwise merged weights
     extra_forwards: int = 0  # of the student in a step, without a gradient
+    together_share: float = 0.0  # of the completions that student and teacher draw together; in `student_share`
+    teacher_turns: float = 0.0  # times that the teacher reads such a text while it is sampled
+    proposed_share: float = 1.0  # tokens that the student draws for one of such a text
     projector_parameters: int = 0  # learned by terms beside the student
     state_widths: tuple[int, int] = (0, 0)  # of layers' states that the teacher gives: a scored token, any token
     settled_lines: tuple[str, ...] = field(default=(), compare=False)  # what auto became and why, and what is slow
@@ -94,6 +98,11 @@ class Setup:
         """Sequences of a step that one sampler completes, on average; at least one if it has any."""
         samplers = self.sampler_replicas or self.devices
         return max(1.0, self.batch_size / samplers * self.student_share) if self.student_share else 0.0
+
+    @property
+    def together_sequences(self) -> float:
+        """Sequences of a step on one rank that student and teacher draw together."""
+        return self.local_sequences * self.together_share
 
     @property
     def scored_tokens(self) -> float:
@@ -177,6 +186,9 @@ def setup_of(
         sampler_replicas = len(config.rollout.addresses or ())
     lora = config.student.lora
     projectors, state_widths = _states(config, student, teacher)
+    completion = _mean("--completion-tokens", completion_tokens, config.rollout.most_new_tokens, 1.0)
+    together_share, teacher_turns, proposed_share = _together(config, completion)
+    asks_teacher = config.objective.needs_teacher or together_share > 0
     return Setup(
         student=student,
         teacher=teacher,
@@ -196,7 +208,7 @@ def setup_of(
         max_prompt_tokens=config.data.max_prompt_tokens,
         max_new_tokens=config.rollout.most_new_tokens,
         prompt_tokens=_mean("--prompt-tokens", prompt_tokens, config.data.max_prompt_tokens, 0.5),
-        completion_tokens=_mean("--completion-tokens", completion_tokens, config.rollout.most_new_tokens, 1.0),
+        completion_tokens=completion,
         teacher_prompt_share=config.longest_prompt_of(MAIN_TEACHER)[0] / config.data.max_prompt_tokens,
         student_share=_sampled_share(config),
         sends_weights=config.mixture.ever_asks_sampler,
@@ -208,8 +220,11 @@ def setup_of(
         chunk_bytes=float(loss_chunk_bytes(device.torch_type) if chunk_mib is None else chunk_mib << 20),
         head_products=config.objective.head_products,
         extra_forwards=config.objective.extra_forwards,
-        teacher_placement=teacher_placement if config.objective.needs_teacher else "unasked",
-        teacher_devices=teacher_devices if config.objective.needs_teacher else 0,
+        together_share=together_share,
+        teacher_turns=teacher_turns,
+        proposed_share=proposed_share,
+        teacher_placement=teacher_placement if asks_teacher else "unasked",
+        teacher_devices=teacher_devices if asks_teacher else 0,
         sampler_devices=1 if sampler_replicas else config.rollout.tensor_parallel,
         sleep_level=known(config.rollout.sleep_level),
         sampler_replicas=sampler_replicas,
@@ -225,6 +240,25 @@ def setup_of(
 def _sampled_share(config: Config) -> float:
     """Of a step's completions those that the student samples, where most of them are."""
     return min(1.0, sum(largest(share) for name, share in config.mixture.shares.items() if SOURCES.drawn(name).in_step))
+
+
+def _together(config: Config, completion_tokens: float) -> tuple[float, float, float]:
+    """`Setup.together_share`, `teacher_turns` and `proposed_share`. Raises ConfigError for a source of a plugin's."""
+    mixed, speculative = config.rollout.mixed, config.rollout.speculative
+    corrected = speculative.tokens_a_turn(ACCEPTED_SHARE)
+    known_sources = {  # tokens of a turn, and tokens that the student draws for one of the text
+        "mixed": (mixed.tokens_a_turn, 1.0 - mixed.teacher_share),
+        "speculative": (corrected, speculative.block_tokens / corrected),
+    }
+    shares = {name: largest(config.mixture.shares[name]) for name in config.mixture.with_teacher}
+    for name in shares.keys() - known_sources.keys():
+        raise ConfigError(f"mixture.{name}: gkd plan does not know how often the teacher reads its texts; set it to 0")
+    total = sum(shares.values())
+    if not total:
+        return 0.0, 0.0, 1.0
+    turns = sum(share * completion_tokens / known_sources[name][0] for name, share in shares.items()) / total
+    proposed = sum(share * known_sources[name][1] for name, share in shares.items()) / total
+    return min(1.0, total), turns, proposed
 
 
 def _states(config: Config, student: Architecture, teacher: Architecture) -> tuple[int, tuple[int, int]]:

@@ -108,8 +108,8 @@ def _sleep_levels(setup: Setup) -> set[int]:
 
 
 def _elsewhere(setup: Setup) -> Iterator[Setup]:
-    """The teacher sharded over the training devices, or served by a few of its own."""
-    if setup.teacher_placement == "unasked":
+    """The teacher sharded over the training devices, or served by a few of its own; not one that draws texts."""
+    if setup.teacher_placement == "unasked" or setup.together_share:
         return
     if setup.devices > 1:
         yield replace(setup, teacher_placement="sharded", teacher_devices=0)
@@ -133,7 +133,8 @@ def _own_sampler(setup: Setup) -> Iterator[Setup]:
 
 
 def _split(setup: Setup) -> Iterator[Setup]:
-    for devices in (2, 4, 8):
+    """A sampler over several ranks; not where each goes on at its own pace, together with the teacher."""
+    for devices in () if setup.together_share else (2, 4, 8):
         if devices <= setup.device.devices_a_node and setup.devices % devices == 0 and not setup.sampler_replicas:
             yield replace(setup, sampler_devices=devices)
 

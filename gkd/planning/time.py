@@ -126,14 +126,33 @@ def sampling_s(setup: Setup) -> Seconds:
     context = setup.prompt_tokens + setup.completion_tokens / 2
     read = student.weights_read_bytes(running, setup.student_dtype)
     read += running * context * student.kv_bytes(setup.student_dtype)
+    again = setup.together_share / setup.student_share  # of the sequences, those that are gone on with turn by turn
+    steps *= 1.0 + again * (setup.proposed_share - 1.0)
     decode = steps * running * (student.forward_flops(context) + student.head_flops)
     prefill = sequences * setup.prompt_tokens * student.forward_flops(setup.prompt_tokens / 2)
+    if not setup.vllm:  # which has a prefix cache
+        prefill += sequences * again * setup.teacher_turns * context * student.forward_flops(context / 2)
     together = setup.sampler_devices * eff
-    return {
+    return _teachers_turns_s(setup) | {
         "weights and cache": steps * read / device.bandwidth_bytes_per_s / together,
         "compute": (decode + prefill) / _flops_per_s(setup, setup.student_dtype) / together,
         "engine's own": steps * setup.decode_overhead_s,
     }
+
+
+def _teachers_turns_s(setup: Setup) -> Seconds:
+    """Of a local teacher, which reads all of a text at each turn."""
+    if not setup.together_share:
+        return {}
+    teacher, device, eff = setup.teacher, setup.device, setup.device.efficiency.score
+    context = setup.teacher_mean_tokens - setup.completion_tokens / 2
+    tokens = setup.together_sequences * context * PADDING  # of one turn of all texts
+    micro_batches = math.ceil(setup.together_sequences / setup.scoring_micro_batch_size)
+    flops = tokens * teacher.forward_flops(context / 2)
+    flops += setup.together_sequences * setup.completion_tokens / setup.teacher_turns * teacher.head_flops
+    read = micro_batches * teacher.weights_read_bytes(tokens / micro_batches, setup.teacher_dtype)
+    compute_s = flops / _flops_per_s(setup, setup.teacher_dtype)
+    return {"teacher's turns": setup.teacher_turns * (compute_s + read / device.bandwidth_bytes_per_s) / eff}
 
 
 def scoring_s(setup: Setup) -> Seconds:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from gkd.types import Completion, SampleRequest, SamplingSettings
 
@@ -11,10 +11,6 @@ if TYPE_CHECKING:
     import torch
 
     from gkd.models.held import WeightChecksums
-
-
-NextLogits = Callable[[Sequence[Sequence[int]]], "torch.Tensor"]
-"""Of each text of token ids the logits of its next token, [number of texts, V], at temperature 1."""
 
 
 class Sampler(Protocol):
@@ -58,15 +54,3 @@ class Sampler(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-@runtime_checkable
-class MixingSampler(Protocol):
-    """A sampler whose texts another model may draw tokens of."""
-
-    def generate_mixed(
-        self, requests: Sequence[SampleRequest], settings: SamplingSettings, other: NextLogits, share: float
-    ) -> list[Completion]:
-        """As `generate`, but each token is drawn from `other` with probability `share`. `logprobs` are the sampler's
-        own, whoever drew. A request's seed alone decides who draws, and what."""
-        ...

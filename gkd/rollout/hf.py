@@ -20,8 +20,6 @@ from transformers import (
 from gkd.config import LoraConfig
 from gkd.models import adapter_parameters, inject_lora, load_causal_lm
 from gkd.models.held import WeightChecksums
-from gkd.rollout.base import NextLogits
-from gkd.seeding import derive_uniform
 from gkd.types import Completion, SampleRequest, SamplingSettings
 
 
@@ -54,34 +52,6 @@ class _SharedVocabulary(LogitsProcessor):
         return scores
 
 
-class _OthersDraws(LogitsProcessor):
-    """Another model's logits in the rows whose coin says so: exact, as nothing is drawn that is thrown away."""
-
-    def __init__(
-        self, requests: Sequence[SampleRequest], stop_token_ids: Sequence[int], other: NextLogits, share: float
-    ) -> None:
-        self._requests, self._other, self._share = requests, other, share
-        self._stops = frozenset(stop_token_ids)
-        self._prompts_width = max(len(request.prompt_ids) for request in requests)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        drawn = input_ids[:, self._prompts_width :].tolist()  # by now, of each row
-        position = input_ids.shape[1] - self._prompts_width
-        rows = [
-            row
-            for row, request in enumerate(self._requests)
-            if derive_uniform(request.seed, "coin", position) < self._share and self._stops.isdisjoint(drawn[row])
-        ]
-        if not rows:
-            return scores
-        logits = self._other([[*self._requests[row].prompt_ids, *drawn[row]] for row in rows])
-        columns = min(logits.shape[1], scores.shape[1])
-        mixed = scores.to(torch.float32, copy=True)  # `scores` are kept as the model's own
-        mixed[rows] = -torch.inf
-        mixed[rows, :columns] = logits[:, :columns].to(mixed)
-        return mixed
-
-
 class HfSampler:
     """Implements `Sampler` with a transformers model of its own."""
 
@@ -108,29 +78,14 @@ class HfSampler:
         self._max_num_seqs = max_num_seqs
 
     def generate(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[Completion]:
-        return [
-            completion
-            for part in self._at_once(requests)
-            for completion in self._generate(part, settings, _processors(part, settings))
-        ]
-
-    def generate_mixed(
-        self, requests: Sequence[SampleRequest], settings: SamplingSettings, other: NextLogits, share: float
-    ) -> list[Completion]:
-        """Implements `MixingSampler`, token by token: `other` reads the whole text for each token that it draws."""
-        completions: list[Completion] = []
-        for part in self._at_once(requests):
-            draws = _OthersDraws(part, settings.stop_token_ids, other, share)
-            completions += self._generate(part, settings, LogitsProcessorList([draws, *_processors(part, settings)]))
-        return completions
+        return [completion for part in self._at_once(requests) for completion in self._generate(part, settings)]
 
     def _at_once(self, requests: Sequence[SampleRequest]) -> list[Sequence[SampleRequest]]:
         return [requests[start : start + self._max_num_seqs] for start in range(0, len(requests), self._max_num_seqs)]
 
     @torch.no_grad()
-    def _generate(
-        self, requests: Sequence[SampleRequest], settings: SamplingSettings, processors: LogitsProcessorList
-    ) -> list[Completion]:
+    def _generate(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[Completion]:
+        limits = [request.limited(settings).max_new_tokens for request in requests]
         longest = max(len(request.prompt_ids) for request in requests)
         rows = [[self._pad_token_id] * (longest - len(r.prompt_ids)) + list(r.prompt_ids) for r in requests]
         mask = [[0] * (longest - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests]
@@ -139,18 +94,21 @@ class HfSampler:
             attention_mask=torch.tensor(mask, device=self._device),
             generation_config=GenerationConfig(
                 do_sample=False,
-                max_new_tokens=settings.max_new_tokens,
+                max_new_tokens=max(limits),
                 eos_token_id=list(settings.stop_token_ids) or None,
                 pad_token_id=self._pad_token_id,
                 return_dict_in_generate=True,
                 output_logits=True,
             ),
-            logits_processor=processors,
+            logits_processor=_processors(requests, settings),
         )
         tokens = output.sequences[:, longest:].cpu()  # [B, T]
         logits = torch.stack(output.logits, dim=1).float().cpu()  # [B, T, V]
         logprobs = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]  # [B, T]
-        return [_cut(t, lp, settings.stop_token_ids) for t, lp in zip(tokens.tolist(), logprobs.tolist(), strict=True)]
+        return [
+            _cut(t[:limit], lp[:limit], settings.stop_token_ids)
+            for t, lp, limit in zip(tokens.tolist(), logprobs.tolist(), limits, strict=True)
+        ]
 
     @torch.no_grad()
     def probe(self, token_ids: Sequence[int]) -> list[Sequence[float]]:

@@ -7,16 +7,16 @@ depends on (seed, step, prompt, sample) alone: the same on all ranks and after a
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
-from gkd.config import MixtureConfig, ReplayConfig
+from gkd.config import MixtureConfig, RolloutConfig
 from gkd.errors import SamplerError
 from gkd.registry import SOURCES
-from gkd.rollout.base import NextLogits
-from gkd.rollout.sources import Source, SourceContext
+from gkd.rollout.sources import Scores, Source, SourceContext
 from gkd.rollout.sources.teacher import teacher_request
 from gkd.rollout.sync import SyncedSampler
 from gkd.seeding import derive_uniform
@@ -57,20 +57,18 @@ class MixtureRollouts:
         seed: int,
         teacher_completion: Callable[[SampleRequest], Completion],
         prompts: Mapping[int, Prompt],
-        replay: ReplayConfig,
-        teacher_share: float = 0.0,
-        teacher_logits: NextLogits | None = None,
+        options: RolloutConfig,
+        teacher_scores: Scores,
         staleness: int = 0,
     ) -> None:
-        """`settings`: how the student samples at a step. `prompts`: of the data, by their index. `teacher_share`,
-        `teacher_logits`: of mixed texts. `staleness`: steps that the student's weights may be behind."""
+        """`settings`: how the student samples at a step. `prompts`: of the data, by their index. `options`: of sources,
+        by their names. `teacher_scores`: of any text, now. `staleness`: steps that the student's weights may be
+        behind."""
         self._sampler = sampler
         self._mixture = mixture
         self._seed = seed
         self._staleness = staleness
-        context = SourceContext(
-            sampler, settings, teacher_completion, seed, prompts, replay, teacher_share, teacher_logits
-        )
+        context = SourceContext(sampler, settings, teacher_completion, seed, prompts, options, teacher_scores)
         self._sources: dict[str, Source] = {
             name: SOURCES[name](name, context) for name in mixture.shares if mixture.uses(name)
         }
@@ -121,6 +119,12 @@ class MixtureRollouts:
 def generated_tokens(rollouts: Sequence[Rollout]) -> int:
     """Tokens of the texts that the student sampled in the step, alone or with the teacher."""
     return sum(len(rollout.completion_ids) for rollout in rollouts if SOURCES.drawn(rollout.source).in_step)
+
+
+def teacher_tokens(rollouts: Sequence[Rollout]) -> tuple[int, int]:
+    """Tokens of the texts that student and teacher drew together, and those among them that the teacher drew."""
+    together = [r.logprobs or () for r in rollouts if SOURCES.drawn(r.source).with_teacher]
+    return sum(map(len, together)), sum(math.isnan(logprob) for logprobs in together for logprob in logprobs)
 
 
 def mixture_counts(rollouts: Sequence[Rollout], mixture: MixtureConfig) -> dict[str, int]:

@@ -50,7 +50,7 @@ class ServedSampler:
 
         def complete(request: SampleRequest) -> Completion:
             try:
-                return self._pool.attempt(lambda r: self._complete(r, request, settings, update))
+                return self._pool.attempt(lambda r: self._complete(r, request, request.limited(settings), update))
             except NoServerLeftError as error:
                 raise SamplerError(
                     f"no served sampler is left that completes a prompt: {error}", is_temporary=True

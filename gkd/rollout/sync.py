@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from gkd.config import PROBE_TOKENS, Dtype
 from gkd.errors import PartError, WeightSyncError
 from gkd.models.held import FORMS, Forms, WeightChecksums, differences
-from gkd.rollout.base import MixingSampler, NextLogits, Sampler
+from gkd.rollout.base import Sampler
 from gkd.seeding import derive_seed
 from gkd.serving.patience import Patience
 from gkd.types import Completion, SampleRequest, SamplingSettings, WeightStream
@@ -92,20 +92,9 @@ class SyncedSampler:
 
     def generate(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[Completion]:
         """Raises WeightSyncError while the sampler's weights are not proven."""
-        self._assert_proven()
-        return self._sampler.generate(requests, settings)
-
-    def generate_mixed(
-        self, requests: Sequence[SampleRequest], settings: SamplingSettings, other: NextLogits, share: float
-    ) -> list[Completion]:
-        """See `MixingSampler`. Raises WeightSyncError as `generate` does."""
-        self._assert_proven()
-        assert isinstance(self._sampler, MixingSampler)  # the config allows no other
-        return self._sampler.generate_mixed(requests, settings, other, share)
-
-    def _assert_proven(self) -> None:
         if not self._proven:
             raise WeightSyncError("the sampler holds no complete, proven weights; it does not generate")
+        return self._sampler.generate(requests, settings)
 
     def load_weights(self, weights: WeightStream, version: int) -> dict[str, float]:
         """Streams `weights` in, proves them, and sets the version. Returns the `sync/*` metrics.

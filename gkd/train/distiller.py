@@ -95,7 +95,8 @@ class Distiller:
     def check(self, *, resume: bool = False) -> list[str]:
         """Checks what can be checked without loading weights: that vLLM is there if it samples, the data files, the
         run's folder, the DeepSpeed JSON, the servers of a served teacher or sampler, and the folders of models that are
-        here. Returns lines: what `auto` is, advice, what ends a completion, whether the sides' chat templates differ.
+        here. Returns lines: what `auto` is, advice, which texts student and teacher draw together, what ends a
+        completion, whether the sides' chat templates differ.
 
         Raises MissingPackageError, DataError with file:line, ConfigError, MachineError, or ModelError.
         """
@@ -108,7 +109,11 @@ class Distiller:
         self._check_folder()
         check_deepspeed(TrainingSettings.of(config), self._launch.world_size)
         ask_placements(config).close()
-        return [*notes, *warnings, *advice(config), *self._describe_models()]
+        together = [
+            f"mixture.{source}: student and teacher draw together; the teacher reads a text again at each of its turns"
+            for source in config.mixture.with_teacher
+        ]
+        return [*notes, *warnings, *advice(config), *together, *self._describe_models()]
 
     def _describe_models(self) -> list[str]:
         """Nothing of models on the hub, which are not asked for here."""

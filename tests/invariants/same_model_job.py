@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gkd.config import Launch, MixtureConfig, ReplayConfig
+from gkd.config import Launch, MixtureConfig, RolloutConfig
 from gkd.config.training import TrainingSettings
 from gkd.data import pack
 from gkd.engines.sampling import SamplerSpec
@@ -55,7 +55,8 @@ def main() -> None:
         seed=0,
         teacher_completion=lambda request: sys.exit("no teacher completion was asked for"),
         prompts={},
-        replay=ReplayConfig(),
+        options=RolloutConfig(),
+        teacher_scores=lambda rollouts: [],
     ).sample([PromptDraw(p, 0) for p in prompts], step=0)
     model = load_causal_lm(folder, "float32")
     teacher = LocalTeacher(model, device=torch.device("cpu"), micro_batch_size=4, pad_token_id=0)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from gkd.config import ReplayConfig, make_config
+from gkd.config import RolloutConfig, make_config
 from gkd.errors import SamplerError
 from gkd.rollout.ahead import SampleAhead
 from gkd.rollout.base import Sampler
@@ -74,7 +74,8 @@ class Run:
         self.synced.load_weights(self.weights, 0)
         rollouts = MixtureRollouts(
             self.synced, mixture=MIXTURE, settings=lambda step: SamplingSettings(4), seed=3, staleness=staleness,
-            teacher_completion=lambda _: pytest.fail("no teacher here"), prompts={}, replay=ReplayConfig(),
+            teacher_completion=lambda _: pytest.fail("no teacher here"), prompts={}, options=RolloutConfig(),
+            teacher_scores=lambda rollouts: [],
         )  # fmt: skip
         self.ahead = SampleAhead(
             rollouts, batch=batch, last_step=LAST_STEP, staleness=staleness, sum_over_ranks=lambda values: [*values]

@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from gkd.config import MixtureConfig, ReplayConfig
+from gkd.config import MixtureConfig, RolloutConfig
 from gkd.errors import DataError, SamplerError, WeightSyncError
 from gkd.rollout.mixture import MixtureRollouts, draw_source, mixture_counts, teacher_requests
 from gkd.rollout.sources.teacher import teacher_request
@@ -57,7 +57,8 @@ def rollouts_of(sampler: EchoSampler, config: MixtureConfig, seed: int = 3, stal
         seed=seed,
         teacher_completion=lambda request: Completion((100, request.seed % 97), (-1.0, -1.0), "stop"),
         prompts={},
-        replay=ReplayConfig(),
+        options=RolloutConfig(),
+        teacher_scores=lambda rollouts: [],
         staleness=staleness,
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gkd.config import MixtureConfig, ReplayConfig, make_config
+from gkd.config import MixtureConfig, ReplayConfig, RolloutConfig, make_config
 from gkd.errors import ConfigError
 from gkd.objectives.objective import divergence_objective
 from gkd.rollout.mixture import MixtureRollouts
@@ -52,7 +52,8 @@ class Trained:
             seed=3,
             teacher_completion=lambda request: pytest.fail("no teacher here"),
             prompts={draw.prompt.index: draw.prompt for draw in DRAWS},
-            replay=ReplayConfig(**replay),
+            options=RolloutConfig(replay=ReplayConfig(**replay)),
+            teacher_scores=lambda rollouts: pytest.fail("no teacher here"),
         )
 
     def step(self) -> list[Rollout]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,18 @@ def test_stop_tokens_end_and_are_kept(sampler: Sampler) -> None:
     first = free[0].token_ids.index(stop)
     assert cut.token_ids == free[0].token_ids[: first + 1]
     assert cut.finish_reason == "stop" and len(cut.logprobs) == first + 1
+
+
+def test_a_request_may_ask_for_fewer_tokens(sampler: Sampler) -> None:
+    whole = sampler.generate(requests(), SETTINGS)
+    limits = (1, 5, None, 100)
+    asked = [replace(request, most_tokens=limit) for request, limit in zip(requests(), limits, strict=False)]
+    for completion, found, limit in zip(whole, sampler.generate(asked, SETTINGS), limits, strict=False):
+        assert found.token_ids == completion.token_ids[:limit]
+        assert found.logprobs == pytest.approx(completion.logprobs[:limit], abs=1e-4)
+        assert found.finish_reason == (
+            "length" if found.token_ids != completion.token_ids else completion.finish_reason
+        )
 
 
 def test_new_weights_reach_cached_prefixes(sampler: Sampler, model: PreTrainedModel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,15 +72,22 @@ def config(*servers: FakeServer, **rollout: Any) -> Any:
     )  # fmt: skip
 
 
-def generate(*servers: FakeServer, settings: SamplingSettings = SETTINGS) -> list[Completion]:
+def generate(
+    *servers: FakeServer, settings: SamplingSettings = SETTINGS, request: SampleRequest = REQUEST
+) -> list[Completion]:
     sampler = ServedSampler(SamplerReplicas(config(*servers)), is_main=False, from_main=lambda value: value)
     sampler._update = "4-u"
-    return sampler.generate([REQUEST], settings)
+    return sampler.generate([request], settings)
 
 
 def test_what_a_server_sends_is_what_comes_out(make_server: MakeServer) -> None:
     assert generate(make_server()) == [COMPLETION]
     assert completion_from_bytes(completion_to_bytes(COMPLETION), "stop") == COMPLETION
+
+
+def test_a_server_is_asked_for_as_few_tokens_as_the_request_says(make_server: MakeServer) -> None:
+    with pytest.raises(SamplerError, match="more than the 2 tokens that were asked for"):
+        generate(make_server(), request=replace(REQUEST, most_tokens=2))
 
 
 def probed(server: FakeServer) -> list[Sequence[float]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gkd.config import MixtureConfig, ReplayConfig, make_config
+from gkd.config import MixtureConfig, RolloutConfig, make_config
 from gkd.errors import ConfigError
 from gkd.objectives.objective import divergence_objective
 from gkd.plugins import register_source
@@ -66,7 +66,8 @@ def sampled() -> tuple[MixtureRollouts, list[Rollout]]:
         seed=0,
         teacher_completion=lambda request: pytest.fail("no teacher here"),
         prompts={draw.prompt.index: draw.prompt for draw in DRAWS},
-        replay=ReplayConfig(),
+        options=RolloutConfig(),
+        teacher_scores=lambda rollouts: [],
     )
     return rollouts, [rollout for rollout in rollouts.sample(DRAWS, 0) if rollout.source == "mine"]
 

@@ -313,6 +313,13 @@ def test_a_full_disk_ends_a_run_in_one_line_and_before_it_begins(config: Config)
             start()
 
 
+def test_a_dry_run_says_where_the_teacher_takes_part_in_sampling(config: Config) -> None:
+    values = config.model_dump(mode="json", exclude_unset=True)
+    together = make_config({**values, "mixture": {"student": 0.5, "speculative": 0.5}})
+    said = "mixture.speculative: student and teacher draw together; the teacher reads a text again at each of its turns"
+    assert said in Distiller(together).check() and said not in Distiller(config).check()
+
+
 @pytest.mark.fault
 def test_a_dry_run_reads_the_deepspeed_json(config: Config, tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text('{"gradient_cliping": 1.0}')

@@ -1,5 +1,5 @@
 """Where a completion comes from: one source a file, named in `gkd.registry.SOURCES`."""
 
-from gkd.rollout.sources.base import Source, SourceContext
+from gkd.rollout.sources.base import Scores, Source, SourceContext
 
-__all__ = ["Source", "SourceContext"]
+__all__ = ["Scores", "Source", "SourceContext"]

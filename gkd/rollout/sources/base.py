@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gkd.config import ReplayConfig
-from gkd.rollout.base import NextLogits
+from gkd.config import RolloutConfig
 from gkd.rollout.sync import SyncedSampler
 from gkd.seeding import derive_seed
-from gkd.types import Completion, Prompt, PromptDraw, Rollout, SampleRequest, SamplingSettings
+from gkd.types import Completion, Prompt, PromptDraw, Rollout, SampleRequest, SamplingSettings, TeacherScores
+
+Scores = Callable[[Sequence[Rollout]], Sequence[TeacherScores]]
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,8 @@ class SourceContext:
     teacher_completion: Callable[[SampleRequest], Completion]  # written before the run, for every draw that needs one
     seed: int  # of the run; a draw derives from it, the step and the sample alone
     prompts: Mapping[int, Prompt]  # of the data, by their index
-    replay: ReplayConfig
-    teacher_share: float = 0.0  # of the tokens of a mixed text
-    teacher_logits: NextLogits | None = None  # where there are any
+    options: RolloutConfig  # of single sources, each by its name
+    teacher_scores: Scores  # of what is drawn together with the teacher, in the step
 
 
 class Source(ABC):
@@ -46,13 +46,11 @@ class Source(ABC):
             for d in draws
         ]
 
-    def sampled(
-        self, draws: Sequence[PromptDraw], completions: Sequence[Completion], teacher_share: float = 0.0
-    ) -> list[Rollout]:
+    def sampled(self, draws: Sequence[PromptDraw], completions: Sequence[Completion]) -> list[Rollout]:
         """What the student's sampler gave, with its log-probabilities and the version of its weights."""
         version = self.context.sampler.weights_version
         return [
-            Rollout(draw, self.name, completion.token_ids, completion.logprobs, version, teacher_share)
+            Rollout(draw, self.name, completion.token_ids, completion.logprobs, version)
             for draw, completion in zip(draws, completions, strict=True)
         ]
 

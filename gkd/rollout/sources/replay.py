@@ -23,8 +23,8 @@ class ReplaySource(Source):
 
     def __init__(self, name: str, context: SourceContext) -> None:
         super().__init__(name, context)
-        self._max_age = context.replay.max_age
-        self._kept: deque[Rollout] = deque(maxlen=context.replay.size)
+        self._max_age = context.options.replay.max_age
+        self._kept: deque[Rollout] = deque(maxlen=context.options.replay.size)
         self._student = StudentSource("student", context)
 
     def complete(self, draws: Sequence[PromptDraw], step: int) -> list[Rollout]:

@@ -8,7 +8,7 @@ from gkd.config import Config, Launch, MixtureConfig
 from gkd.measures.answers import AnswerScoring, greedy_settings, sample_requests
 from gkd.measures.heldout import HeldoutEvaluation, MeasuresDivergence, heldout_requests, heldout_rollouts
 from gkd.monitor import JsonlSink
-from gkd.rollout.mixture import generated_tokens, mixture_counts
+from gkd.rollout.mixture import generated_tokens, mixture_counts, teacher_tokens
 from gkd.rollout.sync import SyncedSampler
 from gkd.run_files import RunFiles
 from gkd.teacher.base import Teacher
@@ -101,9 +101,12 @@ def _shown_prompts(config: Config, prompts: Prompts) -> Sequence[Prompt]:
 def describe_samples(rollouts: Sequence[Rollout], mixture: MixtureConfig) -> dict[str, float]:
     """What a step's samples were, over all ranks."""
     counts = mixture_counts(rollouts, mixture)
-    total_generated, *realised = sum_all([generated_tokens(rollouts), *counts.values()])
+    total_generated, together, by_teacher, *realised = sum_all(
+        [generated_tokens(rollouts), *teacher_tokens(rollouts), *counts.values()]
+    )
     total = max(1.0, sum(realised))
     return {
         "tokens/generated": total_generated,
+        **({"rollout/teacher_share": by_teacher / together} if together else {}),
         **{f"mixture/{source}": count / total for source, count in zip(counts, realised, strict=True)},
     }

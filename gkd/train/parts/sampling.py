@@ -20,7 +20,6 @@ from gkd.rollout.sync import SyncedSampler, Tolerance, probe_text
 from gkd.run_files import RunFiles
 from gkd.serving.sampler_protocol import RunIdentity
 from gkd.teacher.base import Teacher
-from gkd.teacher.next_logits import next_logits
 from gkd.train.distributed import Neighbours, compute_device, from_main, max_over_ranks, sum_all
 from gkd.train.parts.data import Prompts
 from gkd.train.parts.models import Models, student_revision
@@ -98,9 +97,8 @@ def build_mixture(
         seed=config.run.seed,
         teacher_completion=texts.sampled.get,
         prompts={prompt.index: prompt for prompt in prompts.train.prompts},
-        replay=config.rollout.replay,
-        teacher_share=config.rollout.mixed.teacher_share,
-        teacher_logits=partial(next_logits, teacher),
+        options=config.rollout,
+        teacher_scores=teacher.score,
         staleness=config.rollout.staleness,
     )
 
