@@ -44,22 +44,25 @@ def ragged_rollouts() -> list[Rollout]:
     for index, (prompt, completion) in enumerate(LENGTHS):
         ids = torch.randint(3, 259, (prompt + completion,), generator=generator).tolist()
         draw = PromptDraw(Prompt(index, tuple(ids[:prompt]), "", None), 0)
-        source = "dataset" if index % 3 == 2 else "student"
-        rollouts.append(Rollout(draw, source, tuple(ids[prompt:])))
+        source = "mixed" if index == 7 else "dataset" if index % 3 == 2 else "student"
+        share = 0.3 if source == "mixed" else 0.0
+        rollouts.append(Rollout(draw, source, tuple(ids[prompt:]), teacher_share=share))
     return rollouts
 
 
 def with_sampler_logprobs(rollouts: list[Rollout], model: Any) -> list[Rollout]:
-    """As if a sampler with slightly other weights had drawn the student's."""
+    """As if a sampler with slightly other weights had drawn the student's, and the teacher every third mixed token."""
     generator = torch.Generator().manual_seed(1)
     found: list[Rollout] = []
     for rollout in rollouts:
         noise = torch.randn(len(rollout.completion_ids), generator=generator, dtype=torch.float64) * 0.3
-        if rollout.source == "student":
+        if rollout.source != "dataset":
             ids = torch.tensor([rollout.token_ids])
             with torch.no_grad():
                 logprobs = model(ids).logits[0].double().log_softmax(-1)[:-1]
             own = logprobs.gather(-1, ids[0, 1:, None])[len(rollout.draw.prompt.token_ids) - 1 :, 0]
+            if rollout.source == "mixed":
+                noise[::3] = torch.nan
             rollout = replace(rollout, logprobs=tuple((own + noise).tolist()))
         found.append(rollout)
     return found

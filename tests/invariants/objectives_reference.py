@@ -95,6 +95,13 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
             },
         ]
     },
+    "drawn together": {
+        "terms": [
+            {"kind": "policy_gradient", "advantage": "teacher", "clip_range": 0.2, "on": ["mixed"]},
+            {"kind": "forward_kl", "token_weight": {"importance": {"level": "token"}}, "on": ["mixed"], "weight": 0.5},
+            {"kind": "reverse_kl", "on": ["student", "dataset"]},
+        ]
+    },
     "policy beside a divergence": {
         "reduction": "sequence_mean",
         "terms": [
@@ -336,7 +343,8 @@ def minillm(term: dict[str, Any], student: Tensor, teacher: Tensor, rollout: Rol
             low, high = 1 - term["clip_range"], 1 + term["clip_range"]
             assert rollout.logprobs is not None
             leaf = own[place].detach().requires_grad_()
-            ratio = (leaf - rollout.logprobs[place]).exp()
+            old = rollout.logprobs[place]
+            ratio = (leaf - (leaf.detach() if math.isnan(old) else old)).exp()
             clipped = -torch.minimum(ratio * gain, ratio.clamp(low, high) * gain)
             value = torch.autograd.grad(clipped, leaf)[0] * own[place]
         if is_exact:
@@ -361,6 +369,9 @@ def token_weight(term: dict[str, Any], student: Tensor, teacher: Tensor, rollout
     student_own, teacher_own = own
     divergence = term_value(term, student, teacher, rollout, heat)
     weight = torch.ones(len(student), dtype=torch.float64)
+    if term.get("advantage") == "teacher":
+        share = rollout.teacher_share
+        weight = student_own.exp() / (share * teacher_own.exp() + (1 - share) * student_own.exp())
     for name, options in term.get("token_weight", {}).items():
         if name in ("teacher_entropy", "student_entropy"):
             uncertainty = entropy(p if name == "teacher_entropy" else q)
@@ -380,7 +391,7 @@ def token_weight(term: dict[str, Any], student: Tensor, teacher: Tensor, rollout
             before = torch.tensor([gap[:place].sum() for place in range(len(gap))], dtype=torch.float64)
             weight = weight * (1 + options["gamma"] * (1 - before / gap.sum()))
         elif name == "importance" and rollout.logprobs is not None:
-            ratio = student_own - torch.tensor(rollout.logprobs, dtype=torch.float64)
+            ratio = (student_own - torch.tensor(rollout.logprobs, dtype=torch.float64)).nan_to_num(0.0)
             if options["level"] == "sequence":
                 ratio = ratio.sum().expand_as(ratio)
             weight = weight * ratio.exp().clamp(max=options.get("cap", 2.0))
