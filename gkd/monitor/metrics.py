@@ -24,6 +24,8 @@ METRICS: dict[str, str] = {  # name -> "unit: meaning"
     "divergence/topk_forward_kl": "nats: KL(teacher || student) of K + 1 outcomes, the tokens of a teacher's top k and "
     "all others as one: at most the KL over the vocabulary; mean over the step's tokens that such a teacher scored",
     "divergence/topk_reverse_kl": "nats: KL(student || teacher) of the same outcomes, mean over the same tokens",
+    "divergence/first_token_*": "nats: one of these, of the first token of each completion alone; far above the mean "
+    "where what student and teacher read ends differently",
     "entropy/student": "nats: entropy of the student's next-token distribution, mean over scored tokens",
     "entropy/teacher": "nats: entropy of the teacher's next-token distribution, mean over scored tokens",
     "agreement/top1": "fraction: scored tokens where student and teacher have the same most likely token",
@@ -45,6 +47,9 @@ METRICS: dict[str, str] = {  # name -> "unit: meaning"
     "mismatch/k3": "nats: KL(sampler || trainer), the mean of r - 1 - log r with r = p_trainer / p_sampler of a token",
     "mismatch/max_abs_log_ratio": "nats: largest |log r| of a token that was sampled from the student in the step",
     "mismatch/effective_sample_share": "fraction: (sum r)^2 / (N sum r^2), what weights r would leave of the tokens",
+    "leakage/ngram_share": "fraction: runs of 5 tokens in texts that the student sampled in the step which stand in "
+    "what only its teacher reads; where teachers have a view of their own",
+    "leakage/sample_share": "fraction: such texts that hold any such run",
     "grad_norm": "norm: of the whole gradient, before clipping",
     "lr": "rate: learning rate of the step",
     "weights_version": "count: optimizer steps behind the weights that the step's completions were sampled from",

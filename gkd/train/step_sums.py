@@ -6,6 +6,7 @@ Legend: N scored tokens of a micro-batch, K terms.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
@@ -28,6 +29,7 @@ _METRICS = {
     "teacher_entropy": "entropy/teacher",
     "top1_agreement": "agreement/top1",
 }
+_FIRST = tuple(name for name in _METRICS if name.endswith("_kl"))  # also of first tokens alone
 _NAMES = tuple(dict.fromkeys([*KL_MEASURES, *TOPK_MEASURES]))
 
 
@@ -41,6 +43,7 @@ class StepSums:
         self._terms = [term.name for term in objective.terms]
         self.loss = zeros(1)
         self._measures = zeros(2, len(_NAMES))  # sums, and of how many tokens
+        self._first = zeros(2, len(_FIRST))  # likewise, of the first tokens of completions
         self._values = zeros(2, len(self._terms))  # likewise
         self._state_terms = [term.name for term in objective.state_terms]
         self._state_values = zeros(2, len(self._state_terms))
@@ -51,10 +54,15 @@ class StepSums:
     def add(self, sums: ObjectiveSums, batch: TokenBatch) -> None:
         assert batch.teacher is not None
         self.loss += sums.loss.detach().double()
+        first = _first_tokens(batch).to(sums.measures.device)
         for row, name in enumerate(measure_names(batch.teacher)):
+            values, is_measured = sums.measures[row].double(), sums.measured[row]
             if name in _NAMES:
-                self._measures[0, _NAMES.index(name)] += sums.measures[row].double().sum()
-                self._measures[1, _NAMES.index(name)] += sums.measured[row].sum()
+                self._measures[0, _NAMES.index(name)] += values.sum()
+                self._measures[1, _NAMES.index(name)] += is_measured.sum()
+            if name in _FIRST:
+                self._first[0, _FIRST.index(name)] += values[first].sum()
+                self._first[1, _FIRST.index(name)] += is_measured[first].sum()
         self._values[0] += sums.values.double().sum(1)
         self._values[1] += sums.acts.sum(1)
         if sums.state_values is not None:
@@ -69,9 +77,9 @@ class StepSums:
 
     def metrics(self, denominator: float) -> dict[str, float]:
         """Of the global batch: collective."""
-        parts = [self.loss, self._measures, self._values, self._state_values, self._mismatch]
+        parts = [self.loss, self._measures, self._first, self._values, self._state_values, self._mismatch]
         joined = sum_over_ranks(torch.cat([part.flatten() for part in parts])).cpu()
-        loss, measures, values, state_values, mismatch_sums = (
+        loss, measures, first, values, state_values, mismatch_sums = (
             part.reshape(like.shape).tolist()
             for part, like in zip(joined.split([part.numel() for part in parts]), parts, strict=True)
         )
@@ -81,11 +89,19 @@ class StepSums:
         return {
             "loss": loss[0] / max(denominator, 1e-30),
             **_means([_METRICS[name] for name in _NAMES], *measures),
+            **_means([f"divergence/first_token_{name}" for name in _FIRST], *first),
             **_means([f"objective/{name}/loss" for name in self._terms], *values),
             **_means([f"objective/{name}/loss" for name in self._state_terms], *state_values),
             **{f"objective/{name}/loss": value for name, value in self._batch_values.items()},
             **{f"mismatch/{name}": value for name, value in mismatch.items()},
         }
+
+
+def _first_tokens(batch: TokenBatch) -> torch.Tensor:
+    """int64 into N, of every completion that has one."""
+    starts = accumulate((0, *batch.completion_lengths[:-1]))
+    pairs = zip(starts, batch.completion_lengths, strict=False)  # of an idle micro-batch: none
+    return torch.tensor([start for start, length in pairs if length], dtype=torch.int64)
 
 
 def _means(names: Sequence[str], sums: Sequence[float], counts: Sequence[float]) -> dict[str, float]:

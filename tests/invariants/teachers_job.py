@@ -33,6 +33,10 @@ from gkd.types import HiddenScores, Rollout, TeacherScores, TopkScores
 
 NAMES = ("narrow", "wide", "topk")
 TOP_K = 5
+MEASURED = (
+    "loss", "divergence/forward_kl", "divergence/topk_forward_kl", "divergence/first_token_forward_kl",
+    "divergence/first_token_topk_forward_kl", "entropy/student", "agreement/top1",
+)  # fmt: skip
 
 
 def routed_rollouts() -> list[Rollout]:
@@ -101,7 +105,7 @@ def run_split(
     )
     stats = engine.step(batches, step=0)
     results = {name: ((old[name] - tensor) / LR).contiguous() for name, tensor in engine.whole_weights()}
-    for name in ("loss", "divergence/forward_kl", "divergence/topk_forward_kl", "entropy/student", "agreement/top1"):
+    for name in MEASURED:
         results[name] = torch.tensor(stats[name], dtype=torch.float64)
     return results
 

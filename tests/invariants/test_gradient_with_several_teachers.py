@@ -68,6 +68,8 @@ def reference(student: Path, teachers: list[Path]) -> Figures:
         "loss": loss.detach(),
         "divergence/forward_kl": torch.cat(forward[False]).mean(),
         "divergence/topk_forward_kl": torch.cat(forward[True]).mean(),
+        "divergence/first_token_forward_kl": torch.stack([tokens[0] for tokens in forward[False]]).mean(),
+        "divergence/first_token_topk_forward_kl": torch.stack([tokens[0] for tokens in forward[True]]).mean(),
         "entropy/student": torch.cat(entropy).mean(),
         "agreement/top1": torch.cat(agreement).mean(),
         **{name: p.grad for name, p in s.named_parameters() if p.grad is not None},

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from gkd.config import Config, Launch, MixtureConfig
 from gkd.measures.answers import AnswerScoring, greedy_settings, sample_requests
 from gkd.measures.heldout import HeldoutEvaluation, MeasuresDivergence, heldout_requests, heldout_rollouts
+from gkd.measures.leakage import CopiedCounts, copied_counts, leakage_metrics
 from gkd.monitor import JsonlSink
 from gkd.rollout.mixture import generated_tokens, mixture_counts, teacher_tokens
 from gkd.rollout.sync import SyncedSampler
@@ -101,12 +102,15 @@ def _shown_prompts(config: Config, prompts: Prompts) -> Sequence[Prompt]:
 def describe_samples(rollouts: Sequence[Rollout], mixture: MixtureConfig) -> dict[str, float]:
     """What a step's samples were, over all ranks."""
     counts = mixture_counts(rollouts, mixture)
-    total_generated, together, by_teacher, *realised = sum_all(
-        [generated_tokens(rollouts), *teacher_tokens(rollouts), *counts.values()]
+    copied = copied_counts(rollouts)
+    total_generated, together, by_teacher, *sums = sum_all(
+        [generated_tokens(rollouts), *teacher_tokens(rollouts), *copied, *counts.values()]
     )
+    copied, realised = CopiedCounts(*map(round, sums[: len(copied)])), sums[len(copied) :]
     total = max(1.0, sum(realised))
     return {
         "tokens/generated": total_generated,
         **({"rollout/teacher_share": by_teacher / together} if together else {}),
         **{f"mixture/{source}": count / total for source, count in zip(counts, realised, strict=True)},
+        **leakage_metrics(copied),
     }
