@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from gkd.config import Config, Launch
@@ -76,3 +78,13 @@ def ran(kind: type[Bare], config: Config, *, resume: bool = False) -> tuple[list
 
 def without_times(records: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{k: v for k, v in r.items() if not k.startswith("time/") and not k.endswith("_per_s")} for r in records]
+
+
+def with_views(data: Path, out: Path, content: Callable[[str], str] = "{} The answer is y.".format) -> Path:
+    """The data of a folder in another one; the teacher reads `content` of what the student reads."""
+    for name in ("train.jsonl", "heldout.jsonl"):
+        rows = [json.loads(line) for line in (data / name).read_text().splitlines()]
+        for row in rows:
+            row["teacher_messages"] = [{"role": "user", "content": content(row["prompt"][0]["content"])}]
+        (out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return out

@@ -50,6 +50,7 @@ def plan_command(
     from gkd.planning import report as reports
     from gkd.planning.models import architectures
     from gkd.planning.settled import make_setup
+    from gkd.planning.setup import placement_of
 
     resolved = load_config(config, overrides or ())
     student_model, teacher_model = architectures(resolved, student_config, teacher_config)
@@ -58,7 +59,7 @@ def plan_command(
         raise ConfigError(
             "other_teachers: gkd plan knows of one teacher; add other_teachers={} for a run with it alone"
         )
-    placement = teacher or resolved.teacher.placement
+    placement = teacher or placement_of(resolved)
     if placement == "topk":
         raise ConfigError(
             "teacher.placement: gkd plan cannot know what another server takes for a top k; --teacher served plans for "

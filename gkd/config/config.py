@@ -75,6 +75,7 @@ class Config(Section):
         self.objective.check_batch(bool(self.other_teachers))
         self._check_routes()
         self._check_views()
+        self._check_student_teachers()
         for metric in sorted(self.objective.followed_metrics):
             if metric.startswith("heldout/") and not (self.data.heldout and self.eval.every):
                 raise ValueError(
@@ -154,6 +155,8 @@ class Config(Section):
             return "which teacher.cache_gib does not keep; set that to 0"
         if self.other_teachers:
             return "of one teacher; leave out other_teachers, or the term"
+        if not self.has_weights_of_its_own(MAIN_TEACHER):
+            return "which the student does not tell of itself; leave the term out, or set teacher.weights to ema"
         return None
 
     def _check_together(self) -> None:
@@ -183,6 +186,39 @@ class Config(Section):
                 raise ValueError(f"{section}.{teacher.view_keys[0]}: {fault}")
             if teacher.chat_template is not None and not Path(teacher.chat_template).expanduser().is_file():
                 raise ValueError(f"{section}.chat_template: no file {teacher.chat_template!r}")
+
+    def _check_student_teachers(self) -> None:
+        """A teacher that is the student has what the student has, and no more."""
+        if self.teacher.is_student and self.student.model is None:
+            raise ValueError(
+                "student.model: null is the teacher, and teacher.model: student the student; name a model here"
+            )
+        for name, teacher in self.teachers.items():
+            section = self.teacher_key(name)
+            if not teacher.is_student:
+                continue
+            for source in self.mixture.with_teacher:
+                raise ValueError(f"{section}.model: student cannot draw the texts of mixture.{source}; set that to 0")
+            if teacher.student_weights != "initial" and self.mixture.uses("teacher"):
+                raise ValueError(
+                    f"{section}.weights: {teacher.weights} change, and the texts of mixture.teacher are written once, "
+                    "before training; set that to 0, or this to initial"
+                )
+            if not self.has_weights_of_its_own(name):
+                same = {"dtype": self.student.dtype, "placement": "local", "cache_gib": 0.0}
+                for key, value in same.items():
+                    if getattr(teacher, key) not in (value, "auto"):
+                        raise ValueError(
+                            f"{section}.{key}: {getattr(teacher, key)}, but this teacher is computed by the student in "
+                            f"training; set it to {value}"
+                        )
+
+    def has_weights_of_its_own(self, name: str) -> bool:
+        """Whether a teacher is a model beside the student. With LoRA the initial student is in the student."""
+        teacher = self.teachers[name]
+        if not teacher.is_student:
+            return True
+        return teacher.student_weights == "ema" or (teacher.student_weights == "initial" and self.student.lora is None)
 
     def without_views(self) -> str | None:
         """Why no teacher may read another context than the student, and what to do; None if they may."""

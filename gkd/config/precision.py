@@ -15,7 +15,11 @@ _log = logging.getLogger(__name__)
 
 
 def dtype_choices(config: Config, fastest: ChosenDtype) -> Mapping[str, Choice]:
-    return dict.fromkeys(dtypes_of(config), Choice(fastest.dtype, fastest.reason))
+    choices = dict.fromkeys(dtypes_of(config), Choice(fastest.dtype, fastest.reason))
+    if config.student.dtype != "auto":
+        own = Choice(config.student.dtype, "it is the student, in student.dtype")
+        choices |= {f"{config.teacher_key(name)}.dtype": own for name, t in config.teachers.items() if t.is_student}
+    return choices
 
 
 def slow_warnings(keys: Sequence[str], fastest: ChosenDtype, slowdown: Callable[[], float]) -> list[str]:

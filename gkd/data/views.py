@@ -95,6 +95,29 @@ class RowReaders:
         self.teacher_of: Callable[[int, Row], str] = row_teachers(config, split)
 
 
+def check_teaches(config: Config, rows: Iterable[tuple[str, bool]]) -> None:
+    """`rows`: of each whose it is, and whether that teacher reads another context there than the student.
+
+    Raises ConfigError where a teacher that is the student reads nothing else: with its live weights every divergence is
+    0, with others at the start, so that they move nothing by themselves.
+    """
+    own = {name: teacher for name, teacher in config.teachers.items() if teacher.is_student}
+    if not own or not config.objective.needs_teacher:
+        return
+    seen = {name for name, has_view in rows if has_view}
+    same = [name for name in own if name not in seen]
+    moved_otherwise = len(own) < len(config.teachers) or not all(t.needs_teacher for t in config.objective.terms)
+    for name in same:
+        weights = own[name].student_weights
+        if weights == "live" or not (moved_otherwise or len(same) < len(own)):
+            section = config.teacher_key(name)
+            when = "is 0" if weights == "live" else "begins at 0, and nothing else moves it"
+            raise ConfigError(
+                f"{section}.weights: {weights}: student and teacher are one model that reads one context, so that "
+                f"every divergence {when}; give rows teacher_messages, set {section}.system, or name another teacher"
+            )
+
+
 def check_row_views(rows: Iterable[Row], fault: str | None) -> None:
     """Raises DataError, with file:line, for a row with a view where `fault` says why there must be none."""
     for row in rows if fault is not None else ():

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -136,16 +137,27 @@ def _prepare(config: Config, student: str | None, axes: Sequence[str]) -> _Conte
 
 
 def _with_whole_teacher(config: Config) -> Config:
-    """A teacher that tells a run its top k only is loaded here: what is measured is over the whole vocabulary."""
+    """A teacher that tells a run its top k only is loaded here: what is measured is over the whole vocabulary. Of one
+    that is the student those weights are loaded that stay: the first ones, whatever it reads."""
     if config.other_teachers:
         raise ConfigError(
             "other_teachers: gkd eval compares with one teacher; add other_teachers={} to compare with teacher alone, "
             "and teacher.model=... for another"
         )
-    if config.teacher.placement != "topk":
+    local: dict[str, Any] = {"placement": "local", "addresses": None, "token_file": None}
+    if config.teacher.is_student:
+        local |= _initial_student(config)
+    elif config.teacher.placement != "topk":
         return config
-    local = {"placement": "local", "addresses": None, "token_file": None}
     return config.model_copy(update={"teacher": config.teacher.model_copy(update=local)})
+
+
+def _initial_student(config: Config) -> dict[str, Any]:
+    """Keys of a teacher that is the student as it was before training."""
+    path, revision = config.student.model, config.student.revision
+    if config.student.init is not None:
+        path, revision = str(RunFiles(config.run.folder).student_init), None
+    return {"model": path, "revision": revision, "weights": None, "decay": None}
 
 
 def _result(folder: RunFiles, student: str | None) -> str:

@@ -7,7 +7,8 @@ Weights leave under transformers' names where they are whole, and under those of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -110,6 +111,21 @@ def use_float32_adapters(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if _is_adapter(name):
             parameter.data = parameter.data.float()
+
+
+@contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """In the block the frozen base computes alone, as if there had never been an adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:  # not by `enable_adapters`, which also says what is trained
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def _is_adapter(name: str) -> bool:

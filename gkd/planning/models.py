@@ -260,9 +260,9 @@ def architectures(
 
     Raises ModelError if a config.json cannot be found or read.
     """
-    teacher = _find(config.teacher.model, teacher_config, "teacher.model")
+    teacher = None if config.teacher.is_student else _find(config.teacher.model, teacher_config, "teacher.model")
     student = teacher
-    if config.student.model is not None or student_config is not None:
+    if student is None or config.student.model is not None or student_config is not None:
         student = _find(config.student.model or config.teacher.model, student_config, "student.model")
     if config.student.init is not None and student_config is None:
         init = config.student.init
@@ -270,7 +270,7 @@ def architectures(
         student = student.cut_to(init.count(student.layers))
         if init.width is not None:
             student = student.narrowed(init.width)
-    return student, teacher
+    return student, teacher or student
 
 
 def _find(model: str, file: Path | None, key: str) -> Architecture:

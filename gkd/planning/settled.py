@@ -15,7 +15,7 @@ from gkd.errors import ConfigError, InputError
 from gkd.planning.devices import DEVICES, Device
 from gkd.planning.memory import MemoryPlan, gb, memory_plan
 from gkd.planning.models import Architecture, architectures
-from gkd.planning.setup import Placement, Setup, setup_of
+from gkd.planning.setup import Placement, Setup, placement_of, setup_of
 from gkd.processor import Processor, fastest_dtype, this_processor
 
 SHARE, LEVEL = "rollout.gpu_memory_utilization", "rollout.sleep_level"
@@ -74,7 +74,7 @@ def _memory_of_run(config: Config, processor: Processor, ranks: int) -> Mapping[
     """`memory_choices` on a GPU of this memory; of a run that cannot be planned what such a run has always taken."""
     if config.other_teachers:
         return plain_memory("what several teachers need is not planned for")
-    placement = config.teacher.placement
+    placement = placement_of(config)
     served = placement in ("served", "topk")  # of a top k no head is kept, so that this is a little too much
     device = replace(DEVICES["h100"], name=processor.name, memory_bytes=float(processor.memory_bytes))
     try:
@@ -85,7 +85,7 @@ def _memory_of_run(config: Config, processor: Processor, ranks: int) -> Mapping[
             teacher=teacher,
             device=device,
             devices=ranks,
-            teacher_placement="served" if served else placement,
+            teacher_placement="served" if placement in ("served", "topk") else placement,
             teacher_devices=int(served),
         )
         return memory_choices(config, planned)

@@ -17,7 +17,8 @@ from gkd.schedules import largest
 from gkd.types import ModelShape
 
 ACCEPTED_SHARE = 0.9  # ASSUMPTION: of the tokens that a student proposes to a speculating teacher
-Placement = Literal["local", "sharded", "served", "unasked"]  # the last: no term of the objective needs a teacher
+# unasked: no term of the objective needs a teacher; student: it is its own; mean: the mean of its weights is
+Placement = Literal["local", "sharded", "served", "unasked", "student", "mean"]
 
 
 @dataclass(frozen=True)
@@ -259,6 +260,15 @@ def _together(config: Config, completion_tokens: float) -> tuple[float, float, f
     turns = sum(share * completion_tokens / known_sources[name][0] for name, share in shares.items()) / total
     proposed = sum(share * known_sources[name][1] for name, share in shares.items()) / total
     return min(1.0, total), turns, proposed
+
+
+def placement_of(config: Config) -> Placement | Literal["topk"]:
+    """Where the main teacher is."""
+    if not config.has_weights_of_its_own(MAIN_TEACHER):
+        return "student"
+    if config.teacher.is_student and config.teacher.student_weights == "ema":
+        return "mean"
+    return config.teacher.placement
 
 
 def _states(config: Config, student: Architecture, teacher: Architecture) -> tuple[int, tuple[int, int]]:

@@ -88,6 +88,20 @@ class _Served(TeacherPlace):
         return [Link(_STATES, "network", states, states / rate)]
 
 
+class _Student(TeacherPlace):
+    """In the student, which scores itself."""
+
+    def resident(self, setup: Setup) -> Bytes:
+        return {}
+
+
+class _Mean(TeacherPlace):
+    """The mean of the student's weights, in float32 on every training device."""
+
+    def resident(self, setup: Setup) -> Bytes:
+        return {"mean of the student's weights": 4.0 * setup.student.parameters}
+
+
 class _Unasked(TeacherPlace):
     """Nowhere."""
 
@@ -113,6 +127,8 @@ _PLACES: dict[str, TeacherPlace] = {
     "sharded": _Sharded(),
     "served": _Served(),
     "unasked": _Unasked(),
+    "student": _Student(),
+    "mean": _Mean(),
 }
 
 

@@ -1,7 +1,4 @@
-"""A teacher beside the student: frozen, in eval mode, one forward a micro-batch, no logits kept.
-
-Legend: B sequences, T positions, H_t the teacher's hidden size, n_i completion tokens of rollout i.
-"""
+"""A teacher beside the student: frozen, in eval mode, one forward a micro-batch, no logits kept."""
 
 from __future__ import annotations
 
@@ -10,14 +7,11 @@ from typing import Any
 
 import torch
 
-from gkd.data.order import longest_first
 from gkd.errors import RunError
 from gkd.models import StateReader, backbone_of, output_head
-from gkd.models.layer_states import Source
-from gkd.system_errors import memory_for
-from gkd.types import HiddenScores, OutputHead, Rollout, StatePlace, TeacherScores, WhichTokens
+from gkd.teacher.scoring import ScoringForwards, States
+from gkd.types import OutputHead, Rollout, StatePlace, TeacherScores
 
-_LESS_MEMORY = "lower teacher.micro_batch_size, which changes no result, or shard the teacher or serve it (placement)"
 Backbone = Callable[..., Any]  # called as a transformers backbone is
 Placing = Callable[[Any, torch.device], tuple[Backbone, OutputHead]]
 
@@ -28,11 +22,23 @@ def whole(model: Any, device: torch.device) -> tuple[Backbone, OutputHead]:
     return backbone_of(model), output_head(model)
 
 
-class LocalTeacher:
-    """Implements `Teacher` with a transformers model in this process.
+def whole_under_autocast(dtype: torch.dtype) -> Placing:
+    """The same of float32 weights that are computed with in `dtype`, as a student's are in training."""
 
-    Scores are bitwise the same for the same rollouts in the same order.
-    """
+    def place(model: Any, device: torch.device) -> tuple[Backbone, OutputHead]:
+        backbone, head = whole(model, device)
+
+        def run(**inputs: Any) -> Any:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                return backbone(**inputs)
+
+        return run, head
+
+    return place
+
+
+class LocalTeacher(ScoringForwards):
+    """Implements `Teacher` with a transformers model in this process."""
 
     def __init__(
         self,
@@ -45,73 +51,30 @@ class LocalTeacher:
         agree_on_largest: Callable[[int], int] = lambda count: count,
         state_places: Mapping[StatePlace, int] | None = None,
     ) -> None:
-        """`place` puts the frozen model on the device. Where that shards it, all ranks must run as many forwards:
-        `agree_on_largest` returns the largest of their counts. Scores carry the states of `state_places`, which have
-        these widths."""
+        """`place` puts the frozen model on the device; where that shards it, forwards are collective. The rest is as of
+        `ScoringForwards`."""
+        super().__init__(
+            device=device,
+            micro_batch_size=micro_batch_size,
+            pad_token_id=pad_token_id,
+            agree_on_largest=agree_on_largest,
+            state_places=state_places,
+        )
         self._model = model.eval().requires_grad_(False)
-        self._state_places = state_places or {}
         self._reader = StateReader(model, "teacher.model") if state_places else None
         self._backbone, self._head = place(self._model, device)
-        self._device = device
-        self._micro_batch_size = micro_batch_size
-        self._pad_token_id = pad_token_id
-        self._agree_on_largest = agree_on_largest
 
-    @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScores]:
-        """Hidden states after the final norm, [n_i, H_t] for each rollout, in the teacher's dtype."""
-        self._assert_frozen()
-        nothing = self._head.weight.new_empty(0, self._head.weight.shape[1])
-        order = longest_first([len(rollout.token_ids) for rollout in rollouts])
-        scored = [i for i in order if rollouts[i].completion_ids]
-        empty = HiddenScores(
-            nothing, self._head, {place: nothing.new_empty(0, width) for place, width in self._state_places.items()}
-        )
-        scores: list[TeacherScores] = [empty] * len(rollouts)
-        starts = range(0, len(scored), self._micro_batch_size)
-        idle = self._agree_on_largest(len(starts)) - len(starts)  # asked for before any forward: that may be collective
-        for start in starts:
-            rows = scored[start : start + self._micro_batch_size]
-            with memory_for("the teacher's forward", _LESS_MEMORY):
-                found = self._forward([rollouts[i] for i in rows])
-            for i, one in zip(rows, found, strict=True):
-                scores[i] = one
-        for _ in range(idle):
-            self._states(torch.tensor([[self._pad_token_id]], device=self._device))
-        return scores
+        """Raises RunError if something switched the model to training."""
+        if self._model.training or any(p.requires_grad for p in self._model.parameters()):
+            raise RunError("the teacher must be frozen and in eval mode, but something switched it to training")
+        return super().score(rollouts)
 
-    def _forward(self, rollouts: Sequence[Rollout]) -> list[HiddenScores]:
-        longest = max(len(r.token_ids) for r in rollouts)
-        ids = torch.full((len(rollouts), longest), self._pad_token_id)  # [B, T]
-        for row, rollout in enumerate(rollouts):
-            ids[row, : len(rollout.token_ids)] = torch.tensor(rollout.token_ids)
-        # padded on the right, so the causal mask alone keeps padding out of every state that is used
-        states, layers = self._states(ids.to(self._device))  # [B, T, H_t]
-        return [
-            HiddenScores(
-                _of_tokens(states[row], rollout, "scored"),
-                self._head,
-                {place: _of_tokens(layers[place.source][row], rollout, place.tokens) for place in self._state_places},
-            )
-            for row, rollout in enumerate(rollouts)
-        ]
+    def _output_head(self) -> OutputHead:
+        return self._head
 
-    def _states(self, ids: torch.Tensor) -> tuple[torch.Tensor, dict[Source, torch.Tensor]]:
-        """The last ones, and those of the layers that are asked for."""
+    def _states(self, ids: torch.Tensor) -> States:
         if self._reader is None:
             return self._backbone(input_ids=ids, use_cache=False).last_hidden_state, {}
         sources = {place.source for place in self._state_places}
         return self._reader.call(self._backbone, sources, input_ids=ids)
-
-    def _assert_frozen(self) -> None:
-        if self._model.training or any(p.requires_grad for p in self._model.parameters()):
-            raise RunError("the teacher must be frozen and in eval mode, but something switched it to training")
-
-
-def _of_tokens(states: torch.Tensor, rollout: Rollout, tokens: WhichTokens) -> torch.Tensor:
-    """A copy of what is asked for of a row [T, H_t], without the padding."""
-    end = len(rollout.token_ids)
-    if tokens == "all":
-        return states[:end].clone()
-    # position t predicts token t + 1, so the completion's first token is predicted by the prompt's last
-    return states[len(rollout.draw.prompt.token_ids) - 1 : end - 1].clone()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from gkd.config import Config
 from gkd.models import check_covers, model_fingerprint, read_config, resolve_model
@@ -20,6 +20,8 @@ from gkd.types import StatePlace
 if TYPE_CHECKING:
     import torch
 
+    from gkd.teacher.itself import TrainedStudent
+
 
 @dataclass(frozen=True)
 class Site:
@@ -30,6 +32,8 @@ class Site:
     pad_token_id: int
     agree_on_largest: Callable[[int], int]
     state_places: Mapping[StatePlace, int] | None = None  # what terms ask of layers beside the last states: widths
+    student: TrainedStudent | None = None  # for teachers that are the student
+    mean: Any = None  # a transformers model with the mean of the student's weights, for a teacher that has these
 
 
 class _Longest(TypedDict):
@@ -46,6 +50,7 @@ class TeacherPlacement:
         Raises ConfigError if one does not answer, or does not fit the run. Needs no torch.
         """
         self.teacher, self.section = config.teachers[name], config.teacher_key(name)
+        self._revision = self.teacher.revision
 
     def close(self) -> None:
         """Lets go of the servers."""
@@ -55,7 +60,7 @@ class TeacherPlacement:
 
         Raises ModelError, or ConfigError if the servers have another one.
         """
-        path = resolve_model(self.teacher.model, revision=self.teacher.revision, key=self._model_key)
+        path = resolve_model(self.teacher.model, revision=self._revision, key=self._model_key)
         self._check_model(path)
         return path
 
@@ -75,10 +80,10 @@ class TeacherPlacement:
         """Nobody else has it."""
 
     def _fingerprint(self, path: str) -> str:
-        return model_fingerprint(path, self.teacher.revision, self._model_key)
+        return model_fingerprint(path, self._revision, self._model_key)
 
     def _vocabulary_rows(self, path: str) -> int:
-        config = read_config(path, revision=self.teacher.revision, key=self._model_key)
+        config = read_config(path, revision=self._revision, key=self._model_key)
         return config.get_text_config().vocab_size
 
 
@@ -96,7 +101,7 @@ class Local(TeacherPlacement):
         from gkd.teacher.local import LocalTeacher, whole
         from gkd.teacher.sharded import sharded
 
-        model = load_causal_lm(path, self.teacher.dtype, revision=self.teacher.revision, key=self._model_key)
+        model = load_causal_lm(path, self.teacher.dtype, revision=self._revision, key=self._model_key)
         verify_head(model, self._model_key)
         use_short_attention(model)
         return LocalTeacher(
@@ -115,6 +120,51 @@ class Sharded(Local):
 
     def build(self, path: str, site: Site) -> Teacher:
         return self._load(path, site, is_sharded=site.world_size > 1)
+
+
+class OfStudent(Sharded):
+    """The student: a copy as it starts, the mean of its weights, or itself. `path` is the student's."""
+
+    def __init__(self, config: Config, name: str) -> None:
+        super().__init__(config, name)
+        self._revision = config.student.revision if config.student.init is None else None
+        self._is_itself = not config.has_weights_of_its_own(name)
+        self._dtype = config.student.dtype
+
+    def build(self, path: str, site: Site) -> Teacher:
+        if self._is_itself:
+            return self._itself(site)
+        if self.teacher.student_weights == "initial":
+            is_sharded = self.teacher.placement == "sharded" and site.world_size > 1
+            return self._load(path, site, is_sharded=is_sharded)
+        return self._mean(site)
+
+    def _itself(self, site: Site) -> Teacher:
+        from gkd.teacher.itself import StudentItself
+
+        assert site.student is not None
+        return StudentItself(
+            site.student,
+            with_adapter=self.teacher.student_weights == "live",
+            device=site.device,
+            micro_batch_size=self.teacher.micro_batch_size,
+            pad_token_id=site.pad_token_id,
+            agree_on_largest=site.agree_on_largest,
+        )
+
+    def _mean(self, site: Site) -> Teacher:
+        import torch
+
+        from gkd.teacher.local import LocalTeacher, whole_under_autocast
+
+        return LocalTeacher(
+            site.mean,
+            device=site.device,
+            micro_batch_size=self.teacher.micro_batch_size,
+            pad_token_id=site.pad_token_id,
+            place=whole_under_autocast(getattr(torch, self._dtype)),
+            state_places=site.state_places,
+        )
 
 
 class Served(TeacherPlacement):
@@ -172,4 +222,5 @@ PLACEMENTS: dict[str, type[TeacherPlacement]] = {"local": Local, "sharded": Shar
 
 def place_teacher(config: Config, name: str) -> TeacherPlacement:
     """A teacher of the config, by its name there. Raises ConfigError as its placement does."""
-    return PLACEMENTS[config.teachers[name].placement](config, name)
+    teacher = config.teachers[name]
+    return OfStudent(config, name) if teacher.is_student else PLACEMENTS[teacher.placement](config, name)

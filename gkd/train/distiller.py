@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gkd.config import Config, Launch, Settled, advice, advice_on_share, load_config, make_config
-from gkd.data.formats import JSON_SUFFIXES, read_rows
-from gkd.data.routing import check_teacher_names
-from gkd.data.views import check_row_views
+from gkd.data.formats import JSON_SUFFIXES, Row, read_rows
+from gkd.data.routing import check_teacher_names, row_teachers
+from gkd.data.views import check_row_views, check_teaches
 from gkd.environment import local_rank_taken_back, prepare_process
 from gkd.errors import MachineError
 from gkd.extras import require_vllm
@@ -131,7 +131,11 @@ class Distiller:
         from gkd.models.hub import is_hub_name
         from gkd.models.resolve import WHEEL_PREFIX
 
-        teachers = {f"{self.config.teacher_key(name)}.model": t.model for name, t in self.config.teachers.items()}
+        teachers = {
+            f"{self.config.teacher_key(name)}.model": teacher.model
+            for name, teacher in self.config.teachers.items()
+            if not teacher.is_student
+        }
         served = {f"{self.config.teacher_key(name)}.model" for name, t in self.config.teachers.items() if t.has_servers}
         student = self.config.student.model or self.config.teacher.model
         names = {"student.model": student, **teachers}
@@ -151,9 +155,11 @@ class Distiller:
         if (init := self.config.student.init) is not None:
             available = read_config(paths["student.model"]).get_text_config().num_hidden_layers
             lines.append(f"student: {names['student.model']} of {available} layers: {init.describe()}")
-        lines += self._describe_share(student, paths["teacher.model"])
+        if "teacher.model" in paths:  # else the student is its teacher
+            lines += self._describe_share(student, paths["teacher.model"])
         if self.config.objective.state_terms:
-            teacher = read_config(paths["teacher.model"], key="teacher.model")
+            own = "teacher.model" in paths
+            teacher = read_config(paths["teacher.model"], key="teacher.model") if own else student
             self.config.objective.state_pairs(
                 model_shape(student, "student.model"), model_shape(teacher, "teacher.model")
             )
@@ -168,6 +174,12 @@ class Distiller:
         teacher = read_config(teacher_path, key="teacher.model")
         line = advice_on_share(count_parameters(student), count_parameters(teacher))
         return [] if line is None else [line]
+
+    def _check_teaches(self, rows: Sequence[Row]) -> None:
+        teacher_of, teachers = row_teachers(self.config, "train"), self.config.teachers
+        names = [teacher_of(index, row) for index, row in enumerate(rows)]
+        views = (row.has_view or bool(teachers[name].view_keys) for name, row in zip(names, rows, strict=True))
+        check_teaches(self.config, zip(names, views, strict=True))
 
     def _check_packages(self) -> None:
         rollout = self.config.rollout
@@ -188,3 +200,5 @@ class Distiller:
                 rows = read_rows(path, split, key=key, teacher_column=data.teacher_column)
                 check_teacher_names(rows, self.config.teachers, data.teacher_column)
                 check_row_views(rows, self.config.without_views())
+                if key == "data.train":
+                    self._check_teaches(rows)

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from gkd.config.deepspeed import deepspeed_config, scales_loss
 from gkd.config.training import TrainingSettings
 from gkd.errors import CheckpointError
 from gkd.models.compiled import compile_layers, warm_up
-from gkd.models.lora import LeavingWeight, adapter_weights, whole_weights
+from gkd.models.lora import LeavingWeight, adapter_weights, whole_weights, without_adapter
 from gkd.objectives.objective import Objective
 from gkd.seeding import derive_seed
 from gkd.system_errors import memory_for
@@ -36,7 +37,7 @@ from gkd.train.run_folder import write_json
 from gkd.train.state_terms import StateTerms
 from gkd.train.step_sums import StepSums
 from gkd.train.unpickling import read_as_data
-from gkd.types import StatePairs, TokenBatch, WeightStream
+from gkd.types import OutputHead, StatePairs, TokenBatch, WeightStream
 
 _log = logging.getLogger(__name__)
 _LESS_MEMORY = (
@@ -236,6 +237,42 @@ class StudentEngine:
             completion_lengths=(len(token_ids) - start,),
         )
         return self._engine(batch.to(self._device), None, is_exact=is_exact).tolist()
+
+    # ---- as its own teacher
+
+    @torch.no_grad()
+    def hidden_states(self, input_ids: torch.Tensor, *, with_adapter: bool = True) -> torch.Tensor:
+        """What the output head reads, [B, T, H]; `with_adapter` False: as the student was before training."""
+        self._engine.eval()
+        nothing = torch.zeros(0, dtype=torch.int64)
+        batch = TokenBatch(
+            input_ids=input_ids,
+            score_index=nothing,
+            labels=nothing,
+            weights=torch.zeros(0),
+            sampler_logprobs=torch.zeros(0),
+            sequence_index=nothing,
+            teacher=None,
+            sample_ids=(),
+            sources=(),
+            completion_lengths=(),
+        )
+        with nullcontext() if with_adapter else without_adapter(self._engine.module):
+            return self._engine(batch.to(self._device), None, only_states=True)
+
+    @torch.no_grad()
+    def output_head(self) -> OutputHead:
+        """The student's, as it is until the next step: whole, of sharded weights a copy. Collective."""
+        import deepspeed
+
+        head: OutputHead = self._engine.module.objective_head.own_head()
+        parameters = [part for part in (head.weight, head.bias) if part is not None]
+        if not self._engine.zero_optimization_partition_weights():
+            copies = [part.detach() for part in parameters]
+        else:
+            with deepspeed.zero.GatheredParameters(parameters):
+                copies = [part.detach().clone() for part in parameters]
+        return replace(head, weight=copies[0], bias=copies[1] if len(copies) > 1 else None)
 
     # ---- weights and state
 

@@ -74,7 +74,7 @@ class ObjectiveHead(nn.Module):
         parts = self._weighted_parts(hidden, batch, objective)
         scores = linear_terms(
             hidden,
-            self._own_head(),
+            self.own_head(),
             batch.teacher,
             [part.loss for part in parts],
             acts=acts[[part.term for part in parts]],
@@ -111,12 +111,12 @@ class ObjectiveHead(nn.Module):
             teacher_share=batch.teacher_share,
         )
 
-    def _own_head(self) -> OutputHead:
+    def own_head(self) -> OutputHead:
         return replace(self._head, weight=self.weight, bias=self.bias)
 
     def _logprobs(self, hidden: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Natural log-probabilities [N] of `labels` [N], over the student's whole vocabulary."""
-        return token_logprobs(hidden, self._own_head(), labels, compute_dtype=dtype or self._dtype)
+        return token_logprobs(hidden, self.own_head(), labels, compute_dtype=dtype or self._dtype)
 
 
 @dataclass(frozen=True)
@@ -203,15 +203,21 @@ class StudentModule(nn.Module):
         *,
         is_exact: bool = False,
         only_vectors: bool = False,
+        only_states: bool = False,
         vector_gradients: torch.Tensor | None = None,
     ) -> ObjectiveSums | torch.Tensor:
         """The sums of an objective, or with None the scored tokens' log-probabilities [N]; `is_exact`: those in
-        float32, of float32 weights. `only_vectors`: of the sequences, [S, H], and `vector_gradients` [S, H] is what
-        the loss's gradient gets of them, and its value does not."""
+        float32, of float32 weights. `only_states`: the last ones, [B, T, H]. `only_vectors`: of the sequences, [S, H],
+        and `vector_gradients` [S, H] is what the loss's gradient gets of them, and its value does not."""
         if is_exact:
             with torch.autocast(batch.input_ids.device.type, enabled=False):
                 return self.objective_head(self._states(batch, None)[0], batch, None, torch.float32)
         scored, every, states = self._states(batch, objective)
+        if only_states:
+            self.objective_head(
+                scored, batch, None
+            )  # of no token: ZeRO-3 has sent for its weights, and waits for its use
+            return every
         if only_vectors:
             return sequence_vectors(scored, batch)
         result = self.objective_head(scored, batch, objective)

@@ -49,7 +49,7 @@ def summarise(
             shlex.join([gkd, "generate", str(files.final), "--prompt", "List three uses for a paper clip."]),
             shlex.join([gkd, "eval", str(files.config), "--student", str(files.final)]),
             shlex.join(["less", str(files.samples)]),
-            shlex.join([gkd, "init", config.teacher.model, "your_prompts.jsonl", "--student", "your_student"]),
+            shlex.join([gkd, "init", _model_of_teacher(config), "your_prompts.jsonl", "--student", "your_student"]),
         ),
     )
 
@@ -91,7 +91,7 @@ def export(
 def model_card(config: Config, heldout: Mapping[str, tuple[float, float]] | None = None) -> ModelCard:
     """`heldout` is (before, after) of each measure."""
     return ModelCard(
-        teacher=", ".join(teacher.model for teacher in config.teachers.values()),
+        teacher=", ".join(teacher.described for teacher in config.teachers.values()),
         student=_made_from(config),
         objective=config.objective.model_dump(mode="json"),
         objective_text=config.objective.describe(),
@@ -120,3 +120,8 @@ def _command() -> str:
         return "gkd"
     path = Path(sys.executable).parent / "gkd"
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _model_of_teacher(config: Config) -> str:
+    own = config.student.model if config.teacher.is_student else None
+    return own or config.teacher.model

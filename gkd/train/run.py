@@ -21,6 +21,7 @@ from gkd.train import parts
 from gkd.train.engine import StudentEngine
 from gkd.train.interruption import Interruption
 from gkd.train.loop import Metrics, train_loop
+from gkd.train.mean_weights import FollowedStudent
 from gkd.train.placements import Placements
 from gkd.train.result import export, model_card, resume_command, summarise
 from gkd.train.run_folder import check_inputs
@@ -98,11 +99,14 @@ class Run:
         self.monitor.note(f"starting the sampler ({config.rollout.engine}), the student (DeepSpeed) and the teacher")
         self.sampler = self.build_sampler()
         self.student = self.build_student()
+        self.means = parts.build_means(config, models, launch, self.student)
         self.teacher = self.build_teacher()
         self.pack = parts.packer(config, models, config.objective.reduction)
         self.rollouts = parts.build_mixture(config, models, self.prompts, self.sampler, self.texts, self.teacher)
         sources = parts.SourceStates(self.rollouts, launch.rank)
-        self.checkpoints = parts.build_checkpoints(config, self.folder, launch, self.student, sources)
+        self.checkpoints = parts.build_checkpoints(
+            config, self.folder, launch, self.student, sources, *self.means.values()
+        )
         self.interruption = Interruption(self.signals)
         if self.start_step:
             self.checkpoints.load(self.start_step)
@@ -121,7 +125,8 @@ class Run:
         return parts.build_student(self.config, self.models, self.launch, self.monitor.phase)
 
     def build_teacher(self) -> Teacher:
-        return parts.build_teacher(self.config, self.models, self.launch, self.placements)
+        config, models, launch = self.config, self.models, self.launch
+        return parts.build_teacher(config, models, launch, self.placements, self.student, self.means)
 
     # ---- from start to end
 
@@ -155,7 +160,7 @@ class Run:
                     data=self.data,
                     rollout=rollouts,
                     teacher=self.teacher if self.config.objective.needs_teacher else Unasked(),
-                    student=self.student,
+                    student=FollowedStudent(self.student, self.means) if self.means else self.student,
                     pack=self.pack,
                     measure=self.measure,
                     evaluate=self.evaluate,

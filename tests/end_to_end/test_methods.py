@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bare_runs import STEPS, Bare, StopsInTheMiddle, ran, without_times
+from bare_runs import STEPS, Bare, StopsInTheMiddle, ran, with_views, without_times
 from launching import REPOSITORY
 from tiny import save_tiny_model
 
@@ -25,14 +25,17 @@ def wide_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_runs_and_resumes_bitwise(
     path: Path, tmp_path: Path, data_folder: Path, wide_teacher: Path, tiny_student: Path
 ) -> None:
+    told = with_views(data_folder, tmp_path) if "privileged" in path.read_text() else data_folder
+
     def config(name: str) -> Config:
+        is_own_teacher = load_config(path).teacher.is_student
         return load_config(
             path,
             [
                 f"run.dir={tmp_path / name}", f"run.steps={STEPS}", "run.save_every=1",
-                f"teacher={{model: {wide_teacher}, dtype: float32}}",
+                "teacher.dtype=auto" if is_own_teacher else f"teacher={{model: {wide_teacher}, dtype: float32}}",
                 f"student={{model: {tiny_student}, dtype: float32}}",
-                f"data={{train: {data_folder / 'train.jsonl'}, heldout: {data_folder / 'heldout.jsonl'}, "
+                f"data={{train: {told / 'train.jsonl'}, heldout: {told / 'heldout.jsonl'}, "
                 "max_prompt_tokens: 64}",
                 "rollout.engine=transformers", "rollout.max_new_tokens=6", "optim.warmup_steps=0",
                 "optim.batch_size=4", "optim.micro_batch_size=2", "eval={prompts: 2, samples: 1, every: 1}",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bare_runs import Bare, ran, without_times
+from bare_runs import Bare, ran, with_views, without_times
 from launching import MakeConfig, check, run_gkd
 
 from gkd.config import load_config
@@ -17,13 +16,9 @@ from gkd.types import Rollout, TokenBatch
 TOLD = "The answer is y."
 
 
-def told(folder: Path, out: Path, content: Any) -> dict[str, str]:
-    """The rows of `folder`, whose teacher reads `content` of what the student reads."""
-    for name in ("train", "heldout"):
-        rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-        for row in rows:
-            row["teacher_messages"] = [{"role": "user", "content": content(row["prompt"][0]["content"])}]
-        (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def told(folder: Path, out: Path, content: Callable[[str], str]) -> dict[str, str]:
+    """As the config's data names it."""
+    with_views(folder, out, content)
     return {name: str(out / f"{name}.jsonl") for name in ("train", "heldout")}
 
 

@@ -17,7 +17,7 @@ from gkd.train.parts.sampling import (
 )
 from gkd.train.parts.settings import sampler_spec, sampling_settings
 from gkd.train.parts.student import build_checkpoints, build_student, checkpoint_layout, resume_step
-from gkd.train.parts.teachers import build_teacher
+from gkd.train.parts.teachers import build_means, build_teacher
 from gkd.train.parts.texts import TeacherTexts, teacher_texts
 from gkd.train.parts.together import SharedRollouts
 
@@ -32,6 +32,7 @@ __all__ = [
     "ahead_of_training",
     "build_checkpoints",
     "build_heldout",
+    "build_means",
     "build_mixture",
     "build_sampler",
     "build_snapshots",

@@ -13,15 +13,17 @@ from gkd.errors import ConfigError
 from gkd.files import read_json_object
 from gkd.models import model_fingerprint
 from gkd.train.parts.data import Prompts
-from gkd.train.parts.models import Models, student_revision
+from gkd.train.parts.models import Models, student_revision, teacher_revision
 
 
 def run_inputs(config: Config, models: Models, prompts: Prompts) -> dict[str, Any]:
     """Config key -> what a resume must find there again: digests of data and models, and the DeepSpeed JSON."""
     path = config.deepspeed.config
     teachers = {
-        f"{config.teacher_key(name)}.model": model_fingerprint(models.teacher_paths[name], teacher.revision)
-        for name, teacher in config.teachers.items()
+        f"{config.teacher_key(name)}.model": model_fingerprint(
+            models.teacher_paths[name], teacher_revision(config, name)
+        )
+        for name in config.teachers
     }
     return {
         "data.train": _prompts_digest(prompts.train),

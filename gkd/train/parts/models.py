@@ -70,9 +70,9 @@ def locate_models(config: Config, folder: RunFiles, launch: Launch, placements: 
     teacher_paths = {
         name: from_main(placement.locate() if launch.is_main else None)
         for name, placement in placements.teachers.items()
+        if not config.teachers[name].is_student
     }
-    teacher_path = teacher_paths.pop(MAIN_TEACHER)
-    source = from_main(_student_source(config, teacher_path) if launch.is_main else None)
+    source = from_main(_student_source(config, teacher_paths.get(MAIN_TEACHER, "")) if launch.is_main else None)
     revision, init = source_revision(config), config.student.init
     student = student_config(source, init, revision=revision)
     if launch.is_main:
@@ -84,32 +84,44 @@ def locate_models(config: Config, folder: RunFiles, launch: Launch, placements: 
     _check_context("student.model", student, config.longest_sequence, "data.max_prompt_tokens")
     rows = _vocabulary_rows(student)
     shared: list[int] = []
-    for name, path in ((MAIN_TEACHER, teacher_path), *teacher_paths.items()):
+    for name, teacher in config.teachers.items():
         key = f"{config.teacher_key(name)}.model"
+        if teacher.is_student:  # its tokenizer is, too
+            _check_context(key, student, config.longest_read_by(name), config.longest_prompt_of(name)[1])
+            shared.append(rows)
+            continue
+        path = teacher_paths[name]
         sides[key] = Side.of(path, revision=config.teachers[name].revision, key=key)
         shared.append(_check_teacher(config, name, path, tokenizer, sides[key].tokenizer, rows))
+    student_path = source if init is None else str(folder.student_init)
+    paths = {name: teacher_paths.get(name, student_path) for name in config.teachers}
     chosen = config.rollout.stop_token_ids
     for line in describe_sides(sides, chosen):
         _log.info(line)
     return Models(
-        teacher_path=teacher_path,
+        teacher_path=paths.pop(MAIN_TEACHER),
         student_source=source,
-        student_path=source if init is None else str(folder.student_init),
+        student_path=student_path,
         tokenizer=tokenizer,
         pad_token_id=pad_token_id(tokenizer),
         stop_token_ids=union_of_ends(sides) if chosen is None else tuple(chosen),
         valid_vocab=min(shared),
         max_model_tokens=config.longest_sampled,
-        other_teacher_paths=teacher_paths,
-        state_pairs=_state_pairs(config, student, teacher_path),
+        other_teacher_paths=paths,
+        state_pairs=_state_pairs(config, student, teacher_paths.get(MAIN_TEACHER)),
     )
 
 
-def _state_pairs(config: Config, student_config: PreTrainedConfig, teacher_path: str) -> StatePairs:
-    """Raises ConfigError for states that a model does not have, ModelError for a model without a list of layers."""
+def _state_pairs(config: Config, student_config: PreTrainedConfig, teacher_path: str | None) -> StatePairs:
+    """`teacher_path` None: the teacher is the student.
+
+    Raises ConfigError for states that a model does not have, ModelError for a model without a list of layers.
+    """
     if not config.objective.state_terms:
         return {}
-    teacher_config = read_config(teacher_path, revision=config.teacher.revision, key="teacher.model")
+    teacher_config = student_config
+    if teacher_path is not None:
+        teacher_config = read_config(teacher_path, revision=config.teacher.revision, key="teacher.model")
     return config.objective.state_pairs(
         model_shape(student_config, "student.model"), model_shape(teacher_config, "teacher.model")
     )
@@ -148,6 +160,12 @@ def source_revision(config: Config) -> str | None:
 def student_revision(config: Config) -> str | None:
     """Of `Models.student_path`."""
     return None if config.student.init is not None else config.student.revision
+
+
+def teacher_revision(config: Config, name: str) -> str | None:
+    """Of `Models.teacher_paths`."""
+    teacher = config.teachers[name]
+    return student_revision(config) if teacher.is_student else teacher.revision
 
 
 def _vocabulary_rows(model_config: PreTrainedConfig) -> int:

@@ -16,7 +16,7 @@ from gkd.rollout.mixture import teacher_requests
 from gkd.rollout.offline import cache_for, complete
 from gkd.train.distributed import from_main
 from gkd.train.parts.data import Prompts
-from gkd.train.parts.models import Models
+from gkd.train.parts.models import Models, teacher_revision
 from gkd.train.parts.settings import sampler_spec, sampling_settings
 from gkd.types import Completion, Prompt, SampleRequest
 
@@ -87,12 +87,12 @@ def _complete_texts(
     config: Config, models: Models, name: str, requests: _TextRequests, launch: Launch, note: Callable[[str], None]
 ) -> tuple[CompletionCache, CompletionCache]:
     """The caches of a teacher's sampled and greedy texts, with everything in them."""
-    teacher, path = config.teachers[name], models.teacher_paths[name]
+    teacher, path, revision = config.teachers[name], models.teacher_paths[name], teacher_revision(config, name)
     key = f"{config.teacher_key(name)}.model"
-    spec = sampler_spec(config, models, path, teacher.dtype, teacher.revision, key=key)
+    spec = sampler_spec(config, models, path, teacher.dtype, revision, key=key)
     spec = replace(spec, max_model_tokens=max(models.max_model_tokens, config.longest_read_by(name)))
     settings = sampling_settings(config, models)
-    fingerprint = from_main(model_fingerprint(path, teacher.revision) if launch.is_main else None)
+    fingerprint = from_main(model_fingerprint(path, revision) if launch.is_main else None)
     sampled = cache_for(cache_folder(), spec, fingerprint, settings)
     greedy = cache_for(cache_folder(), spec, fingerprint, greedy_settings(settings))
     if launch.is_main:
