@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gkd.config import Config, Launch, Settled, advice, advice_on_share, load_config, make_config
+from gkd.data.encoding import RowEncoder
 from gkd.data.formats import JSON_SUFFIXES, Row, read_rows
 from gkd.data.routing import check_teacher_names, row_teachers
-from gkd.data.views import check_row_views, check_teaches
+from gkd.data.templates import ChatTemplate
+from gkd.data.views import RowReaders, check_row_views, check_teaches
 from gkd.environment import local_rank_taken_back, prepare_process
 from gkd.errors import MachineError
 from gkd.extras import require_vllm
 from gkd.monitor import RunSummary
+from gkd.monitor.side_by_side import side_by_side
 from gkd.planning.settled import settle_here
 from gkd.system_errors import system_errors, write_fault
 from gkd.train.placements import ask_placements
@@ -24,7 +27,7 @@ from gkd.train.run_folder import claimed_folder, started_with
 from gkd.train.signals import Signals
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 class Distiller:
@@ -96,7 +99,8 @@ class Distiller:
         """Checks what can be checked without loading weights: that vLLM is there if it samples, the data files, the
         run's folder, the DeepSpeed JSON, the servers of a served teacher or sampler, and the folders of models that are
         here. Returns lines: what `auto` is, advice, which texts student and teacher draw together, what ends a
-        completion, whether the sides' chat templates differ.
+        completion, whether the sides' chat templates differ, and a row as both sides read it where they read different
+        contexts.
 
         Raises MissingPackageError, DataError with file:line, ConfigError, MachineError, or ModelError.
         """
@@ -165,7 +169,26 @@ class Distiller:
             )
         if (lora := self.config.student.lora) is not None:
             lora_targets(empty_model(student), lora)  # raises, too
-        return lines
+        return [*lines, *self._show_view(sides["student.model"].tokenizer)]
+
+    def _show_view(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """The first row of data.train whose teacher reads another context, as both sides read it."""
+        data = self.config.data
+        if not data.train.endswith(JSON_SUFFIXES):  # those are read by now, and at no cost
+            return []
+        rows = read_rows(data.train, data.train_split, teacher_column=data.teacher_column)
+        readers = RowReaders(self.config, "train", tokenizer)
+        for index, row in enumerate(rows):
+            view = readers.views[readers.teacher_of(index, row)]
+            if (teacher_ids := view.ids(row)) is not None:
+                ids = RowEncoder(tokenizer, ChatTemplate(tokenizer, data.chat_template_kwargs)).prompt_ids(row)
+                read, other = str(tokenizer.decode(ids)), str(tokenizer.decode([*teacher_ids]))
+                titles = (f"student: {len(ids)} tokens", f"{view.section}: {len(teacher_ids)} tokens")
+                return [
+                    f"{row.origin}, as both sides read it before the completion:",
+                    *side_by_side(read, other, titles),
+                ]
+        return []
 
     def _describe_share(self, student: PreTrainedConfig, teacher_path: str) -> list[str]:
         """Advice on a student that is small beside its teacher."""

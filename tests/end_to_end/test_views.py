@@ -84,4 +84,16 @@ def test_too_long_a_view_is_known_before_a_model_is_loaded(
     assert result.returncode == 2
     assert f"{rows['train']}:4: teacher reads " in result.stderr and "data.max_prompt_tokens = 64" in result.stderr
     assert "starting the sampler" not in result.stderr
-    check(run_gkd(["train", path, "--dry-run", "teacher.max_prompt_tokens=200"]))
+    shown = check(run_gkd(["train", path, "--dry-run", "teacher.max_prompt_tokens=200"])).stderr
+    assert f"{rows['train']}:1, as both sides read it before the completion:" in shown and "teacher: " in shown
+    plain = check(run_gkd(["train", make_run_config("plain"), "--dry-run"])).stderr
+    assert "as both sides read it" not in plain
+
+
+def test_a_teacher_that_reads_the_same_as_itself_is_refused(make_run_config: MakeConfig, tmp_path: Path) -> None:
+    path = make_run_config("itself", mixture={"student": 1.0, "teacher": 0.0, "dataset": 0.0})
+    for weights, option in (("live", "--dry-run"), ("initial", "run.steps=1")):
+        own = f"teacher={{model: student, weights: {weights}}}"
+        result = run_gkd(["train", path, option, own] if option != "--dry-run" else ["train", path, own, option])
+        assert result.returncode == 2 and f"teacher.weights: {weights}: student and teacher are one" in result.stderr
+    assert not (tmp_path / "itself").exists()
