@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 from deepspeed.accelerator import get_accelerator
 
+from gkd.config import Launch
 from gkd.config.deepspeed import deepspeed_config
 from gkd.config.training import TrainingSettings
 from gkd.errors import ConfigError
+from gkd.models import load_causal_lm
 from gkd.train.deepspeed_check import check_deepspeed, deepspeed_refusals
+from gkd.train.engine import StudentEngine
 
 
 def training(tmp_path: Path, user: Any = None, **sections: Any) -> TrainingSettings:
@@ -161,3 +164,22 @@ def test_what_deepspeed_refuses_at_its_start_is_one_line() -> None:
     where, why = "deepspeed.config: x", "no such optimizer"
     with pytest.raises(ConfigError, match=f"^{where}: DeepSpeed refuses it: {why}"), deepspeed_refusals(where):
         raise AssertionError(why)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("user", "raised"), [({}, ConfigError), (None, AssertionError)])
+def test_only_a_users_json_is_blamed(
+    user: dict[str, Any] | None,
+    raised: type[Exception],
+    tmp_path: Path,
+    tiny_student: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import deepspeed
+
+    def refuse(**_: Any) -> None:
+        raise AssertionError("a fault")
+
+    monkeypatch.setattr(deepspeed, "initialize", refuse)
+    with pytest.raises(raised, match="a fault"):
+        StudentEngine(load_causal_lm(str(tiny_student), "float32"), training(tmp_path, user), Launch(), valid_vocab=259)

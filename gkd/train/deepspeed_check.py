@@ -22,14 +22,14 @@ def check_deepspeed(training: TrainingSettings, world_size: int) -> None:
     it would never read."""
     settings = deepspeed_config(training, world_size)
     if training.deepspeed.config is not None:
-        _check_keys(settings, where(training))
+        _check_keys(settings, where(training.deepspeed.config))
     if settings.get("fp16", {}).get("enabled"):
         _check_float16("student.dtype" if training.dtype == "float16" else "deepspeed.config: fp16.enabled")
 
 
-def where(training: TrainingSettings) -> str:
-    """What an error about DeepSpeed's settings starts with."""
-    return f"deepspeed.config: {training.deepspeed.config or 'the default'}"
+def where(file: str) -> str:
+    """What an error about a user's JSON starts with."""
+    return f"deepspeed.config: {file}"
 
 
 def _check_keys(settings: dict[str, Any], where: str) -> None:
@@ -51,7 +51,8 @@ def _check_keys(settings: dict[str, Any], where: str) -> None:
 
 @contextmanager
 def deepspeed_refusals(where: str) -> Iterator[None]:
-    """Raises ConfigError, starting with `where`, for what DeepSpeed raises while it reads its JSON."""
+    """Raises ConfigError, starting with `where`, for what DeepSpeed raises while it works with a user's JSON; without
+    one such an error is a fault of the code."""
     from deepspeed.runtime.config import DeepSpeedConfigError
 
     try:

@@ -84,7 +84,8 @@ class StudentEngine:
         schedule: Any = None  # a function, as it may be DeepSpeed that makes the optimizer
         if "scheduler" not in settings:
             schedule = partial(make_schedule, config=training.optim, steps=training.steps)
-        with deepspeed_refusals(where(training)):
+        file = training.deepspeed.config
+        with deepspeed_refusals(where(file)) if file is not None else nullcontext():
             self._engine: Any = deepspeed.initialize(
                 model=module,
                 model_parameters=[p for p in module.parameters() if p.requires_grad],  # pyright: ignore
