@@ -27,6 +27,7 @@ class Prompt:
     text: str  # what the user wrote, for people to read; never tokenised again
     completion_ids: tuple[int, ...] | None = None  # the data set's own answer, end token included
     origin: str = ""  # "file:line", for messages
+    weight: float = 1.0  # of the row in the loss's numerator, whoever completes it
     teacher: str = "main"  # which of several teaches it: gkd.config.MAIN_TEACHER, or a name of other_teachers
     teacher_ids: tuple[int, ...] | None = None  # its view: read in the place of `token_ids`; None: it reads these
 

@@ -6,6 +6,7 @@
     {"messages": [message, ...]}                      a last message of the assistant's is the completion
     {..., "teacher_messages": [message, ...]}         beside any of them: what the teacher reads in the prompt's place
     {..., "teacher_prompt": "text" | [message]}       the same, as raw text or as a conversation
+    {..., "weight": 0.5}                              beside any of them: what the row weighs in the loss; 1 without
 
 A message is {"role": ..., "content": "text"}. The first wrong row ends the reading, with its file and line.
 
@@ -19,6 +20,7 @@ import codecs
 import functools
 import itertools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _VIEW_KEYS = ("teacher_messages", "teacher_prompt")
-ROW_KEYS = ("prompt", "completion", "messages", *_VIEW_KEYS)
+ROW_KEYS = ("prompt", "completion", "messages", "weight", *_VIEW_KEYS)
 _EXPECTED = 'expected {"prompt": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
 JSON_SUFFIXES = (".jsonl", ".json")  # read without any library
 _FILE_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
@@ -53,6 +55,7 @@ class Row:
     prompt_text: str | None = None
     completion_messages: tuple[Message, ...] | None = None  # beside `messages`: one, of the assistant's
     completion_text: str | None = None  # beside `prompt_text`
+    weight: float = 1.0  # of the row in the loss's numerator
     teacher: str | None = None  # what the teacher column says
     teacher_messages: tuple[Message, ...] | None = None  # what the teacher reads in the prompt's place
     teacher_prompt_text: str | None = None  # the same, of a row whose teacher reads raw text
@@ -134,7 +137,8 @@ def _parse_row(value: object, origin: str, known: tuple[str, ...], columns: Coun
         raise DataError(f"{origin}: {known[-1]}: expected a teacher's name, not {_kind(teacher)}")
     if "messages" in row:
         columns.update(f"{name} beside messages" for name in ("prompt", "completion") if name in row)
-    return replace(_parse_texts(row, origin), teacher=teacher, **_parse_view(row, origin))
+    weight = _parse_weight(row.get("weight", 1.0), f"{origin}: weight")
+    return replace(_parse_texts(row, origin), weight=weight, teacher=teacher, **_parse_view(row, origin))
 
 
 def _check_is_nobodys(name: str, known: tuple[str, ...], origin: str) -> None:
@@ -254,6 +258,14 @@ def _parse_text(value: object, where: str) -> str:
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair; no tokenizer takes it
         raise DataError(f"{where}: holds half a surrogate pair at character {error.start}") from None
     return value
+
+
+def _parse_weight(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataError(f"{where}: expected a number from 0 on, not {_kind(value)}")
+    if not 0 <= value < math.inf:  # NaN is neither
+        raise DataError(f"{where}: expected a number from 0 on, not {value}")
+    return float(value)
 
 
 def _kind(value: object) -> str:

@@ -43,7 +43,7 @@ def pack(
     which idle micro-batches of one token that nothing scores are added; where there are scores, a rank that may have to
     add one needs a rollout, be it an empty one. Scores stay on their device.
 
-    Row weights: 1 for each token ("token_mean"), or 1 / completion length ("sequence_mean").
+    Row weights: the row's own for each token ("token_mean"), or that / completion length ("sequence_mean").
     Raises SamplerError if the teacher's scores do not fit the rollouts, ValueError for an empty prompt.
     """
     if scores is not None:
@@ -133,7 +133,8 @@ def _micro_batch(
         first = start + prompt_tokens - 1
         score_index += range(first, first + scored)
         labels += rollout.completion_ids
-        weights += [1.0 / scored if reduction == "sequence_mean" else 1.0 for _ in range(scored)]
+        weight = rollout.draw.prompt.weight / (scored if scored and reduction == "sequence_mean" else 1)
+        weights += [weight] * scored
         sampler_logprobs += [math.nan] * scored if rollout.logprobs is None else rollout.logprobs
         sequence_index += [sequence] * scored
         teacher_share += [rollout.teacher_share] * scored
@@ -163,7 +164,8 @@ def _every_token(rollouts: Sequence[Rollout], starts: Sequence[int], reduction: 
         scored = len(rollout.completion_ids)
         tokens = len(rollout.token_ids) if scored else 0
         index += range(start, start + tokens)
-        weights += [(1.0 if reduction == "sequence_mean" else scored) / tokens for _ in range(tokens)]
+        together = rollout.draw.prompt.weight * (1.0 if reduction == "sequence_mean" else scored)
+        weights += [together / tokens for _ in range(tokens)]
         counts.append(tokens)
     return TokenView(torch.tensor(index, dtype=torch.int64), torch.tensor(weights), tuple(counts))
 

@@ -102,7 +102,8 @@ def _read_row(
     completion = encoder.completion_ids(row, ids)
     if (refusal := _completion_refusal(len(completion or ()), max_completion_tokens)) is not None:
         return refusal
-    prompt = Prompt(index, tuple(ids), _shown_text(row), completion, row.origin, row.teacher or MAIN_TEACHER)
+    teacher = row.teacher or MAIN_TEACHER
+    prompt = Prompt(index, tuple(ids), _shown_text(row), completion, row.origin, row.weight, teacher)
     if readers is None:
         return prompt
     teacher = readers.teacher_of(index, row)

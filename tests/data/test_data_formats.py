@@ -57,6 +57,14 @@ def test_accepted_rows(write: Callable[[str], str], value: object, expected: Row
     )
 
 
+@pytest.mark.parametrize(
+    ("value", "weight"), [({"weight": 2}, 2.0), ({"weight": 0.0}, 0.0), ({"weight": None}, 1.0), ({}, 1.0)]
+)
+def test_the_weight_of_a_row(write: Callable[[str], str], value: dict[str, object], weight: float) -> None:
+    (row,) = read_rows(write(json.dumps({"prompt": "Once", **value})), "train")
+    assert row.weight == weight
+
+
 def test_bom_blank_lines_and_line_ends(write: Callable[[bytes], str]) -> None:
     path = write(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n  \n{"prompt": "b\xe2\x80\xa8c"}')
     rows = read_rows(path, "train")
@@ -101,6 +109,12 @@ def test_bom_blank_lines_and_line_ends(write: Callable[[bytes], str]) -> None:
         ('{"messages": [{"role": ["user"], "content": "a"}]}', "messages[0].role: ['user'] is unknown"),
         ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "expected text, not a list"),
         ('{"messages": [{"role": "user", "content": "a", "tools": "b"}]}', "unknown key 'tools'"),
+        ('{"prompt": "a", "weight": -1}', "weight: expected a number from 0 on, not -1"),
+        ('{"prompt": "a", "weight": NaN}', "weight: expected a number from 0 on, not nan"),
+        ('{"prompt": "a", "weight": Infinity}', "weight: expected a number from 0 on, not inf"),
+        ('{"prompt": "a", "weight": true}', "weight: expected a number from 0 on, not true or false"),
+        ('{"prompt": "a", "weight": "2"}', "weight: expected a number from 0 on, not text"),
+        ('{"prompt": "a", "weigth": 2}', "unknown key 'weigth'; did you mean 'weight'?"),
         ('{"prompt": "a\\u0000b"}', "prompt: holds a NUL character"),
         ('{"messages": [{"role": "user", "content": "a\\u0000"}]}', "messages[0].content: holds a NUL"),
         ('{"prompt": "a\0b"}', "NUL character at column 14"),

@@ -50,6 +50,13 @@ def ragged_rollouts() -> list[Rollout]:
     return rollouts
 
 
+def weighed(rollouts: list[Rollout]) -> list[Rollout]:
+    """As if the data gave its rows weights, one of them 0."""
+    weights = (1.0, 2.0, 0.0, 0.25, 1.5, 0.5, 1.0, 1.0)
+    prompts = [replace(r.draw.prompt, weight=weight) for r, weight in zip(rollouts, weights, strict=True)]
+    return [replace(r, draw=replace(r.draw, prompt=prompt)) for r, prompt in zip(rollouts, prompts, strict=True)]
+
+
 def with_sampler_logprobs(rollouts: list[Rollout], model: Any) -> list[Rollout]:
     """As if a sampler with slightly other weights had drawn the student's, and the teacher every third mixed token."""
     generator = torch.Generator().manual_seed(1)
@@ -84,7 +91,7 @@ def run_split(
         }
     )
     student = load_causal_lm(model, "float32")
-    rollouts = with_sampler_logprobs(ragged_rollouts(), student)
+    rollouts = with_sampler_logprobs(weighed(ragged_rollouts()), student)
     if packed:
         use_packed_attention(student, "optim.micro_batch_tokens")
     shapes = (model_shape(student.config, "student.model"), model_shape(teacher_model.config, "teacher.model"))

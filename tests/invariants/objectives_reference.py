@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gradient_job import ragged_rollouts, with_sampler_logprobs
+from gradient_job import ragged_rollouts, weighed, with_sampler_logprobs
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -149,7 +149,7 @@ def reference(
     """Loss, gradients by parameter, and each term's mean value, one sequence at a time."""
     s = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float64).train()
     t = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64).eval()
-    rollouts = [r for r in with_sampler_logprobs(ragged_rollouts(), s) if r.completion_ids]
+    rollouts = [r for r in with_sampler_logprobs(weighed(ragged_rollouts()), s) if r.completion_ids]
     terms = objective.get("terms") or [{k: v for k, v in objective.items() if k not in ("reduction", "temperature")}]
     by_sequence = objective.get("reduction") == "sequence_mean"
     denominator = len(rollouts) if by_sequence else sum(len(r.completion_ids) for r in rollouts)
@@ -165,7 +165,7 @@ def reference(
         with torch.no_grad():
             other = t(ids, output_hidden_states=True)
         logits, teacher_logits = own.logits[0, span], other.logits[0, span]
-        row_weight = 1 / len(rollout.completion_ids) if by_sequence else 1.0
+        row_weight = rollout.draw.prompt.weight / (len(rollout.completion_ids) if by_sequence else 1)
         for term in terms:
             name = term.get("name", term["kind"])
             if rollout.source not in term.get("on", [rollout.source]) or term.get("weight", 1.0) == 0:
