@@ -135,11 +135,10 @@ def soft_then_hard(steps: int) -> Method:
 def methods(size: Size) -> tuple[Method, ...]:
     """What matters most first, each after the one that it stands beside."""
     return (
-        *(START, SFT, SUPERVISED_KD, ON_POLICY_REVERSE, FEATURES, RELATIONS),
-        *(HALF_REVERSE, MINILLM, MINILLM_MIXED, HALF_SKEW, DISTILLM_2),
-        *(ENTROPY_AWARE, ASSISTANT, SOFT_AND_HARD, ADAPTIVE, RKD),
-        *(UNCERTAIN_OR_WRONG, DRIFT, ADAPTIVE_KL, REPLAY, DYNAMIC_WEIGHTS, soft_then_hard(size.about_steps)),
-        ON_POLICY_FORWARD,
+        *(START, SFT, SUPERVISED_KD, ON_POLICY_REVERSE, FEATURES, RELATIONS, ASSISTANT),
+        *(HALF_REVERSE, MINILLM, ENTROPY_AWARE, SOFT_AND_HARD, ADAPTIVE),
+        *(HALF_SKEW, DISTILLM_2, MINILLM_MIXED, RKD, UNCERTAIN_OR_WRONG, DRIFT, ADAPTIVE_KL, REPLAY),
+        *(DYNAMIC_WEIGHTS, soft_then_hard(size.about_steps), ON_POLICY_FORWARD),
     )
 
 

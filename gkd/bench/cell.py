@@ -48,7 +48,7 @@ def _through_assistant(folder: Folder, cell: Cell) -> dict[str, Any]:
     assistant = first.result()
     with TemporaryDirectory() as trained:
         model = make_model(folder.size.assistant, cell.seed)
-        model.load_state_dict(dict(first.student.weights()), strict=False)
+        model.load_state_dict(dict(first.student.weights()), strict=False)  # the head is the embeddings
         save_model(model, Path(trained))
         second = CellRun(folder, cell, teacher=Path(trained))
     second.judge = replace(second.judge, teacher=first.teacher)
