@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Set
 from pathlib import Path
 
 from benchmarks.figures.judging import Again, Claim, Figure, Verdict, column, disagreements, judged, of, over, table
@@ -21,18 +21,15 @@ from benchmarks.figures.sections.losses import logits_bytes
 from benchmarks.figures.sections.overlap import speedup
 from benchmarks.figures.sections.reading import BOTH, read
 from benchmarks.figures.sections.versus_trl import equal_precision_step_s
+from benchmarks.figures.table_claims import TABLE_CLAIMS
 from benchmarks.records import RESULTS, ROOT
-from gkd.bench.methods import ON_POLICY
-from gkd.bench.summary import gain_ratio
-from gkd.bench.tables import BASELINE, GREEDY, SAMPLED
 
 README, BENCHMARKS, TOUR = ("README.md",), ("docs/benchmarks.md",), ("docs/index.md",)
 BOTH_PAGES = (*README, *BENCHMARKS)
 RELIABILITY = ("docs/reliability.md",)
-SERVING, TABLE, RECIPES = ("docs/serving.md",), ("docs/table.md",), ("docs/recipes.md",)
+SERVING, RECIPES = ("docs/serving.md",), ("docs/recipes.md",)
 QUICKSTART, VERSUS_TRL, PACKING = "quickstart.json", "versus_trl_cpu.json", "packing_cpu.json"
 DIVERGENCE, LINEAR, SCORING = "divergence_cpu.csv", "linear_divergence_cpu.csv", "teacher_scoring_cpu.json"
-GKD_TABLE, GKD_ADDITIONS = "gkd_table_cpu.json", "gkd_additions_cpu.json"
 OVERLAP, CUT = "overlap_cpu.json", "cut_cpu.json"
 NO_BOUND = float("inf")
 
@@ -100,26 +97,6 @@ def bytes_over_hidden_size(path: Path) -> float:
 
 def overlap_speedup(on_policy: str) -> Callable[[Path], float]:
     return lambda path: speedup(json.loads(path.read_text())["arms"], on_policy)
-
-
-def gain_over_supervised(choose: Callable[[Iterable[float]], float], accuracy: Callable[..., float]) -> Figure:
-    """The least or the greatest ratio of gains of the divergences on policy."""
-
-    def figure(path: Path) -> float:
-        cells = json.loads(path.read_text())["cells"]
-        found = (gain_ratio(cells, method.label, BASELINE, accuracy) for method in ON_POLICY)
-        return choose(one.value for one in found if one is not None)
-
-    return Figure(GKD_TABLE, figure)
-
-
-def failed_cells(path: Path) -> float:
-    """Of a comparison of ways to distil, whatever its size."""
-    part, _ = path.stem.rsplit("_", 1)
-    found = [json.loads(one.read_text()) for one in path.parent.glob(f"{part}_*.json")]
-    if not found:
-        raise FileNotFoundError(path)
-    return float(sum("failed" in cell for record in found for cell in record["cells"]))
 
 
 # ---- the claims
@@ -342,36 +319,6 @@ OVERLAP_CLAIMS = [
         ("the same cores", "half of the cores each", r"ahead takes ([\d.]+) times fewer"),
         ("all cores", "all cores for both", r"and ([\d.]+) times fewer than taking turns with all"),
     )
-]
-
-TABLE_CLAIMS = [
-    *(
-        Claim(
-            f"ways to distil: {name} ratio of gains, {accuracy}",
-            rf"In {accuracy} accuracy on-policy GKD\s+gains {says} times",
-            gain_over_supervised(choose, figure),
-            pages=TABLE,
-        )
-        for accuracy, figure in (("greedy", GREEDY), ("sampled", SAMPLED))
-        for name, choose, says in (
-            ("least", min, r"(-?[\d.]+) to -?[\d.]+"),
-            ("greatest", max, r"-?[\d.]+ to (-?[\d.]+)"),
-        )
-    ),
-    Claim(
-        "ways to distil: failed cells",
-        r"of which (\d+) failed",
-        Figure(GKD_TABLE, failed_cells),
-        Again("gkd_table", 1.0, 1.0, "none may fail"),
-        TABLE,
-    ),
-    Claim(
-        "ways to distil: failed cells of additions",
-        r"the assistant .*of which (\d+) failed",
-        Figure(GKD_ADDITIONS, failed_cells),
-        Again("gkd_additions", 1.0, 1.0, "none may fail"),
-        TABLE,
-    ),
 ]
 
 CLAIMS = [
