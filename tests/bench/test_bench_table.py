@@ -11,7 +11,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +31,6 @@ from gkd.bench.sizes import SIZES
 from gkd.bench.summary import estimate, gain_ratio, ratio_of_means
 from gkd.bench.tasks import TASKS, Problem, is_right, problems
 from gkd.bench.work import Job, Workers, run_stages
-from gkd.teacher.local import LocalTeacher
 from gkd.teacher.unasked import Unasked
 
 
@@ -153,17 +152,20 @@ def test_an_assistant_is_taught_and_teaches_and_the_teacher_judges(
     runs: list[CellRun] = []
     result = CellRun.result
     monkeypatch.setattr(CellRun, "result", lambda run: runs.append(run) or result(run))
+    saved: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "gkd.bench.cell.save_model", lambda model, path: saved.update({str(path): model}) or save_model(model, path)
+    )
     done = run_cell(folder, Cell(ASSISTANT, 0))
     first, second = runs
     assert done["trained_tokens"] == first.budget.trained + second.budget.trained
     assert first.budget.tokens == second.budget.tokens == folder.size.trained_tokens // 2
     assert done["assistant"]["trained_tokens"] == first.budget.trained
 
-    taught = dict(first.student.weights())
-    teaching = cast(LocalTeacher, second.teacher)._model.state_dict()
+    taught, teaching = dict(first.student.weights()), saved[second.config.teacher.model].state_dict()
     assert all(torch.equal(taught[name], teaching[name]) for name in taught)
+    assert first.config.teacher.model == str(folder.teacher)
     assert second.judge.teacher is first.teacher
-    assert first.config.teacher.model == str(folder.teacher) != second.config.teacher.model
 
 
 def test_a_rule_follows_a_divergence_that_is_measured_while_a_cell_trains(folder: Any) -> None:
