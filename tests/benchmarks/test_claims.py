@@ -22,6 +22,7 @@ def copy(tmp_path: Path) -> Path:
     """README, docs and results, to lie in."""
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
     shutil.copytree(RESULTS, tmp_path / "results")
     return tmp_path
 
