@@ -22,6 +22,7 @@ from gkd.data.formats import Row
 from gkd.data.prompts import PromptSet, load_prompts, render_message
 from gkd.data.templates import ChatTemplate
 from gkd.errors import ConfigError, DataError
+from gkd.train.parts.inputs import _prompts_digest
 
 PAD, START, END = range(3)
 # As SmolLM2's: a system message of its own unless the conversation begins with one.
@@ -385,3 +386,12 @@ MERGING = make_merging_tokenizer()
 def test_no_torch_in_sight() -> None:
     code = "import sys, gkd.data.prompts; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True, timeout=60)
+
+
+def test_a_resume_needs_the_same_weights(load: Load, tokenizer: PreTrainedTokenizerFast) -> None:
+    found = [
+        load(tokenizer, {**chat("Hi"), **weight}) for weight in ({}, {"weight": 1}, {"weight": 2}, {"weight": 0.5})
+    ]
+    assert [prompts.prompts[0].weight for prompts in found] == [1.0, 1.0, 2.0, 0.5]
+    digests = [_prompts_digest(prompts) for prompts in found]
+    assert digests[0] == digests[1] and len(set(digests)) == 3

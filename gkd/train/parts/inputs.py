@@ -41,6 +41,8 @@ def _prompts_digest(prompts: PromptSet) -> str:
         completion = (-1,) if prompt.completion_ids is None else prompt.completion_ids
         numbers = (prompt.index, len(prompt.token_ids), *prompt.token_ids, *completion)
         parts += array("q", numbers), prompt.teacher.encode()
+        if prompt.weight != 1.0:
+            parts.append(array("d", (prompt.weight,)))
         if prompt.teacher_ids is not None:
             parts.append(array("q", prompt.teacher_ids))
     return digest(*parts).hex()
