@@ -59,6 +59,16 @@ MINILLM_MIXED = _added(
     rollout={"mixed": {"teacher_share": 0.2}},
 )
 
+# ---- corrected by the teacher
+
+SPECULATIVE = _added(
+    "forward KL on texts that the teacher corrects (speculative)",
+    ON_POLICY_FORWARD,
+    FORWARD.keys,
+    mixture={"student": 0.0, "speculative": 1.0},
+    rollout={"speculative": {"top_k": 3, "block_tokens": 4}},  # of 39 tokens, and answers of six
+)
+
 # ---- by source, and by token
 
 DISTILLM_2 = _added(
@@ -138,7 +148,7 @@ def methods(size: Size) -> tuple[Method, ...]:
         *(START, SFT, SUPERVISED_KD, ON_POLICY_REVERSE, FEATURES, RELATIONS, ASSISTANT),
         *(HALF_REVERSE, MINILLM, ENTROPY_AWARE, SOFT_AND_HARD, ADAPTIVE),
         *(HALF_SKEW, DISTILLM_2, MINILLM_MIXED, RKD, UNCERTAIN_OR_WRONG, DRIFT, ADAPTIVE_KL, REPLAY),
-        *(DYNAMIC_WEIGHTS, soft_then_hard(size.about_steps), ON_POLICY_FORWARD),
+        *(DYNAMIC_WEIGHTS, soft_then_hard(size.about_steps), ON_POLICY_FORWARD, SPECULATIVE),
     )
 
 

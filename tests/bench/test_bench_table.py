@@ -133,7 +133,7 @@ def test_cells_train_on_equally_many_tokens_and_are_scored(folder: Any, name: st
     assert done["scores"]["forward_kl"] > 0 and done["scores"]["reverse_kl"] > 0
 
 
-@pytest.mark.parametrize("name", ["FEATURES", "RKD", "MINILLM_MIXED", "REPLAY", "DYNAMIC_WEIGHTS"])
+@pytest.mark.parametrize("name", ["FEATURES", "RKD", "MINILLM_MIXED", "SPECULATIVE", "REPLAY", "DYNAMIC_WEIGHTS"])
 def test_additions_train_on_as_many_tokens(folder: Any, name: str) -> None:
     """One of each kind: states of layers, vectors of texts, both models drawing, old texts, a rule over the weights."""
     method = getattr(additions, name)
@@ -141,7 +141,7 @@ def test_additions_train_on_as_many_tokens(folder: Any, name: str) -> None:
     size = folder.size
     assert size.trained_tokens <= done["trained_tokens"] < size.trained_tokens + size.batch_size * size.max_new_tokens
     assert (done["sampled_tokens"] > 0) == (method.mixture.get("dataset", 0.0) < 1)
-    assert done["sampled_tokens"] < done["trained_tokens"]
+    assert (done["sampled_tokens"] < done["trained_tokens"]) == (name != "SPECULATIVE")
     assert done["scores"]["forward_kl"] > 0
 
 
