@@ -89,6 +89,13 @@ TABLE_CLAIMS = [
             ("relations", additions.RELATIONS, "greedy", GREEDY),
             ("minillm", additions.MINILLM, "greedy", GREEDY),
             ("minillm", additions.MINILLM, "sampled", SAMPLED),
+            ("minillm_mixed", additions.MINILLM_MIXED, "greedy", GREEDY),
+            ("rkd", additions.RKD, "greedy", GREEDY),
+            ("replay", additions.REPLAY, "greedy", GREEDY),
+            ("speculative", additions.SPECULATIVE, "sampled", SAMPLED),
+            ("dynamic_weights", additions.DYNAMIC_WEIGHTS, "greedy", GREEDY),
+            ("soft_then_hard", additions.soft_then_hard(0), "sampled", SAMPLED),
+            ("adaptive", additions.ADAPTIVE, "greedy", GREEDY),
         )
     ),
 ]
