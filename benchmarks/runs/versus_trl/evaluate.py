@@ -13,6 +13,7 @@ from benchmarks.runs.versus_trl.job import Job
 from gkd.config import Config, Launch
 from gkd.models import load_causal_lm
 from gkd.objectives.objective import Objective
+from gkd.planning.settled import settle_here
 from gkd.run_files import RunFiles
 from gkd.train import parts
 from gkd.train.distributed import compute_device
@@ -40,6 +41,7 @@ class FrozenStudent:
 def run(job: Job) -> dict[str, Any]:
     """Nats a token by student folder; the teacher's texts are sampled once, then cached."""
     config = gkd_config(job.work, job.work.prepared / "run", seed=0, heldout=True)
+    config = settle_here(config, LAUNCH.local_rank, LAUNCH.world_size).config
     return {student: heldout_divergences(config, student) for student in job.options["students"]}
 
 
