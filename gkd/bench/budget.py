@@ -108,8 +108,7 @@ class BudgetRun(Run):
         return self._curve
 
     def _take_look(self) -> None:
-        if self.sampler.weights_version is None:  # no step samples from these weights, but a look does
-            self.sampler.load_weights(self.student.weights(), version=self.budget.step_count)
+        self.catch_up(self.budget.step_count)
         self._curve.append({"step": self.budget.step_count, "tokens": self.budget.trained, **self._look()})
 
     def build(self) -> None:

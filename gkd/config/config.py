@@ -87,23 +87,37 @@ class Config(Section):
                 f"optim.warmup_steps: {optim.warmup_steps} leaves nothing of run.steps = {self.run.steps} for the "
                 f"{optim.schedule} decay; at most {self.run.steps - 1}"
             )
-        init = self.student.init
-        if init is not None and init.width is not None and rollout.placement == "served":
-            raise ValueError(
-                "student.init.width: is measured when the run starts, but a served sampler has to know the student "
-                "before; give student_init/ of a run that made it as student.model"
-            )
-        if init is not None and init.is_measured and rollout.placement == "served":
-            raise ValueError(
-                f"student.init.choose: {init.choose} is measured when the run starts, but a served sampler has to know "
-                "the layers before; list them in student.init.layers (student_init/student_init.json of a run has them)"
-            )
+        self._check_student_is_known()
         if rollout.staleness and self.mixture.uses(REPLAY):
             raise ValueError(
                 f"mixture.replay: has no meaning with rollout.staleness = {rollout.staleness}, where texts are sampled "
                 "ahead of what a checkpoint holds; set one of them to 0"
             )
         self._check_together()
+        self._check_lora_sync()
+        if self.deepspeed.config is not None and not Path(self.deepspeed.config).is_file():
+            raise ValueError(f"deepspeed.config: no file {self.deepspeed.config!r}")
+        return self
+
+    def _check_student_is_known(self) -> None:
+        """To a served sampler, which has it before the run starts."""
+        init = self.student.init
+        if init is None or self.rollout.placement != "served":
+            return
+        if init.width is not None:
+            raise ValueError(
+                "student.init.width: is measured when the run starts, but a served sampler has to know the student "
+                "before; give student_init/ of a run that made it as student.model"
+            )
+        if init.is_measured:
+            raise ValueError(
+                f"student.init.choose: {init.choose} is measured when the run starts, but a served sampler has to know "
+                "the layers before; list them in student.init.layers (student_init/student_init.json of a run has them)"
+            )
+
+    def _check_lora_sync(self) -> None:
+        """What a sync brings, and what the sampler holds besides, are the whole student together."""
+        rollout = self.rollout
         if rollout.lora_sync == "adapter" and self.student.lora is None:
             raise ValueError("rollout.lora_sync: adapter needs student.lora, which is null; set it to auto")
         if rollout.lora_sync == "adapter" and rollout.placement == "served":
@@ -113,9 +127,6 @@ class Config(Section):
                 "rollout.sleep_level: 2 drops the frozen student's weights, which a sync of the adapter alone does not "
                 "bring back; set it to 1, or rollout.lora_sync to merged"
             )
-        if self.deepspeed.config is not None and not Path(self.deepspeed.config).is_file():
-            raise ValueError(f"deepspeed.config: no file {self.deepspeed.config!r}")
-        return self
 
     def _check_compiled(self) -> None:
         if self.optim.micro_batch_tokens is not None:

@@ -46,6 +46,8 @@ def teacher_draw(weights: Mapping[str, float], seed: int, split: str) -> Callabl
 
     The draw depends on (seed, split, number) alone: it is the same in all epochs, on all ranks and after a resume.
     """
+    if not weights:
+        return lambda index: MAIN_TEACHER
     bounds = dict(zip(weights, accumulate(weights.values()), strict=True))
 
     def drawn(index: int) -> str:

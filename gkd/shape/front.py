@@ -15,12 +15,19 @@ def divergence(row: Row) -> float | None:
     return None if found is None or not math.isfinite(found) else found
 
 
+def nats(row: Row) -> float:
+    """`divergence` of a row that was measured."""
+    found = divergence(row)
+    assert found is not None
+    return found
+
+
 def pareto(rows: Sequence[Row]) -> list[Row]:
     """By parameters and divergence; smallest first."""
     front: list[Row] = []
     measured = [row for row in rows if divergence(row) is not None]
-    for row in sorted(measured, key=lambda row: (row["parameters"], divergence(row))):
-        if not front or _closer(row, front[-1]):
+    for row in sorted(measured, key=lambda row: (row["parameters"], nats(row))):
+        if not front or nats(row) < nats(front[-1]):
             front.append(row)
     return front
 
@@ -35,16 +42,12 @@ def knee(front: Sequence[Row]) -> Row | None:
         return None
     first, last = front[0], front[-1]
     size = math.log(last["parameters"] / first["parameters"]) or 1.0
-    fall = (divergence(first) or 0.0) - (divergence(last) or 0.0) or 1.0
+    fall = nats(first) - nats(last) or 1.0
 
     def below(row: Row) -> float:
         along = math.log(row["parameters"] / first["parameters"]) / size
-        fallen = ((divergence(first) or 0.0) - (divergence(row) or 0.0)) / fall
+        fallen = (nats(first) - nats(row)) / fall
         return fallen - along
 
     bend = max(front, key=below)
     return bend if below(bend) > 0.0 else last
-
-
-def _closer(row: Row, other: Row) -> bool:
-    return (divergence(row) or 0.0) < (divergence(other) or 0.0)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gkd.shape.front import Row, divergence, knee, pareto
+from gkd.shape.front import Row, divergence, knee, nats, pareto
 
 _HEADER = ("student", "M param.", "share", "cut", "probed", "ms a token", "s a step", "GB", "")
 
@@ -102,4 +102,4 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
 
 def _point(row: Row) -> tuple[float, float]:
-    return row["parameters"] / 1e6, divergence(row) or 0.0
+    return row["parameters"] / 1e6, nats(row)

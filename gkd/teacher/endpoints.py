@@ -17,7 +17,7 @@ from gkd.config import ENDPOINT_PORT, TeacherConfig
 from gkd.errors import ConfigError, TeacherError
 from gkd.serving.replicas import NoServerLeftError, Replica, Role, ServerFailedError, ServerRefusedError
 from gkd.teacher.probe import SHARED_TOKENS, Probe, probe_texts
-from gkd.teacher.servers import TeacherServers
+from gkd.teacher.servers import ANY_SEQUENCE, LongestSequence, TeacherServers
 from gkd.teacher.top_tokens import TopTokens, distances, read_top_tokens
 
 _MODELS_PATH, _COMPLETIONS_PATH = "/v1/models", "/v1/completions"
@@ -42,23 +42,16 @@ class Endpoints(TeacherServers):
     vocabulary_rows: int  # of teacher.model, to be set before anything is scored: servers do not say it
 
     def __init__(
-        self,
-        config: TeacherConfig,
-        section: str = "teacher",
-        *,
-        longest_tokens: int = 1,
-        limit_key: str = "data.max_prompt_tokens",
+        self, config: TeacherConfig, section: str = "teacher", longest: LongestSequence = ANY_SEQUENCE
     ) -> None:
         """Asks every server what it serves, and for one answer of K tokens. `section` is the config's, for messages.
 
         Raises ConfigError if one does not answer, asks for a token that it was not given, serves several models or
-        another than the others, allows fewer tokens, or takes no sequence of `longest_tokens`.
+        another than the others, allows fewer tokens, or takes no sequence as long as `longest`.
         """
-        self._longest_tokens, self._limit_key = longest_tokens, limit_key
         self._texts: Probe[TopTokens] = Probe(distances)
-        super().__init__(
-            config, Role(section, "nothing", "OpenAI-compatible server", _MODELS_PATH, self._start_command)
-        )
+        role = Role(section, "nothing", "OpenAI-compatible server", _MODELS_PATH, self._start_command)
+        super().__init__(config, role, longest)
 
     def _ask(self) -> None:
         cards = [self._describe(replica) for replica in self._pool.replicas]
@@ -68,11 +61,10 @@ class Endpoints(TeacherServers):
         self.max_tokens = min((card.max_model_len for card in cards if card.max_model_len), default=None)
         for replica in self._pool.replicas:
             self._check_top_k(replica)
-        needed = self._longest_tokens + 1
+        needed = self._longest.tokens + 1
         if self.max_tokens is not None and self.max_tokens < needed:
             raise ConfigError(
-                f"{self._section}.addresses: a sequence can reach {self._longest_tokens} tokens "
-                f"({self._limit_key} + rollout.max_new_tokens), and a server that scores it samples one more; "
+                f"{self._section}.addresses: {self._longest.said}, and a server that scores it samples one more; "
                 f"{self.model} is served with {self.max_tokens}; start it with --max-model-len {needed} or more, or "
                 "lower one of the two"
             )

@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from gkd.config import Config
 from gkd.models import check_covers, model_fingerprint, read_config, resolve_model
 from gkd.teacher.base import Teacher
 from gkd.teacher.endpoints import Endpoints
 from gkd.teacher.replicas import Replicas
+from gkd.teacher.servers import LongestSequence
 from gkd.types import StatePlace
 
 if TYPE_CHECKING:
@@ -34,11 +35,6 @@ class Site:
     state_places: Mapping[StatePlace, int] | None = None  # what terms ask of layers beside the last states: widths
     student: TrainedStudent | None = None  # for teachers that are the student
     mean: Any = None  # a transformers model with the mean of the student's weights, for a teacher that has these
-
-
-class _Longest(TypedDict):
-    longest_tokens: int
-    limit_key: str
 
 
 class TeacherPlacement:
@@ -172,7 +168,7 @@ class Served(TeacherPlacement):
 
     def __init__(self, config: Config, name: str) -> None:
         super().__init__(config, name)
-        self._replicas = Replicas(self.teacher, self.section, **_longest(config, name))
+        self._replicas = Replicas(self.teacher, self.section, _longest(config, name))
 
     def close(self) -> None:
         self._replicas.close()
@@ -191,7 +187,7 @@ class Topk(TeacherPlacement):
 
     def __init__(self, config: Config, name: str) -> None:
         super().__init__(config, name)
-        self._endpoints = Endpoints(self.teacher, self.section, **_longest(config, name))
+        self._endpoints = Endpoints(self.teacher, self.section, _longest(config, name))
 
     def close(self) -> None:
         self._endpoints.close()
@@ -212,9 +208,8 @@ class Topk(TeacherPlacement):
         self._endpoints.check_vocabulary(self._vocabulary_rows(path))
 
 
-def _longest(config: Config, name: str) -> _Longest:
-    """What servers have to read of a sequence."""
-    return {"longest_tokens": config.longest_read_by(name), "limit_key": config.longest_prompt_of(name)[1]}
+def _longest(config: Config, name: str) -> LongestSequence:
+    return LongestSequence(config.longest_read_by(name), config.longest_prompt_of(name)[1])
 
 
 PLACEMENTS: dict[str, type[TeacherPlacement]] = {"local": Local, "sharded": Sharded, "served": Served, "topk": Topk}

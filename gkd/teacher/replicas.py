@@ -24,7 +24,7 @@ from gkd.serving.replicas import (
 )
 from gkd.serving.teacher_protocol import ServedTeacherModel
 from gkd.teacher.probe import SHARED_TOKENS, Probe, probe_texts
-from gkd.teacher.servers import TeacherServers
+from gkd.teacher.servers import ANY_SEQUENCE, LongestSequence, TeacherServers
 
 if TYPE_CHECKING:
     import torch
@@ -38,33 +38,26 @@ class Replicas(TeacherServers):
     served: ServedTeacherModel  # what all serve, with the least max_tokens of any
 
     def __init__(
-        self,
-        config: TeacherConfig,
-        section: str = "teacher",
-        *,
-        longest_tokens: int = 1,
-        limit_key: str = "data.max_prompt_tokens",
+        self, config: TeacherConfig, section: str = "teacher", longest: LongestSequence = ANY_SEQUENCE
     ) -> None:
         """Asks every server what it serves. `section` is the config's, for messages.
 
         Raises ConfigError if one does not answer, asks for a token that it was not given, serves another dtype than
-        the section's, or another model than the others, or reads less than a sequence of `longest_tokens` needs.
+        the section's, or another model than the others, or reads less than a sequence as long as `longest` needs.
         """
-        self._longest_tokens, self._limit_key = longest_tokens, limit_key
         self._texts: Probe[torch.Tensor] = Probe(_distances)
         role = Role(section, "no teacher", "gkd teacher", protocol.DESCRIPTION_PATH, self._start_command)
-        super().__init__(config, role)
+        super().__init__(config, role, longest)
 
     def _ask(self) -> None:
         described = [self._describe(replica) for replica in self._pool.replicas]
         self._pool.check_agreement(described, ("fingerprint", "dtype", "head_sha256", "hidden_size", "vocabulary_rows"))
         max_tokens = min(served.max_tokens for served in described)
         self.served = described[0].model_copy(update={"max_tokens": max_tokens})
-        needed = self._longest_tokens - 1  # the last token is only predicted, never read
+        needed = self._longest.tokens - 1  # the last token is only predicted, never read
         if max_tokens < needed:
             raise ConfigError(
-                f"{self._section}.addresses: a sequence can reach {self._longest_tokens} tokens "
-                f"({self._limit_key} + rollout.max_new_tokens), of which the served teacher has to read {needed}, "
+                f"{self._section}.addresses: {self._longest.said}, of which the served teacher has to read {needed}, "
                 f"and it reads {max_tokens}; start it with --max-model-tokens {needed} or more, or lower one of the two"
             )
         self._probe_all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import httpx
@@ -21,6 +22,22 @@ _ANSWERS_A_PROBE = 500  # two requests of a few tokens each time
 Answer = TypeVar("Answer")
 
 
+@dataclass(frozen=True)
+class LongestSequence:
+    """What servers have to take: a context with its completion; `limit_key` is the config's key for the context."""
+
+    tokens: int = 1
+    limit_key: str = "data.max_prompt_tokens"
+
+    @property
+    def said(self) -> str:
+        """How an error about it begins."""
+        return f"a sequence can reach {self.tokens} tokens ({self.limit_key} + rollout.max_new_tokens)"
+
+
+ANY_SEQUENCE = LongestSequence()
+
+
 class TeacherServers:
     """Servers of one teacher, used by any number of threads.
 
@@ -29,9 +46,9 @@ class TeacherServers:
     after a failure, and again after some hundreds of answers.
     """
 
-    def __init__(self, config: TeacherConfig, role: Role) -> None:
+    def __init__(self, config: TeacherConfig, role: Role, longest: LongestSequence) -> None:
         """Asks every server what it serves. Raises ConfigError."""
-        self._config, self._section = config, role.section
+        self._config, self._section, self._longest = config, role.section, longest
         self._pool = ReplicaPool(config, role, cool_down_s=_COOL_DOWN_S)
         self._probing = {replica.address: threading.Lock() for replica in self._pool.replicas}
         self._credit = Counter[str]()  # by address: answers that are believed before the next probe

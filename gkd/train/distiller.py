@@ -105,7 +105,7 @@ class Distiller:
         Raises MissingPackageError, DataError with file:line, ConfigError, MachineError, or ModelError.
         """
         self._check_packages()
-        self._check_data()
+        train_rows = self._check_data()
         config, notes, warnings = self.settle(resume=resume)
         from gkd.config.training import TrainingSettings
         from gkd.train.deepspeed_check import check_deepspeed
@@ -117,9 +117,9 @@ class Distiller:
             f"mixture.{source}: student and teacher draw together; the teacher reads a text again at each of its turns"
             for source in config.mixture.with_teacher
         ]
-        return [*notes, *warnings, *advice(config), *together, *self._describe_models()]
+        return [*notes, *warnings, *advice(config), *together, *self._describe_models(train_rows)]
 
-    def _describe_models(self) -> list[str]:
+    def _describe_models(self, train_rows: Sequence[Row]) -> list[str]:
         """Nothing of models on the hub, which are not asked for here."""
         from gkd.models import (
             Side,
@@ -169,14 +169,13 @@ class Distiller:
             )
         if (lora := self.config.student.lora) is not None:
             lora_targets(empty_model(student), lora)  # raises, too
-        return [*lines, *self._show_view(sides["student.model"].tokenizer)]
+        return [*lines, *self._show_view(train_rows, sides["student.model"].tokenizer)]
 
-    def _show_view(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """The first row of data.train whose teacher reads another context, as both sides read it."""
-        data = self.config.data
-        if not data.train.endswith(JSON_SUFFIXES):  # those are read by now, and at no cost
+    def _show_view(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """The first of the rows whose teacher reads another context, as both sides read it."""
+        if not rows:
             return []
-        rows = read_rows(data.train, data.train_split, teacher_column=data.teacher_column)
+        data = self.config.data
         readers = RowReaders(self.config, "train", tokenizer)
         for index, row in enumerate(rows):
             view = readers.views[readers.teacher_of(index, row)]
@@ -200,9 +199,8 @@ class Distiller:
 
     def _check_teaches(self, rows: Sequence[Row]) -> None:
         teacher_of, teachers = row_teachers(self.config, "train"), self.config.teachers
-        names = [teacher_of(index, row) for index, row in enumerate(rows)]
-        views = (row.has_view or bool(teachers[name].view_keys) for name, row in zip(names, rows, strict=True))
-        check_teaches(self.config, zip(names, views, strict=True))
+        named = ((teacher_of(index, row), row) for index, row in enumerate(rows))
+        check_teaches(self.config, ((name, row.has_view or bool(teachers[name].view_keys)) for name, row in named))
 
     def _check_packages(self) -> None:
         rollout = self.config.rollout
@@ -213,8 +211,9 @@ class Distiller:
         if (fault := write_fault(self.config.run.folder)) is not None:
             raise fault
 
-    def _check_data(self) -> None:
-        data = self.config.data
+    def _check_data(self) -> Sequence[Row]:
+        """Returns the rows of data.train; none of a file that is not read here."""
+        data, train_rows = self.config.data, list[Row]()
         for key, path, split in (
             ("data.train", data.train, data.train_split),
             ("data.heldout", data.heldout, data.heldout_split),
@@ -225,3 +224,5 @@ class Distiller:
                 check_row_views(rows, self.config.without_views())
                 if key == "data.train":
                     self._check_teaches(rows)
+                    train_rows = rows
+        return train_rows

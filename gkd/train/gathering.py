@@ -1,7 +1,7 @@
 """The student's weights, whole: ZeRO-3's shards are gathered by one collective operation a bucket of parameters.
 
-DeepSpeed's own way to see whole parameters takes one operation for each, and most of a model's are small: of SmolLM2's
-272 tensors 61 are norms of 576 numbers.
+DeepSpeed's own way to see whole parameters takes one operation for each, however small: of SmolLM2's 272 tensors 61 are
+norms of 576 numbers.
 """
 
 from __future__ import annotations

@@ -190,8 +190,7 @@ class Run:
         )
         if self.interruption.error is not None:
             raise self.interruption.error
-        if self.sampler.weights_version is None:  # no step would have sampled from these weights
-            self.sampler.load_weights(self.student.weights(), version=config.run.steps)
+        self.catch_up(config.run.steps)
         after = self.snapshots.take(config.run.steps, folder.tokens_after)
         summary = summarise(
             config,
@@ -209,6 +208,11 @@ class Run:
         self.snapshots.close()
         self.sampler.close()
         return summary
+
+    def catch_up(self, steps_done: int) -> None:
+        """Sends the weights to a sampler that fell behind, as no step would have sampled from them. Collective."""
+        if self.sampler.weights_version is None:
+            self.sampler.load_weights(self.student.weights(), version=steps_done)
 
     def stop(self, error: PartError | None = None) -> NoReturn:
         """Saves what was trained and raises RunInterruptedError, with the command that goes on; or `error`, if that
