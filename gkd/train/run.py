@@ -178,6 +178,8 @@ class Run:
         """Writes the student, measures it as it is now, writes the summary, and stops the sampler."""
         config, folder, is_main = self.config, self.folder, self.launch.is_main
         self.monitor.note(f"writing the student to {folder.final}, and measuring it")
+        if self.sampler.weights_version is None:  # a sync would have measured it, where it had grown
+            self.sampler.measure_rounding(self.student.weights(), config.run.steps)
         export(  # before anything else can fail
             config,
             folder.final,

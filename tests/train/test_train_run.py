@@ -123,6 +123,30 @@ def test_a_run_has_the_parts_that_a_subclass_builds(config: Config) -> None:
     run.sampler.close()
 
 
+@pytest.mark.slow
+def test_a_run_that_samples_nothing_syncs_at_its_ends(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `final/` is held against is measured of the student as it is then, not as it was at the start."""
+    seen: list[tuple[str, int]] = []
+
+    def noted(name: str) -> Any:
+        real = getattr(SyncedSampler, name)
+
+        def call(self: SyncedSampler, weights: WeightStream, version: int) -> Any:
+            seen.append((name, version))
+            return real(self, weights, version)
+
+        return call
+
+    for name in ("load_weights", "measure_rounding"):
+        monkeypatch.setattr(SyncedSampler, name, noted(name))
+    values = config.model_dump(mode="json", exclude_unset=True)
+    summary = Distiller(make_config({**values, "mixture": {"student": 0.0, "teacher": 1.0}})).train()
+    assert summary.steps == STEPS
+    assert seen == [
+        ("load_weights", 0), ("measure_rounding", 0), ("measure_rounding", STEPS), ("load_weights", STEPS),
+    ]  # fmt: skip
+
+
 @pytest.mark.fault
 @pytest.mark.parametrize(
     ("section", "keys", "message"),
