@@ -18,6 +18,7 @@ GkdError
     │   ├── NonFiniteError             a loss or a gradient is not finite; no optimizer step was taken
     │   ├── MismatchError              the sampler drew the step's tokens from another distribution than the trainer's
     │   └── LossScaleError             float16 gradients stay infinite, however small their scale
+    ├── CollapseError                  the student came apart, and run.stop_on asks to stop then
     ├── StageError                     a stage of a chain ended with another exit code than 0, which is the chain's then
     ├── CheckpointError                a checkpoint is damaged or does not belong to this run
     ├── StorageError                   what a run writes while it goes on finds no room, or may not be written
@@ -137,6 +138,10 @@ class TeacherError(PartError):
 
 class WeightSyncError(PartError):
     """The sampler's weights are incomplete or differ from the trainer's."""
+
+
+class CollapseError(RunError):
+    """The student's samples or its entropy say that it comes apart; raised on all ranks, with the run saved."""
 
 
 class StageError(RunError):

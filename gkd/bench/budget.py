@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from gkd.config import Config, Launch
+from gkd.measures.samples import generated_tokens
 from gkd.planning.settled import settle_here
-from gkd.rollout.mixture import generated_tokens
 from gkd.run_files import RunFiles
 from gkd.train import distributed, parts
 from gkd.train.placements import ask_placements

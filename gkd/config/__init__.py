@@ -16,6 +16,7 @@ from gkd.config.process import Launch, cache_folder, exit_copy, instruction_limi
 from gkd.config.sampler_choices import served_choices
 from gkd.config.sections import (
     DROPPABLE,
+    CollapseConfig,
     DataConfig,
     DeepSpeedConfig,
     Dtype,
@@ -39,6 +40,7 @@ __all__ = [
     "SAMPLER_PORT",
     "TEACHER_PORT",
     "Choice",
+    "CollapseConfig",
     "Config",
     "DataConfig",
     "DeepSpeedConfig",

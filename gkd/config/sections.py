@@ -48,6 +48,26 @@ def check_template_arguments(arguments: Mapping[str, Any]) -> None:
         raise ValueError(f"chat_template_kwargs: {name} is set by gkd")
 
 
+class CollapseConfig(Section):
+    """What a student that comes apart is known by."""
+
+    steps: int = Field(20, ge=1, description="a collapse has held for so many steps together; warnings come earlier")
+    first_steps: int = Field(10, ge=1, description="what later steps are compared with is the mean of so many")
+    length_ratio: float = Field(2.0, gt=1.0, description="samples longer than at the start by more than this factor")
+    truncated_share: float = Field(
+        0.5, ge=0.0, lt=1.0, description="of the samples, cut off before an end token; together with the length"
+    )
+    entropy_ratio: float = Field(
+        0.1,
+        ge=0.0,
+        lt=1.0,
+        description="the student's entropy below this share of that at the start (and of half its teacher's)",
+    )
+    repeated_share: float = Field(
+        0.5, ge=0.0, le=1.0, description="of a sample's 4-grams, repeated in it; this is only warned of"
+    )
+
+
 class RunConfig(Section):
     name: str = Field("run", description="name of the run; its folder is runs/<name> unless run.dir is set")
     dir: PathText | None = Field(None, description="folder of the run: metrics, samples, checkpoints, result")
@@ -61,6 +81,10 @@ class RunConfig(Section):
     silent_rank_s: float = Field(
         600.0, gt=0.0, description="of several ranks: one whose process has not run for so long ends the others"
     )
+    stop_on: Literal["collapse"] | None = Field(
+        None, description="collapse: save and stop where the student comes apart, as run.collapse says; null: warn"
+    )
+    collapse: CollapseConfig = CollapseConfig()  # pyright: ignore[reportCallIssue]
 
     @model_validator(mode="after")
     def _name_is_a_folder_name(self) -> RunConfig:

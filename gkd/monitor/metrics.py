@@ -50,6 +50,9 @@ METRICS: dict[str, str] = {  # name -> "unit: meaning"
     "leakage/ngram_share": "fraction: runs of 5 tokens in texts that the student sampled in the step which stand in "
     "what only its teacher reads; where teachers have a view of their own",
     "leakage/sample_share": "fraction: such texts that hold any such run",
+    "samples/mean_tokens": "tokens: length of the texts that were sampled from the student in the step, on average",
+    "samples/truncated_share": "fraction: of these texts, those that were cut off before an end token",
+    "samples/repeated_share": "fraction: of a text's 4-grams, those that stood in it before; mean over these texts",
     "grad_norm": "norm: of the whole gradient, before clipping",
     "lr": "rate: learning rate of the step",
     "weights_version": "count: optimizer steps behind the weights that the step's completions were sampled from",

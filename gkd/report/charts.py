@@ -19,7 +19,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {  # heading -> what its metrics' names 
     "Optimizer": ("lr", "grad_norm"),
     "Throughput": ("tokens",),
     "Time of a step": ("time",),
-    "Mixture and weights": ("mixture", "leakage", "rollout", "mismatch", "sync"),
+    "Mixture and weights": ("mixture", "samples", "leakage", "rollout", "mismatch", "sync"),
 }
 _CHART_TITLES = {
     "loss": "Loss",
@@ -33,6 +33,7 @@ _CHART_TITLES = {
     "tokens": "Tokens",
     "time": "Time by phase",
     "mixture": "Who wrote the step's samples",
+    "samples": "Texts sampled from the student",
     "leakage": "Copied from what the teacher alone reads",
     "rollout": "Staleness of the sampler's weights",
     "mismatch": "Trainer against sampler, on the step's own samples",

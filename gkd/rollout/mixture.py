@@ -116,11 +116,6 @@ class MixtureRollouts:
         self._sampler.close()
 
 
-def generated_tokens(rollouts: Sequence[Rollout]) -> int:
-    """Tokens of the texts that the student sampled in the step, alone or with the teacher."""
-    return sum(len(rollout.completion_ids) for rollout in rollouts if SOURCES.drawn(rollout.source).in_step)
-
-
 def teacher_tokens(rollouts: Sequence[Rollout]) -> tuple[int, int]:
     """Tokens of the texts that student and teacher drew together, and those among them that the teacher drew."""
     together = [r.logprobs or () for r in rollouts if SOURCES.drawn(r.source).with_teacher]

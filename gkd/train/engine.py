@@ -46,6 +46,7 @@ _LESS_MEMORY = (
 )
 _OBJECTIVE_MEMORY = "objective.json"  # of a checkpoint: what the objective remembers of the run
 Phase = Callable[[str], AbstractContextManager[None]]
+Watch = Callable[[Mapping[str, object]], None]  # is told of everything that is logged of a step, in any parts
 
 
 class StudentEngine:
@@ -62,6 +63,7 @@ class StudentEngine:
         sampler_applies_adapter: bool = False,
         mismatch: MismatchGuard | None = None,
         phase: Phase = lambda name: nullcontext(),
+        watch: Watch = lambda metrics: None,
     ) -> None:
         import deepspeed
 
@@ -69,7 +71,7 @@ class StudentEngine:
         self._sampler_applies_adapter = sampler_applies_adapter
         self._device = compute_device(launch)
         self._world_size, self._is_main = launch.world_size, launch.is_main
-        self._phase = phase
+        self._phase, self._watch = phase, watch
         settings = deepspeed_config(training, launch.world_size)
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -161,6 +163,7 @@ class StudentEngine:
     def observe(self, metrics: Mapping[str, object]) -> None:
         """What is logged of a step, the same on all ranks: for schedules and rules that follow it."""
         self._memory.observe(metrics)
+        self._watch(metrics)
 
     def _denominator(self, micro_batches: Sequence[TokenBatch]) -> int:
         """This rank's part of what the loss is divided by."""

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from gkd.config import Config, Launch
 from gkd.config.training import TrainingSettings
-from gkd.errors import PartError, RunInterruptedError, StepRefusedError, StorageError
+from gkd.errors import CollapseError, PartError, RunInterruptedError, StepRefusedError, StorageError
 from gkd.files import write_atomically, write_json
 from gkd.monitor import Monitor, RunSummary, read_metrics
 from gkd.rollout.sync import SyncedSampler
@@ -18,6 +18,7 @@ from gkd.system_errors import system_errors
 from gkd.teacher.base import Teacher
 from gkd.teacher.unasked import Unasked
 from gkd.train import parts
+from gkd.train.collapse import CollapseWatch
 from gkd.train.engine import StudentEngine
 from gkd.train.interruption import Interruption
 from gkd.train.loop import Metrics, train_loop
@@ -98,6 +99,7 @@ class Run:
         self.texts = parts.teacher_texts(config, models, self.prompts, self.data, launch, self.monitor.note)
         self.monitor.note(f"starting the sampler ({config.rollout.engine}), the student (DeepSpeed) and the teacher")
         self.sampler = self.build_sampler()
+        self.watch = CollapseWatch(config.run.collapse, is_main=launch.is_main)
         self.student = self.build_student()
         self.means = parts.build_means(config, models, launch, self.student)
         self.teacher = self.build_teacher()
@@ -105,7 +107,7 @@ class Run:
         self.rollouts = parts.build_mixture(config, models, self.prompts, self.sampler, self.texts, self.teacher)
         sources = parts.SourceStates(self.rollouts, launch.rank)
         self.checkpoints = parts.build_checkpoints(
-            config, self.folder, launch, self.student, sources, *self.means.values()
+            config, self.folder, launch, self.student, sources, self.watch, *self.means.values()
         )
         self.interruption = Interruption(self.signals)
         if self.start_step:
@@ -122,7 +124,7 @@ class Run:
         return parts.build_sampler(self.config, self.models, self.prompts, self.launch, self.placements.sampler)
 
     def build_student(self) -> StudentEngine:
-        return parts.build_student(self.config, self.models, self.launch, self.monitor.phase)
+        return parts.build_student(self.config, self.models, self.launch, self.monitor.phase, self.watch.observe)
 
     def build_teacher(self) -> Teacher:
         config, models, launch = self.config, self.models, self.launch
@@ -236,7 +238,7 @@ class Run:
 
     def measure(self, rollouts: Sequence[Rollout]) -> Metrics:
         """Of a step's samples, over all ranks."""
-        return self._observed(parts.describe_samples(rollouts, self.config.mixture))
+        return self._observed(parts.describe_samples(rollouts, self.config.mixture, self.models.stop_token_ids))
 
     def evaluate(self, steps_done: int) -> Metrics:
         """The held-out divergences where they are due; those of the start and the end are in the summary."""
@@ -258,8 +260,15 @@ class Run:
         return metrics
 
     def save(self, steps_done: int) -> None:
-        """A checkpoint where one is due. Stops after one if the run was asked to."""
+        """A checkpoint where one is due. Stops after one if the run was asked to, by a signal or on a collapse."""
         self.steps_done = steps_done
+        if (collapse := self.watch.judge(steps_done)) is not None and self.config.run.stop_on == "collapse":
+            saved = self.checkpoints.save_beside(steps_done)  # what was good is among the older ones
+            raise CollapseError(
+                f"run.stop_on: after step {steps_done} {collapse}; the student as it is now is saved in {saved}, "
+                "beside the checkpoints before it; to go on all the same, "
+                f"{resume_command(self.folder)} run.stop_on=null"
+            )
         if not self.interruption.is_requested():
             self.checkpoints.maybe_save(steps_done)
         elif steps_done == self.config.run.steps:

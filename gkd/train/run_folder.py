@@ -29,6 +29,7 @@ from gkd.train.rank_log import rank_log
 _FREE_ON_RESUME = (
     "run.steps", "run.save_every", "run.keep_checkpoints", "run.dir", "run.term_grace_s", "run.silent_rank_s",
     "eval.every", "log.", "rollout.max_mismatch", "optim.max_skipped_steps",
+    "run.stop_on", "run.collapse.",
 )  # fmt: skip
 _FREE_WHEREVER = (".addresses", ".token_file", ".timeout_s", ".retry_s", ".max_concurrency")
 _NAMED_FILES = 5

@@ -17,7 +17,6 @@ from gkd.bench.text import plan, tables
 from gkd.bench.text.cell import run_cell
 from gkd.bench.text.compare import compare
 from gkd.bench.text.folder import Folder
-from gkd.bench.text.judge import repeated_ngrams
 from gkd.bench.text.marks import common_seconds, readings, step_seconds
 from gkd.bench.text.methods import BY_SOURCE, ON_POLICY_REVERSE, SFT, START, SUPERVISED_KD, Cell
 from gkd.bench.text.sizes import SIZES, Material, Size, size_named
@@ -119,13 +118,6 @@ def test_a_copy_of_the_teacher_is_no_nat_from_it(folder: Folder, monkeypatch: py
     assert look["rouge_l"] == 1.0
     assert look["teacher_nll"] == pytest.approx(done["teacher"]["teacher_nll"], rel=0.5)
     assert look["answer_tokens"] == done["teacher"]["answer_tokens"]
-
-
-def test_the_share_of_repeated_ngrams() -> None:
-    assert repeated_ngrams([1, 2, 3, 4, 5, 6]) == 0.0
-    assert repeated_ngrams([7] * 10) == pytest.approx(6 / 7)  # seven 4-grams, one of them new
-    assert repeated_ngrams([1, 2, 3, 1, 2, 3], n=3) == pytest.approx(1 / 4)
-    assert repeated_ngrams([1, 2, 3]) == 0.0
 
 
 # ---- marks

@@ -10,10 +10,11 @@ import torch
 
 from gkd.config import MixtureConfig, RolloutConfig, make_config
 from gkd.errors import ConfigError
+from gkd.measures.samples import generated_tokens
 from gkd.objectives.objective import divergence_objective
 from gkd.plugins import register_source
 from gkd.registry import SOURCES, Drawn
-from gkd.rollout.mixture import MixtureRollouts, generated_tokens
+from gkd.rollout.mixture import MixtureRollouts
 from gkd.rollout.sources.student import StudentSource
 from gkd.teacher.cache import CachedTeacher
 from gkd.train.module import ObjectiveHead, ObjectiveSums

@@ -14,11 +14,12 @@ import torch
 
 from gkd.config import RolloutConfig, make_config
 from gkd.errors import ConfigError
+from gkd.measures.samples import generated_tokens
 from gkd.models import load_causal_lm
 from gkd.registry import SOURCES
 from gkd.rollout.base import Sampler
 from gkd.rollout.hf import HfSampler
-from gkd.rollout.mixture import generated_tokens, teacher_tokens
+from gkd.rollout.mixture import teacher_tokens
 from gkd.rollout.sources import Scores, SourceContext
 from gkd.teacher.local import LocalTeacher
 from gkd.teacher.views import WithViews

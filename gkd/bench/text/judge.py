@@ -17,14 +17,13 @@ from gkd.config import Config
 from gkd.evaluate.rouge import rouge_l
 from gkd.measures.answers import greedy_settings, sample_requests
 from gkd.measures.heldout import HeldoutEvaluation, HeldoutFigures, MeasuresDivergence, Pack, heldout_requests
+from gkd.measures.samples import repeated_ngrams
 from gkd.ops.token_logprobs import token_logprobs
 from gkd.rollout.base import Sampler
 from gkd.teacher.base import Teacher
 from gkd.train import parts
 from gkd.train.parts import Models
 from gkd.types import Completion, HiddenScores, Prompt, PromptDraw, Rollout, TeacherScores
-
-NGRAM = 4
 
 
 class Judge:
@@ -122,9 +121,3 @@ class _Scored:
 
 def _means(figures: HeldoutFigures) -> dict[str, float]:
     return {name.removeprefix("heldout/"): value for name, value in figures.means.items()}
-
-
-def repeated_ngrams(token_ids: Sequence[int], n: int = NGRAM) -> float:
-    """The share of a text's n-grams that stood in it before: 1 - distinct / all; 0 for a text shorter than n."""
-    ngrams = [tuple(token_ids[start : start + n]) for start in range(len(token_ids) - n + 1)]
-    return 1.0 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from gkd.config import Config, Launch, MixtureConfig
 from gkd.measures.answers import AnswerScoring, greedy_settings, sample_requests
 from gkd.measures.heldout import HeldoutEvaluation, MeasuresDivergence, heldout_requests, heldout_rollouts
 from gkd.measures.leakage import CopiedCounts, copied_counts, leakage_metrics
+from gkd.measures.samples import SampleSums, sample_metrics, sample_sums
 from gkd.monitor import JsonlSink
-from gkd.rollout.mixture import generated_tokens, mixture_counts, teacher_tokens
+from gkd.rollout.mixture import mixture_counts, teacher_tokens
 from gkd.rollout.sync import SyncedSampler
 from gkd.run_files import RunFiles
 from gkd.teacher.base import Teacher
@@ -99,17 +100,17 @@ def _shown_prompts(config: Config, prompts: Prompts) -> Sequence[Prompt]:
     return () if prompts.heldout is None else prompts.heldout.prompts[: config.eval.samples]
 
 
-def describe_samples(rollouts: Sequence[Rollout], mixture: MixtureConfig) -> dict[str, float]:
-    """What a step's samples were, over all ranks."""
+def describe_samples(rollouts: Sequence[Rollout], mixture: MixtureConfig, end_ids: Collection[int]) -> dict[str, float]:
+    """What a step's samples were, over all ranks. `end_ids` end a completion."""
     counts = mixture_counts(rollouts, mixture)
-    copied = copied_counts(rollouts)
-    total_generated, together, by_teacher, *sums = sum_all(
-        [generated_tokens(rollouts), *teacher_tokens(rollouts), *copied, *counts.values()]
-    )
+    own, copied = sample_sums(rollouts, end_ids), copied_counts(rollouts)
+    together, by_teacher, *sums = sum_all([*teacher_tokens(rollouts), *own, *copied, *counts.values()])
+    own, sums = SampleSums(*sums[: len(own)]), sums[len(own) :]
     copied, realised = CopiedCounts(*map(round, sums[: len(copied)])), sums[len(copied) :]
     total = max(1.0, sum(realised))
     return {
-        "tokens/generated": total_generated,
+        "tokens/generated": own.tokens,
+        **sample_metrics(own),
         **({"rollout/teacher_share": by_teacher / together} if together else {}),
         **{f"mixture/{source}": count / total for source, count in zip(counts, realised, strict=True)},
         **leakage_metrics(copied),

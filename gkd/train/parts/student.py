@@ -23,12 +23,12 @@ from gkd.run_files import RunFiles
 from gkd.seeding import derive_seed
 from gkd.train.checkpoint import Checkpointer, HasState, States, find_resume_step
 from gkd.train.distributed import compute_device, from_main
-from gkd.train.engine import Phase, StudentEngine
+from gkd.train.engine import Phase, StudentEngine, Watch
 from gkd.train.guards import MismatchGuard
 from gkd.train.parts.models import Models, student_revision
 
 
-def build_student(config: Config, models: Models, launch: Launch, phase: Phase) -> StudentEngine:
+def build_student(config: Config, models: Models, launch: Launch, phase: Phase, watch: Watch) -> StudentEngine:
     """Float32 master weights of what is trained; compute is in student.dtype, and so are frozen weights."""
     lora = config.student.lora
     dtype = "float32" if lora is None else config.student.dtype
@@ -53,6 +53,7 @@ def build_student(config: Config, models: Models, launch: Launch, phase: Phase) 
         sampler_applies_adapter=config.sampler_lora(device.type) is not None,
         mismatch=MismatchGuard(config.rollout.max_mismatch, _less_mismatch(config)),
         phase=phase,
+        watch=watch,
     )
 
 
