@@ -273,6 +273,7 @@ class TokenBatch:
     completion_lengths: tuple[int, ...]  # scored tokens of each sequence, which stand together in N
     sequence_lengths: tuple[int, ...] | None = None  # packed: tokens of each sequence in the row; None: padded rows
     teacher_share: torch.Tensor | None = None  # [N] float32: of each token's rollout; None: 0
+    reference: HiddenScores | None = None  # of N tokens, by the initial student, where a term compares with it
     every_token: TokenView | None = None  # of prompts too, where a sequence has scored tokens; it weighs what those do
 
     @property

@@ -103,22 +103,29 @@ class ObjectiveConfig(Section):
         )
 
     @property
+    def needs_reference(self) -> bool:
+        """The student as it was before training, at some step."""
+        return any(term.needs_reference for term in self.terms)
+
+    @property
     def head_products(self) -> tuple[int, int]:
         """Products of hidden states with the student's and the teacher's head before a backward pass.
 
         One a side for all terms over the vocabulary, and one more a side that terms or token weights need the
-        log-probabilities of first.
+        log-probabilities of first. The initial student's head is as large as the student's.
         """
         weights = [w for term in self.terms for w in term.token_weight.values() if isinstance(w, SequenceWeight)]
         of_both = any(term.needs_sequences for term in self.terms)
         of_teacher = of_both or any(weight.needs_teacher_logprobs for weight in weights)
         has_rows = not all(isinstance(term, (StatesTerm, BatchTerm)) for term in self.terms)
-        return has_rows + (of_both or bool(weights)), (has_rows and self.needs_teacher) + of_teacher
+        student_products = has_rows + (of_both or bool(weights)) + self.needs_reference
+        return student_products, (has_rows and self.needs_teacher) + of_teacher
 
     @property
     def extra_forwards(self) -> int:
-        """Of the student in a step, before its micro-batches' own: the vectors of terms about the whole batch."""
-        return int(any(isinstance(term, BatchTerm) for term in self.terms))
+        """Without a gradient in a step, of the student or as large: for the vectors of terms about the whole batch, and
+        of the student as it was."""
+        return any(isinstance(term, BatchTerm) for term in self.terms) + self.needs_reference
 
     @property
     def state_terms(self) -> dict[str, StatesTerm]:

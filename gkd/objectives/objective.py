@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gkd.objectives.batch_losses import BatchLoss
 from gkd.objectives.divergence import Divergence
-from gkd.objectives.row_losses import OfSequences, Part
+from gkd.objectives.row_losses import OfSequences, Part, ReferenceLoss
 from gkd.objectives.state_losses import StateLoss
 from gkd.objectives.terms import Term
 from gkd.objectives.terms.batch import BatchTerm
@@ -73,6 +73,11 @@ class Objective:
     @property
     def of_sequences(self) -> list[OfSequences]:
         return [number for term in self.terms for number in term.of_sequences]
+
+    @property
+    def needs_reference(self) -> bool:
+        """The initial student's distribution, at this step."""
+        return any(isinstance(part.loss, ReferenceLoss) for term in self.terms for part in term.parts)
 
     def acts(self, sources: Sequence[str], lengths: Sequence[int]) -> Tensor:
         """[K, N] bool on the CPU: which terms act on which tokens of sequences with these sources and lengths."""

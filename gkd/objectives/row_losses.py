@@ -26,6 +26,13 @@ class LabelLoss:
 
 
 @dataclass(frozen=True)
+class ReferenceLoss:
+    """A divergence with the initial student in the teacher's place."""
+
+    divergence: Divergence
+
+
+@dataclass(frozen=True)
 class RowFunction:
     """Any loss of a row, as plain differentiable PyTorch: for what has no closed form and no kernel.
 
@@ -38,7 +45,7 @@ class RowFunction:
     needs_teacher: bool = True
 
 
-RowLoss: TypeAlias = Divergence | LabelLoss | RowFunction
+RowLoss: TypeAlias = Divergence | LabelLoss | ReferenceLoss | RowFunction
 
 
 class OfSequences(Protocol):

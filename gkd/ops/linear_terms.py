@@ -42,6 +42,7 @@ def linear_terms(
     labels: Tensor,
     valid_vocab: int,
     temperature: float = 1.0,
+    reference: HiddenScores | None = None,
     compute_dtype: torch.dtype | None = None,
     chunk_bytes: int | None = None,
 ) -> TermScores:
@@ -49,7 +50,8 @@ def linear_terms(
 
     acts [K, N] bool, on the CPU: which losses act on which rows; the others are not computed there, and a row without
     any costs nothing. labels [N] int64, -1 for none. Columns from `valid_vocab` on are padding, on both sides; of a
-    top k, ids from there on are empty slots. `temperature` is that of the divergences among the losses.
+    top k, ids from there on are empty slots. `temperature` is that of the divergences among the losses. `reference` is
+    what the initial student says of the rows, for losses that compare with it.
     compute_dtype, chunk_bytes: as in `gkd.linear_divergence`.
 
     Differentiable once, in student_hidden and the head's weight and bias; gradients are computed in the forward pass.
@@ -75,6 +77,7 @@ def linear_terms(
         True,
         compute_dtype,
         loss_chunk_bytes(device.type) if chunk_bytes is None else chunk_bytes,
+        reference=_reference_side(reference, chosen),
     )
     apply = cast("Callable[..., Sequence[Tensor]]", _LinearTerms.apply)  # pyright: ignore[reportUnknownMemberType]
     loss, values, weights, *measured = apply(student.hidden, head.weight, head.bias, job)
@@ -102,6 +105,12 @@ def _teacher_side(teacher: TeacherScores, chosen: Tensor | None) -> Head | TopkS
     if isinstance(teacher, TopkScores):
         return TopkScores(_rows(teacher.ids, chosen), _rows(teacher.log_probs, chosen))
     return None
+
+
+def _reference_side(reference: HiddenScores | None, chosen: Tensor | None) -> Head | None:
+    if reference is None:
+        return None
+    return Head.of("reference", _rows(reference.states, chosen), reference.head).detached()
 
 
 def _columns(student: Head, teacher: Head | TopkScores | None, valid_vocab: int) -> int:

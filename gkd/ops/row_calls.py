@@ -22,7 +22,7 @@ from gkd.objectives.byproducts import BYPRODUCTS
 from gkd.objectives.divergence import Divergence, MixedKl
 from gkd.objectives.hard_label import HardLabels
 from gkd.objectives.reduction import weigh
-from gkd.objectives.row_losses import LabelLoss, RowFunction, RowLoss
+from gkd.objectives.row_losses import LabelLoss, ReferenceLoss, RowFunction, RowLoss
 from gkd.objectives.topk import score_topk_rows
 from gkd.ops.rows import RowMemory, score_rows
 from gkd.ops.topk_divergence import NATIVE
@@ -36,7 +36,8 @@ Wanted: TypeAlias = Literal["gradient", "values", "measures"]  # each with what 
 
 @dataclass(frozen=True)
 class Rows:
-    """Logits [n, V], the teacher's of the same rows or its top k, and labels [n], -1 for none.
+    """Logits [n, V], the teacher's of the same rows or its top k, labels [n], -1 for none, and the initial student's
+    logits, where they were asked for.
 
     Where alive [n] is False, logits that are compared are not read, and score 0.
     """
@@ -45,6 +46,7 @@ class Rows:
     teacher: Tensor | TopkScores | None
     labels: Tensor | None
     alive: Tensor | None = None
+    reference: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> Rows:
         teacher = self.teacher
@@ -52,8 +54,12 @@ class Rows:
             teacher = TopkScores(teacher.ids[rows], teacher.log_probs[rows])
         elif teacher is not None:
             teacher = teacher[rows]
-        labels, alive = (None if of_row is None else of_row[rows] for of_row in (self.labels, self.alive))
-        return Rows(self.student[rows], teacher, labels, alive)
+        optional = (self.labels, self.alive, self.reference)
+        return Rows(self.student[rows], teacher, *(None if of_row is None else of_row[rows] for of_row in optional))
+
+    def against_reference(self) -> Rows:
+        """The same with the initial student in the teacher's place."""
+        return replace(self, teacher=self.reference, reference=None)
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,20 @@ class DivergenceCall:
         hard = torch.where(rows.labels >= 0, _or_ones(_sum_of(weights, self.label_losses, rows), rows), 0.0)
         total = soft + hard
         return total, HardLabels(rows.labels, hard / torch.where(total == 0, 1.0, total))
+
+
+@dataclass(frozen=True)
+class ReferenceCall:
+    """A divergence from the initial student."""
+
+    call: DivergenceCall
+    overwrites = False
+
+    def score(
+        self, rows: Rows, weights: Weights, gradient: Tensor | None, wanted: Wanted, memory: RowMemory | None
+    ) -> Scored:
+        values = "gradient" if wanted == "gradient" else "values"  # by-products are of the teacher
+        return self.call.score(rows.against_reference(), weights, gradient, values, None)
 
 
 @dataclass(frozen=True)
@@ -213,10 +233,8 @@ class FunctionCall:
 
 def plan_calls(losses: Mapping[int, RowLoss], whole_teacher: bool) -> list[Call]:
     """The calls that score `losses`, by number, of the same rows."""
-    by_divergence: dict[Divergence, tuple[int, ...]] = {}
-    for number, loss in losses.items():
-        if isinstance(loss, Divergence):
-            by_divergence[loss] = (*by_divergence.get(loss, ()), number)
+    by_divergence = _numbers_by_divergence({n: loss for n, loss in losses.items() if isinstance(loss, Divergence)})
+    by_reference = {n: loss.divergence for n, loss in losses.items() if isinstance(loss, ReferenceLoss)}
     labels = {number: loss.factor for number, loss in losses.items() if isinstance(loss, LabelLoss)}
     calls: list[Call] = []
     if whole_teacher and by_divergence:
@@ -228,7 +246,15 @@ def plan_calls(losses: Mapping[int, RowLoss], whole_teacher: bool) -> list[Call]
     if labels:
         calls.append(LabelCall(labels))
     calls += [FunctionCall(loss, number) for number, loss in losses.items() if isinstance(loss, RowFunction)]
-    return calls
+    references = _numbers_by_divergence(by_reference)
+    return calls + [ReferenceCall(DivergenceCall(divergence, numbers)) for divergence, numbers in references.items()]
+
+
+def _numbers_by_divergence(losses: Mapping[int, Divergence]) -> dict[Divergence, tuple[int, ...]]:
+    found: dict[Divergence, tuple[int, ...]] = {}
+    for number, divergence in losses.items():
+        found[divergence] = (*found.get(divergence, ()), number)
+    return found
 
 
 def _whole_calls(by_divergence: Mapping[Divergence, tuple[int, ...]], labels: tuple[int, ...]) -> list[DivergenceCall]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gkd.objectives.divergence import Divergence, working_dtype
 from gkd.objectives.measures import RowMeasures
-from gkd.objectives.row_losses import RowFunction, RowLoss
+from gkd.objectives.row_losses import ReferenceLoss, RowFunction, RowLoss
 from gkd.objectives.tiles import row_tiles
 from gkd.ops import scratch
 from gkd.ops.heads import Head, HeadGradients
@@ -85,12 +85,13 @@ class PassJob:
     compute_dtype: torch.dtype | None
     chunk_bytes: int
     ignored: Tensor | None = None  # [N] weights whose zeros must not be looked at
+    reference: Head | None = None  # the initial student, for losses that compare with it
 
     @cached_property
     def dtype(self) -> torch.dtype:
         if self.compute_dtype == torch.float64:
             return torch.float64
-        sides = [self.student, *([self.teacher] if isinstance(self.teacher, Head) else [])]
+        sides = [side for side in (self.student, self.teacher, self.reference) if isinstance(side, Head)]
         return working_dtype(*(tensor for head in sides for tensor in (head.hidden, head.weight)))
 
     @cached_property
@@ -104,6 +105,11 @@ class PassJob:
     def teacher_rows(self) -> int:
         """How many rows, from the first on, are compared with the teacher."""
         return max((g.rows.stop for g in self.groups if any(self.losses[i].needs_teacher for i in g.losses)), default=0)
+
+    @cached_property
+    def reference_rows(self) -> list[slice]:
+        """The rows that are compared with the initial student."""
+        return [g.rows for g in self.groups if any(isinstance(self.losses[i].loss, ReferenceLoss) for i in g.losses)]
 
     @cached_property
     def calls(self) -> tuple[list[Call], ...]:
@@ -173,7 +179,10 @@ class _Logits:
         )
         self._alive = None if job.ignored is None else job.ignored != 0
         largest, device = max((rows.stop - rows.start for rows in job.chunks()), default=0), job.student.hidden.device
-        sides = 2 if teacher else 1
+        self._reference_product = (
+            job.reference.product(job.columns, job.ignored, job.compute_dtype, job.dtype) if job.reference else None
+        )
+        sides = 1 + (teacher is not None) + (job.reference is not None)
         self._logits = [scratch.take((largest, job.columns), job.dtype, device) for _ in range(sides)]
         self._gradient: Tensor | None = None
         if not with_gradient:
@@ -196,7 +205,21 @@ class _Logits:
             if compared.stop > compared.start:
                 job.teacher.logits(self._teacher_product, compared, teacher[: compared.stop - compared.start])
         labels, alive = (None if of_row is None else of_row[chunk] for of_row in (job.labels, self._alive))
-        return Rows(student, teacher, labels, alive), None if self._gradient is None else self._gradient[:n]
+        rows = Rows(student, teacher, labels, alive, self._reference(chunk))
+        return rows, None if self._gradient is None else self._gradient[:n]
+
+    def _reference(self, chunk: slice) -> Tensor | None:
+        """Only the rows that are compared with it are filled."""
+        job = self._job
+        if job.reference is None or self._reference_product is None:
+            return None
+        logits = self._logits[-1][: chunk.stop - chunk.start]
+        for rows in job.reference_rows:
+            compared = slice(max(chunk.start, rows.start), min(chunk.stop, rows.stop))
+            if compared.stop > compared.start:
+                here = slice(compared.start - chunk.start, compared.stop - chunk.start)
+                job.reference.logits(self._reference_product, compared, logits[here])
+        return logits
 
     def give_back(self) -> None:
         scratch.give_back(*self._logits)

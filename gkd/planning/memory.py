@@ -76,12 +76,13 @@ def memory_plan(setup: Setup) -> MemoryPlan:
     """See MemoryPlan. Sequences are taken at their longest: memory has to hold the worst micro-batch."""
     (state, host), teacher = student_state(setup), teacher_place(setup)
     sampler, room = _sampler(setup)
+    reference = {"initial student's weights": setup.reference_bytes} if setup.reference_bytes else {}
     awake, always = (sampler, {}) if setup.sleeps else ({}, sampler)
     one_sequence = setup.longest_tokens * setup.student.kv_bytes(setup.student_dtype) / setup.sampler_devices
     waiting = {"sampler weights": setup.waiting_bytes} if setup.waiting_bytes else {}
     node_ranks = min(setup.devices, setup.device.devices_a_node)
     return MemoryPlan(
-        resident={**state, **teacher.resident(setup), **always},
+        resident={**state, **reference, **teacher.resident(setup), **always},
         phases={
             "sample": awake | (teacher.scoring(setup) if setup.together_share else {}),
             "score": {**teacher.scoring(setup), "teacher hidden states": teacher.states_bytes(setup)},
@@ -157,7 +158,7 @@ def _training(setup: Setup) -> Bytes:
     items = {
         "activations": tokens * student.activation_bytes(setup.student_dtype, setup.checkpointing),
         "autocast copies of weights": casts,  # held by the graph at every ZeRO stage
-        "loss, logits of two sides": 2 * logits,
+        "loss, logits of all sides": (2 + setup.needs_reference) * logits,
         "loss, head and its gradient": head,
         "loss, gradient of hidden states": 4.0 * scored * student.hidden,
         "teacher hidden states": teacher_place(setup).states_bytes(setup),

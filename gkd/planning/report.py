@@ -98,8 +98,8 @@ def _setup_json(setup: Setup) -> dict[str, Any]:
         "offload_optimizer", "offload_parameters", "checkpointing", "student_dtype", "teacher_dtype", "prompt_tokens",
         "completion_tokens", "max_prompt_tokens", "max_new_tokens", "student_share", "sampler_memory_share",
         "teacher_placement", "teacher_devices", "sampler_devices", "sleep_level", "sampler_replicas",
-        "staleness", "head_products", "extra_forwards", "projector_parameters", "state_widths", "together_share",
-        "teacher_turns", "proposed_share",
+        "staleness", "head_products", "extra_forwards", "needs_reference", "projector_parameters", "state_widths",
+        "together_share", "teacher_turns", "proposed_share",
     )  # fmt: skip
     return {"device": setup.device.name, **{name: getattr(setup, name) for name in names}}
 

@@ -62,7 +62,8 @@ class Setup:
     staleness: int = 0  # steps that a served sampler works ahead of training
     adapter_parameters: int = 0  # of LoRA, beside a frozen student; 0: all of the student is trained
     sampler_applies_adapter: bool = False  # and is sent nothing else; otherwise merged weights
-    extra_forwards: int = 0  # of the student in a step, without a gradient
+    extra_forwards: int = 0  # of the student in a step, or of the initial one, without a gradient
+    needs_reference: bool = False  # the initial student beside the student, whose weights it has below its adapter
     together_share: float = 0.0  # of the completions that student and teacher draw together; in `student_share`
     teacher_turns: float = 0.0  # times that the teacher reads such a text while it is sampled
     proposed_share: float = 1.0  # tokens that the student draws for one of such a text
@@ -132,6 +133,12 @@ class Setup:
     def frozen_bytes(self) -> float:
         """Of the whole student under LoRA: frozen weights are kept in the dtype of compute."""
         return float(self.student.parameters * DTYPE_BYTES[self.student_dtype]) if self.adapter_parameters else 0.0
+
+    @property
+    def reference_bytes(self) -> float:
+        """Of the initial student's weights, whole on each rank; below an adapter they are there already."""
+        has_its_own = self.needs_reference and not self.adapter_parameters
+        return float(self.student.parameters * DTYPE_BYTES[self.student_dtype]) if has_its_own else 0.0
 
     @property
     def sleeps(self) -> bool:
@@ -221,6 +228,7 @@ def setup_of(
         chunk_bytes=float(loss_chunk_bytes(device.torch_type) if chunk_mib is None else chunk_mib << 20),
         head_products=config.objective.head_products,
         extra_forwards=config.objective.extra_forwards,
+        needs_reference=config.objective.needs_reference,
         together_share=together_share,
         teacher_turns=teacher_turns,
         proposed_share=proposed_share,

@@ -186,7 +186,7 @@ def training_s(setup: Setup) -> Seconds:
     # frozen weights are read once in each direction
     traffic = setup.accumulation * (MICRO_BATCH_BYTES * setup.trained_parameters + 2 * setup.frozen_bytes)
     rate = _flops_per_s(setup, setup.student_dtype)
-    extra = {"vectors of the batch": setup.extra_forwards * forward / rate / eff} if setup.extra_forwards else {}
+    extra = {"forwards without gradients": setup.extra_forwards * forward / rate / eff} if setup.extra_forwards else {}
     return extra | {
         "layers, compute": backbone / rate / eff,
         "loss, compute": loss / rate / eff,

@@ -89,7 +89,7 @@ def _says_entropy(seen: Seen, limits: CollapseConfig) -> str:
     )
 
 
-_MORE_TEACHER = "give the teacher's texts a share (mixture.teacher), or lower optim.lr"
+_MORE_TEACHER = "give the teacher's texts a share (mixture.teacher), add a term of kind reference_kl, or lower optim.lr"
 SIGNS = (
     Sign(
         "cut off and long",

@@ -37,7 +37,7 @@ from gkd.train.run_folder import write_json
 from gkd.train.state_terms import StateTerms
 from gkd.train.step_sums import StepSums
 from gkd.train.unpickling import read_as_data
-from gkd.types import OutputHead, StatePairs, TokenBatch, WeightStream
+from gkd.types import HiddenScores, OutputHead, StatePairs, TokenBatch, WeightStream
 
 _log = logging.getLogger(__name__)
 _LESS_MEMORY = (
@@ -46,6 +46,7 @@ _LESS_MEMORY = (
 )
 _OBJECTIVE_MEMORY = "objective.json"  # of a checkpoint: what the objective remembers of the run
 Phase = Callable[[str], AbstractContextManager[None]]
+Reference = Callable[[TokenBatch], HiddenScores]
 Watch = Callable[[Mapping[str, object]], None]  # is told of everything that is logged of a step, in any parts
 
 
@@ -62,12 +63,15 @@ class StudentEngine:
         state_pairs: StatePairs | None = None,
         sampler_applies_adapter: bool = False,
         mismatch: MismatchGuard | None = None,
+        reference: Reference | None = None,
         phase: Phase = lambda name: nullcontext(),
         watch: Watch = lambda metrics: None,
     ) -> None:
+        """`reference` is the student as it was, for terms that compare with it; None: below the adapter of this one."""
         import deepspeed
 
         self._objective = training.objective
+        self._reference = reference or self._below_adapter
         self._sampler_applies_adapter = sampler_applies_adapter
         self._device = compute_device(launch)
         self._world_size, self._is_main = launch.world_size, launch.is_main
@@ -136,6 +140,7 @@ class StudentEngine:
             is_last = index == len(micro_batches) - 1
             self._engine.set_gradient_accumulation_boundary(is_last)  # packed: another number of them every step
             with self._phase("forward_backward"):
+                micro_batch = self._with_reference(micro_batch, objective)
                 _seed_dropout(step, index)
                 sums.add(self._forward_backward(micro_batch, objective, denominator, gradients[index]), micro_batch)
                 if is_last:
@@ -184,6 +189,21 @@ class StudentEngine:
         found = batch_gradients(vectors_of, micro_batches, objective)
         sums.add_batch(found, denominator / self._world_size)
         return [gradient * denominator for gradient in found.gradients]
+
+    def _with_reference(self, micro_batch: TokenBatch, objective: Objective) -> TokenBatch:
+        """With what the student as it was says of the scored tokens, where a term asks. Collective."""
+        if not objective.needs_reference:
+            return micro_batch
+        micro_batch = micro_batch.to(self._device)
+        with memory_for("forward of the initial student", _LESS_MEMORY):
+            return replace(micro_batch, reference=self._reference(micro_batch))
+
+    def _below_adapter(self, micro_batch: TokenBatch) -> HiddenScores:
+        """The head is frozen, and gathered where the module uses it."""
+        states = self._states(micro_batch, with_adapter=False)
+        self._engine.train()
+        head = self._engine.module.objective_head.own_head()
+        return HiddenScores(states.flatten(0, 1)[micro_batch.score_index], head)
 
     def _forward_backward(
         self, micro_batch: TokenBatch, objective: Objective, denominator: float, vector_gradients: torch.Tensor | None
@@ -244,25 +264,17 @@ class StudentEngine:
 
     # ---- as its own teacher
 
-    @torch.no_grad()
     def hidden_states(self, input_ids: torch.Tensor, *, with_adapter: bool = True) -> torch.Tensor:
         """What the output head reads, [B, T, H]; `with_adapter` False: as the student was before training."""
+        return self._states(_unscored(input_ids), with_adapter=with_adapter)
+
+    @torch.no_grad()
+    def _states(self, batch: TokenBatch, *, with_adapter: bool) -> torch.Tensor:
+        """Of a batch, padded or packed as it is. Leaves the engine ready to evaluate."""
         self._engine.eval()
-        nothing = torch.zeros(0, dtype=torch.int64)
-        batch = TokenBatch(
-            input_ids=input_ids,
-            score_index=nothing,
-            labels=nothing,
-            weights=torch.zeros(0),
-            sampler_logprobs=torch.zeros(0),
-            sequence_index=nothing,
-            teacher=None,
-            sample_ids=(),
-            sources=(),
-            completion_lengths=(),
-        )
+        unscored = _unscored(batch.input_ids, batch.sequence_lengths)
         with nullcontext() if with_adapter else without_adapter(self._engine.module):
-            return self._engine(batch.to(self._device), None, only_states=True)
+            return self._engine(unscored.to(self._device), None, only_states=True)
 
     @torch.no_grad()
     def output_head(self) -> OutputHead:
@@ -310,6 +322,23 @@ class StudentEngine:
         if found is None:
             raise CheckpointError(f"{folder}: DeepSpeed finds nothing to load in it")
         self._memory.restore(json.loads((Path(folder) / _OBJECTIVE_MEMORY).read_text(encoding="utf-8")))
+
+
+def _unscored(input_ids: torch.Tensor, sequence_lengths: tuple[int, ...] | None = None) -> TokenBatch:
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return TokenBatch(
+        input_ids=input_ids,
+        score_index=nothing,
+        labels=nothing,
+        weights=torch.zeros(0),
+        sampler_logprobs=torch.zeros(0),
+        sequence_index=nothing,
+        teacher=None,
+        sample_ids=(),
+        sources=(),
+        completion_lengths=(),
+        sequence_lengths=sequence_lengths,
+    )
 
 
 def _seed_dropout(step: int, index: int) -> None:

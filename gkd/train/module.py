@@ -81,6 +81,7 @@ class ObjectiveHead(nn.Module):
             labels=torch.where(batch.labels < self.valid_vocab, batch.labels, -1),  # -1: from the padding
             valid_vocab=self.valid_vocab,
             temperature=objective.temperature,
+            reference=batch.reference,
             compute_dtype=self._dtype,
             chunk_bytes=objective.chunk_bytes,
         )

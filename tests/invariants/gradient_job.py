@@ -30,6 +30,7 @@ from gkd.models.lora import LeavingWeight
 from gkd.teacher.local import LocalTeacher
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
+from gkd.train.reference import InitialStudent
 from gkd.types import Prompt, PromptDraw, Rollout
 
 BATCH = 8
@@ -75,6 +76,16 @@ def with_sampler_logprobs(rollouts: list[Rollout], model: Any) -> list[Rollout]:
     return found
 
 
+def shaken(model: Any) -> Any:
+    """Slightly other weights, as a student's were before its training: the same in any dtype."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.3 * parameter.float().std()
+            parameter.add_(noise.to(parameter.dtype))
+    return model
+
+
 def run_split(
     model: str, teacher_model: Any, split: int | str, stage: int, objective: dict[str, Any], launch: Launch
 ) -> Any:
@@ -90,13 +101,16 @@ def run_split(
             "deepspeed": {"config": str(sgd), "zero_stage": stage},
         }
     )
-    student = load_causal_lm(model, "float32")
+    student, before = load_causal_lm(model, "float32"), shaken(load_causal_lm(model, "float32"))
     rollouts = with_sampler_logprobs(weighed(ragged_rollouts()), student)
     if packed:
         use_packed_attention(student, "optim.micro_batch_tokens")
+        use_packed_attention(before, "optim.micro_batch_tokens")
     shapes = (model_shape(student.config, "student.model"), model_shape(teacher_model.config, "teacher.model"))
     pairs = training.objective.state_pairs(*shapes)
-    engine = StudentEngine(student, training, launch, valid_vocab=259, state_pairs=pairs)
+    engine = StudentEngine(
+        student, training, launch, valid_vocab=259, state_pairs=pairs, reference=InitialStudent(before)
+    )
     old = {name: tensor.clone() for name, tensor in all_weights(engine)}
     teacher = LocalTeacher(
         teacher_model,

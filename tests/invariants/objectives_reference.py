@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gradient_job import ragged_rollouts, weighed, with_sampler_logprobs
+from gradient_job import ragged_rollouts, shaken, weighed, with_sampler_logprobs
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -109,6 +109,22 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
             {"kind": "policy_gradient", "on": ["student"], "constant": 0.4, "weight": 0.5},
         ],
     },
+    "held to what it was": {
+        "temperature": 2.0,
+        "terms": [
+            {"kind": "reference_kl", "weight": 0.4},
+            {"kind": "forward_kl", "on": ["dataset", "mixed"]},
+            {"kind": "jsd", "on": ["student"], "weight": 0.5},
+            {"kind": "reference_kl", "name": "covering", "direction": "forward", "on": ["mixed", "dataset"]},
+            {
+                "kind": "reference_kl",
+                "name": "unsure",
+                "weight": 0.2,
+                "token_weight": {"teacher_entropy": {"threshold": 5.4}},
+            },
+        ],
+    },
+    "held alone": {"reduction": "sequence_mean", "terms": [{"kind": "reference_kl"}]},
     "states beside a divergence": {
         "terms": [
             {"kind": "reverse_kl", "on": ["student"]},
@@ -149,6 +165,7 @@ def reference(
     """Loss, gradients by parameter, and each term's mean value, one sequence at a time."""
     s = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float64).train()
     t = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64).eval()
+    before = shaken(AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)).double()
     rollouts = [r for r in with_sampler_logprobs(weighed(ragged_rollouts()), s) if r.completion_ids]
     terms = objective.get("terms") or [{k: v for k, v in objective.items() if k not in ("reduction", "temperature")}]
     by_sequence = objective.get("reduction") == "sequence_mean"
@@ -168,7 +185,10 @@ def reference(
         row_weight = rollout.draw.prompt.weight / (len(rollout.completion_ids) if by_sequence else 1)
         for term in terms:
             name = term.get("name", term["kind"])
-            if rollout.source not in term.get("on", [rollout.source]) or term.get("weight", 1.0) == 0:
+            if (
+                rollout.source not in term.get("on", DEFAULT_ON.get(term["kind"], [rollout.source]))
+                or term.get("weight", 1.0) == 0
+            ):
                 continue
             if term["kind"] == "rkd":
                 vectors.setdefault(name, []).append([side.hidden_states[-1][0, span].mean(0) for side in (own, other)])
@@ -187,7 +207,11 @@ def reference(
                 )
                 weight: Tensor | float = len(rollout.completion_ids) / len(value)
             else:
-                value = term_value(term, logits, teacher_logits, rollout, heat)
+                value = (
+                    reference_value(term, logits, before(ids).logits[0, span].detach())
+                    if term["kind"] == "reference_kl"
+                    else term_value(term, logits, teacher_logits, rollout, heat)
+                )
                 weight = token_weight(term, logits.detach(), teacher_logits, rollout, heat)
             values.setdefault(name, []).append(value.detach())
             total = total + term.get("weight", 1.0) * row_weight * (weight * value).sum() / denominator
@@ -220,6 +244,7 @@ def fresh_projectors(objective: dict[str, Any], student: Any, teacher: Any) -> d
     return found
 
 
+DEFAULT_ON = {"reference_kl": ["student"]}
 DEFAULT_TOKENS = {"hidden_states": "scored", "relations": "all"}
 Outputs = dict[str, list[Tensor]]  # by "hidden", "q_proj" and so on: [T, width] of each layer
 
@@ -300,6 +325,12 @@ def states_value(
     return torch.stack(found).mean(0)
 
 
+def reference_value(term: dict[str, Any], student: Tensor, before: Tensor) -> Tensor:
+    """[n], from logits [n, V], whatever the objective's temperature."""
+    q, r = student.softmax(-1), before.softmax(-1)
+    return kl(r, q) if term.get("direction") == "forward" else kl(q, r)
+
+
 def term_value(term: dict[str, Any], student: Tensor, teacher: Tensor, rollout: Rollout, heat: float) -> Tensor:
     """[n], from logits [n, V]."""
     kind = term["kind"]
@@ -367,7 +398,8 @@ def token_weight(term: dict[str, Any], student: Tensor, teacher: Tensor, rollout
     own = (logits.log_softmax(-1).gather(-1, torch.tensor(rollout.completion_ids)[:, None])[:, 0]
            for logits in (student, teacher))  # fmt: skip
     student_own, teacher_own = own
-    divergence = term_value(term, student, teacher, rollout, heat)
+    by_divergence = {"divergence", "uncertain_or_wrong"} & term.get("token_weight", {}).keys()
+    divergence = term_value(term, student, teacher, rollout, heat) if by_divergence else torch.zeros(())
     weight = torch.ones(len(student), dtype=torch.float64)
     if term.get("advantage") == "teacher":
         share = rollout.teacher_share

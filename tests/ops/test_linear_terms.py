@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gkd.objectives import Divergence, divergence_value
 from gkd.objectives.measures import RowMeasures
-from gkd.objectives.row_losses import LabelLoss, RowFunction, RowLoss
+from gkd.objectives.row_losses import LabelLoss, ReferenceLoss, RowFunction, RowLoss
 from gkd.ops.heads import HeadGradients
 from gkd.ops.linear_terms import TermScores, linear_terms
 from gkd.ops.matmul import HeadProduct
@@ -37,7 +37,23 @@ MIXES: dict[str, list[RowLoss]] = {
     "both KLs and labels": [REVERSE, LabelLoss(), FORWARD],
     "labels alone": [LabelLoss()],
     "labels of either sign": [LabelLoss(), LabelLoss(-0.4), FORWARD],
-    "everything": [FORWARD, REVERSE, LabelLoss(), JSD, RowFunction(gini), LabelLoss(-1.0)],
+    "the student as it was": [ReferenceLoss(Divergence("reverse_kl"))],
+    "the student as it was, and more": [
+        ReferenceLoss(Divergence("reverse_kl")),
+        LabelLoss(),
+        REVERSE,
+        ReferenceLoss(Divergence("forward_kl")),
+        ReferenceLoss(Divergence("reverse_kl")),
+    ],
+    "everything": [
+        FORWARD,
+        REVERSE,
+        LabelLoss(),
+        JSD,
+        RowFunction(gini),
+        LabelLoss(-1.0),
+        ReferenceLoss(Divergence("reverse_kl")),
+    ],
 }
 
 
@@ -50,6 +66,7 @@ class Case:
     labels: Tensor
     weights: Tensor  # [K, N]
     acts: Tensor  # [K, N]
+    before: HiddenScores  # of the initial student
 
     @property
     def teacher(self) -> HiddenScores:
@@ -81,7 +98,8 @@ def make_case(losses: int, *, softcap: float | None = None, scale: float = 1.0, 
     acts[:, 7] = False
     weights = torch.rand(losses, N, generator=generator, dtype=torch.float64)
     head, teacher_head = OutputHead(weight, bias, scale, softcap), OutputHead(randn(V, H_TEACHER))
-    return Case(hidden, head, randn(N, H_TEACHER), teacher_head, labels, weights, acts)
+    states, before = randn(N, H_TEACHER), HiddenScores(randn(N, H), OutputHead(randn(V, H)))
+    return Case(hidden, head, states, teacher_head, labels, weights, acts, before)
 
 
 def apply(case: Case, losses: list[RowLoss], teacher: TeacherScores | None = None, **options: Any) -> TermScores:
@@ -89,7 +107,8 @@ def apply(case: Case, losses: list[RowLoss], teacher: TeacherScores | None = Non
     return linear_terms(
         case.hidden, case.head, teacher or case.teacher,
         [WeightedLoss(loss, weights) for loss, weights in zip(losses, case.weights, strict=True)],
-        acts=case.acts, labels=case.labels, valid_vocab=VALID, temperature=temperature, **options,
+        acts=case.acts, labels=case.labels, valid_vocab=VALID, temperature=temperature, reference=case.before,
+        **options,
     )  # fmt: skip
 
 
@@ -101,6 +120,9 @@ def expected_values(case: Case, losses: list[RowLoss]) -> Tensor:
     for loss in losses:
         if isinstance(loss, Divergence):
             rows.append(divergence_value(student, teacher, loss))
+        elif isinstance(loss, ReferenceLoss):
+            before = (case.before.states @ case.before.head.weight.T)[:, :VALID]
+            rows.append(divergence_value(student, before, loss.divergence))
         elif isinstance(loss, LabelLoss):
             rows.append(torch.where(case.labels >= 0, -loss.factor * own, 0.0))
         else:
@@ -206,7 +228,7 @@ def test_a_look_before_the_gradient_changes_nothing(mix: str) -> None:
     weighted = [WeightedLoss(loss, weights, (one,)) for loss, weights in zip(losses, case.weights, strict=True)]
     plain, looked = apply(case, losses), linear_terms(
         case.hidden, case.head, case.teacher, weighted, acts=case.acts, labels=case.labels, valid_vocab=VALID,
-        temperature=1.5,
+        temperature=1.5, reference=case.before,
     )  # fmt: skip
     torch.testing.assert_close(looked.values, plain.values)
     for got, want in zip(
@@ -216,7 +238,7 @@ def test_a_look_before_the_gradient_changes_nothing(mix: str) -> None:
     with torch.no_grad():
         measured = linear_terms(
             case.hidden, case.head, case.teacher, weighted, acts=case.acts, labels=case.labels, valid_vocab=VALID,
-            temperature=1.5,
+            temperature=1.5, reference=case.before,
         )  # fmt: skip
     torch.testing.assert_close(measured.values, plain.values)
 
@@ -225,9 +247,9 @@ def test_labels_need_no_teacher_and_a_top_k_serves_with_them() -> None:
     case, labels = make_case(1), [LabelLoss()]
     alone, beside = apply(case, labels, NoScores(N)), apply(case, labels)
     assert alone.loss.item() == beside.loss.item() and set(alone.measures) == {"label_logprob"}
-    case = make_case(2)
+    case = make_case(3)
     top = case.logits()[1].detach().log_softmax(-1).topk(VALID, dim=-1)
-    losses: list[RowLoss] = [Divergence("reverse_kl"), LabelLoss()]
+    losses: list[RowLoss] = [Divergence("reverse_kl"), LabelLoss(), ReferenceLoss(Divergence("reverse_kl"))]
     whole, topk = apply(case, losses), apply(case, losses, TopkScores(top.indices, top.values))
     torch.testing.assert_close(topk.loss, whole.loss, rtol=1e-6, atol=1e-9)  # a top k that is everything
     for got, want in zip(
@@ -245,7 +267,8 @@ def test_nothing_acts() -> None:
 
 
 def test_products_do_not_grow_with_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits of both sides, and the gradients of states and head: each row once, whatever the number of losses."""
+    """Logits of both sides, and the gradients of states and head: each row once, whatever the number of losses; of the
+    initial student those that are compared with it."""
     rows = {"logits": 0, "gradients": 0}
     logits, add = HeadProduct.logits, HeadGradients.add
 
@@ -259,12 +282,16 @@ def test_products_do_not_grow_with_the_losses(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(HeadProduct, "logits", counted_logits)
     monkeypatch.setattr(HeadGradients, "add", counted_add)
-    for losses in ([FORWARD], [FORWARD, REVERSE, JSD, LabelLoss(), RowFunction(gini)]):
+    anchor = ReferenceLoss(Divergence("reverse_kl"))
+    for losses in ([FORWARD], [FORWARD, REVERSE, JSD, LabelLoss(), RowFunction(gini)], [anchor, JSD]):
         case = make_case(len(losses))
         case.acts[:] = True
         rows.update(logits=0, gradients=0)
+        few = torch.tensor([isinstance(loss, ReferenceLoss) for loss in losses])[:, None] & (torch.arange(N) >= 5)
+        case.acts &= ~few
         apply(case, list(losses))
-        assert rows == {"logits": 2 * N, "gradients": N}
+        of_reference = 5 if few.any() else 0
+        assert rows == {"logits": 2 * N + of_reference, "gradients": N}
     case = make_case(2)
     case.acts[0], case.acts[1] = torch.arange(N) < 9, torch.arange(N) >= 9
     rows.update(logits=0, gradients=0)

@@ -26,8 +26,8 @@ KEYS = {
     "setup": "device devices all_devices batch_size micro_batch_size scoring_micro_batch_size zero_stage "
     "offload_optimizer offload_parameters checkpointing student_dtype teacher_dtype prompt_tokens completion_tokens "
     "max_prompt_tokens max_new_tokens student_share sampler_memory_share teacher_placement teacher_devices "
-    "sampler_devices sleep_level sampler_replicas staleness head_products extra_forwards projector_parameters "
-    "state_widths together_share teacher_turns proposed_share",
+    "sampler_devices sleep_level sampler_replicas staleness head_products extra_forwards needs_reference "
+    "projector_parameters state_widths together_share teacher_turns proposed_share",
 }
 
 

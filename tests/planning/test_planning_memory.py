@@ -54,11 +54,23 @@ def test_states_of_layers_by_hand() -> None:
     )
     assert more == pytest.approx(1 + 2 * plain.longest_tokens / plain.max_new_tokens)
     vectors = setup_of(SMALL, 1, "objective={terms: [{}, {kind: rkd}]}")
-    forward = training_s(vectors)["vectors of the batch"]
+    forward = training_s(vectors)["forwards without gradients"]
     assert 3 * forward == pytest.approx(training_s(replace(vectors, checkpointing=False))["layers, compute"])
-    assert "vectors of the batch" not in training_s(plain)
+    assert "forwards without gradients" not in training_s(plain)
     only = setup_of(SMALL, 1, "objective=" + json.dumps({"terms": [term]}))
     assert (only.head_products, plain.head_products) == ((0, 0), (1, 1))
+
+
+def test_the_student_as_it_was_by_hand() -> None:
+    """A copy in bf16 and a third side's logits; a forward, and a product with a head of the student's size."""
+    plain, held = setup_of(SMALL, 1), setup_of(SMALL, 1, "objective={terms: [{}, {kind: reference_kl}]}")
+    before, after = memory_plan(plain), memory_plan(held)
+    assert after.resident["initial student's weights"] == 2 * PARAMETERS
+    of_before, of_after = (plan.phases["train"]["loss, logits of all sides"] for plan in (before, after))
+    assert of_after == pytest.approx(1.5 * of_before)
+    assert (held.head_products, held.extra_forwards) == ((2, 1), 1)
+    below = setup_of(SMALL, 1, "objective={terms: [{}, {kind: reference_kl}]}", "student.lora={}")
+    assert below.reference_bytes == 0 and below.extra_forwards == 1
 
 
 def test_an_offloaded_optimizer_by_hand() -> None:

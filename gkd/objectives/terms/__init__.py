@@ -18,6 +18,7 @@ TERMS: Registry[type[Term]] = Registry(
         "hidden_states": "gkd.objectives.terms.hidden_states:HiddenStates",
         "relations": "gkd.objectives.terms.relations:Relations",
         "rkd": "gkd.objectives.terms.rkd:RelationalDistillation",
+        "reference_kl": "gkd.objectives.terms.reference_kl:ReferenceKl",
         "policy_gradient": "gkd.objectives.terms.policy_gradient:PolicyGradient",
     },
 )

@@ -63,6 +63,7 @@ class Term(Section):
 
     is_divergence: ClassVar[bool] = False  # between the two distributions of a row
     needs_teacher: ClassVar[bool] = True  # its distribution, at the scored tokens
+    needs_reference: ClassVar[bool] = False  # the initial student's distribution, at the scored tokens
     whole_teacher_only: ClassVar[bool] = False  # over the whole vocabulary: not from a teacher's top k
     is_nonnegative: ClassVar[bool] = True  # its value of any token
     on_policy_only: ClassVar[bool] = False  # means nothing for tokens that the student did not sample
@@ -70,7 +71,9 @@ class Term(Section):
     needs_sequences: ClassVar[bool] = False  # both sides' log-probabilities of whole sequences, before the loss
     at_temperature_one: ClassVar[bool] = False  # means nothing at another temperature of the objective
 
-    kind: str = Field(description="which term; a divergence, cross_entropy, policy_gradient, or a plugin's")
+    kind: str = Field(
+        description="which term; a divergence, cross_entropy, reference_kl, policy_gradient, or a plugin's"
+    )
     name: str = Field("", description="its name in metrics; required where a kind repeats", pattern=r"^(\w[\w.-]*)?$")
     weight: WeightSchedule = Field(1.0, description="of the whole term; a number or a schedule")
     on: list[str] | None = Field(None, description="whose completions it is for: sources of the mixture; null = all")

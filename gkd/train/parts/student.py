@@ -26,20 +26,16 @@ from gkd.train.distributed import compute_device, from_main
 from gkd.train.engine import Phase, StudentEngine, Watch
 from gkd.train.guards import MismatchGuard
 from gkd.train.parts.models import Models, student_revision
+from gkd.train.reference import InitialStudent
 
 
 def build_student(config: Config, models: Models, launch: Launch, phase: Phase, watch: Watch) -> StudentEngine:
     """Float32 master weights of what is trained; compute is in student.dtype, and so are frozen weights."""
     lora = config.student.lora
     dtype = "float32" if lora is None else config.student.dtype
-    model: Any = load_causal_lm(models.student_path, dtype, revision=student_revision(config), key="student.model")
     device = compute_device(launch)
-    model.to(device)
+    model = _load(config, models, dtype, device)
     verify_head(model, "student.model")
-    if config.optim.micro_batch_tokens is None:
-        use_short_attention(model)
-    else:
-        use_packed_attention(model, "optim.micro_batch_tokens", getattr(torch, config.student.dtype))
     if lora is not None:
         inject_lora(model, lora, seed=derive_seed(config.run.seed, "lora"))
         use_float32_adapters(model)
@@ -51,10 +47,29 @@ def build_student(config: Config, models: Models, launch: Launch, phase: Phase, 
         valid_vocab=models.valid_vocab,
         state_pairs=models.state_pairs,
         sampler_applies_adapter=config.sampler_lora(device.type) is not None,
+        reference=_reference(config, models, device),
         mismatch=MismatchGuard(config.rollout.max_mismatch, _less_mismatch(config)),
         phase=phase,
         watch=watch,
     )
+
+
+def _load(config: Config, models: Models, dtype: str, device: torch.device) -> Any:
+    """The student as it begins, with the attention that its batches need."""
+    model: Any = load_causal_lm(models.student_path, dtype, revision=student_revision(config), key="student.model")
+    model.to(device)
+    if config.optim.micro_batch_tokens is None:
+        use_short_attention(model)
+    else:
+        use_packed_attention(model, "optim.micro_batch_tokens", getattr(torch, config.student.dtype))
+    return model
+
+
+def _reference(config: Config, models: Models, device: torch.device) -> InitialStudent | None:
+    """None where nothing asks for it, and with LoRA, as the student below its adapter is the initial one."""
+    if not config.objective.needs_reference or config.student.lora is not None:
+        return None
+    return InitialStudent(_load(config, models, config.student.dtype, device))
 
 
 def _less_mismatch(config: Config) -> str:
