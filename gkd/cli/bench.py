@@ -48,6 +48,9 @@ def text_command(
     folder: Annotated[Path, typer.Option(help="What is made on the way.")] = Path("runs/bench_text"),
     out: Annotated[Path | None, typer.Option(help="The JSON. Default: in the folder.")] = None,
     so_far: Annotated[bool, typer.Option("--so-far", help="Run nothing; show what is finished.")] = False,
+    continued: Annotated[
+        Path | None, typer.Option("--continue", help="A record, as of another machine, whose runs are taken over.")
+    ] = None,
 ) -> None:
     """Compare SFT, supervised KD and on-policy GKD on text: a model distilled into 20 of its own layers.
 
@@ -62,7 +65,16 @@ def text_command(
 
     material = Material(teacher, train, heldout)
     asked = part_named(part)
-    compare(size_named(size), material, folder=folder, part=asked, out=out, so_far=so_far, say=typer.echo)
+    compare(
+        size_named(size),
+        material,
+        folder=folder,
+        part=asked,
+        out=out,
+        so_far=so_far,
+        continued=continued,
+        say=typer.echo,
+    )
 
 
 def _check_out(out: Path | None) -> None:

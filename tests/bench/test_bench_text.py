@@ -14,8 +14,9 @@ from tiny import save_prompts
 
 from benchmarks.figures.sections.bench_text import BENCH_TEXT_SECTIONS, drift_plot
 from gkd.bench.text import plan, tables
+from gkd.bench.text.carried import carry_over
 from gkd.bench.text.cell import run_cell
-from gkd.bench.text.compare import compare
+from gkd.bench.text.compare import compare, recorded
 from gkd.bench.text.folder import Folder
 from gkd.bench.text.marks import common_seconds, readings, step_seconds
 from gkd.bench.text.methods import BY_SOURCE, ON_POLICY_REVERSE, SFT, START, SUPERVISED_KD, Cell
@@ -107,6 +108,54 @@ def test_a_whole_comparison_is_kept_and_read_at_both_marks(folder: Folder, capsy
     assert drift_plot(record, "bench_text_tiny", folder.root).name in sections["bench_text-drift"]
 
 
+def test_another_machine_goes_on_from_a_record(folder: Folder, tmp_path: Path) -> None:
+    """It cuts the same student without measuring, is judged on the same texts, and runs what is missing alone."""
+    out = tmp_path / "record.json"
+    for jobs in plan.stages(folder, "runs"):
+        do(jobs)
+    compare(TINY, folder.material, folder=folder.root.parent, part="runs", out=out, so_far=True, say=print)
+    record = json.loads(out.read_text())
+    last = record["runs"].pop()
+    out.write_text(json.dumps(record))
+    there = Folder(tmp_path / "tiny", TINY, folder.material)
+    assert carry_over(there, out) == len(record["runs"]) == 4
+    assert carry_over(there, out) == 0  # once more changes nothing
+    missing = [job for jobs in plan.stages(there, "runs") for job in jobs if not job.target.exists()]
+    assert [job.label for job in missing] == ["the student", f"{last['method']}, seed {last['seed']}"]
+    do(missing)
+    assert (there.student / "model.safetensors").read_bytes() == (folder.student / "model.safetensors").read_bytes()
+    again = recorded(there)
+    same = ("looks", "trained_tokens", "sampled_tokens", "steps", "method", "seed", "device")
+    assert [{name: run[name] for name in same} for run in again["runs"]] == [
+        {name: run[name] for name in same} for run in (*record["runs"], last)
+    ]
+    assert again["teacher_texts"] == record["teacher_texts"] and again["key"] == record["key"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"key": "another"}, "is of another model, other prompts, or another size"),
+        ({"student_layers": [0, 1, 2]}, "start from another cut or are judged on other texts"),
+        ({"teacher_texts": {"sampled": [], "greedy": []}}, "start from another cut or are judged on other texts"),
+        (None, "is no record of gkd bench text that can be gone on from"),
+    ],
+)
+def test_a_record_of_something_else_is_refused(
+    folder: Folder, tmp_path: Path, change: dict[str, Any] | None, error: str
+) -> None:
+    for jobs in [*plan.stages(folder, "runs")][:2]:
+        do(jobs)
+    record = {**recorded(folder), "student_layers": folder.kept_layers()}
+    out = tmp_path / "record.json"
+    out.write_text(json.dumps([] if change is None else record | change))
+    with pytest.raises(InputError, match=error):
+        carry_over(folder, out)
+    out.write_text("{")
+    with pytest.raises(InputError, match=r"--continue: .*record\.json cannot be read"):
+        carry_over(folder, out)
+
+
 def test_a_copy_of_the_teacher_is_no_nat_from_it(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy answers are the teacher's, and its surprise at the copy's samples is the copy's own entropy."""
     do([job for jobs in plan.stages(folder, "times") for job in jobs[:1]])
@@ -166,10 +215,11 @@ def test_without_timing_there_is_no_mark_of_seconds() -> None:
 def test_options_that_make_no_sense_are_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--size: 'huge'"):
         size_named("huge")
-    for options, said in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"out": Path("a.csv")}, "--out: a.csv"),
         ({"train": tmp_path / "no"}, "--train: there is no"),
-    ):
+    ]
+    for options, said in cases:
         with pytest.raises(InputError, match=said):
             text_command(**options)
     with pytest.raises(InputError, match="--part: 'most' is none of all, runs, times"):

@@ -7,6 +7,7 @@ from contextlib import closing
 from typing import Any
 
 from gkd.bench.budget import BudgetRun, Look, TokenBudget
+from gkd.bench.machine import device, device_kind
 from gkd.bench.text.folder import Folder
 from gkd.bench.text.judge import Judge
 from gkd.bench.text.methods import START, Cell, Method
@@ -34,6 +35,7 @@ def run_cell(folder: Folder, cell: Cell) -> dict[str, Any]:
         "sampled_tokens": budget.sampled,
         "steps": budget.step_count,
         "dtype": run.config.student.dtype,
+        "device": device(device_kind()),
         "seconds": {**budget.seconds, "all": time.perf_counter() - started_s},
         **teacher,
     }

@@ -14,6 +14,7 @@ from typing import Any
 from gkd.bench.machine import busy_note, measured_with
 from gkd.bench.rows import columns
 from gkd.bench.text import plan, tables
+from gkd.bench.text.carried import carry_over, shared_by_runs
 from gkd.bench.text.folder import Folder
 from gkd.bench.text.sizes import Material, Size
 from gkd.bench.work import Workers, run_stages
@@ -30,10 +31,11 @@ def compare(
     part: plan.Part,
     out: Path | None,
     so_far: bool,
+    continued: Path | None = None,
     say: Callable[[str], None],
 ) -> None:
     """Runs what is missing in `folder` of the part asked for, prints the tables of all that is there, and writes the
-    record to `out` (default: into `folder`). `so_far`: runs nothing.
+    record to `out` (default: into `folder`). `so_far`: runs nothing. `continued`: a record whose runs are taken over.
 
     Raises InputError for files of prompts that are not there, and where `so_far` finds nothing.
     """
@@ -42,6 +44,8 @@ def compare(
             raise InputError(f"{option}: there is no file {path}; the default lies in a checkout of gkd")
     work = Folder(folder / size.name, size, material)
     out = out or folder / f"bench_text_{size.name}.json"
+    if continued is not None:
+        say(f"{carry_over(work, continued)} runs are taken over from {continued}")
     if not so_far:
         if size.engine == "vllm":
             require_vllm("gkd bench text", "which samples with it")
@@ -64,6 +68,7 @@ def recorded(folder: Folder) -> dict[str, Any]:
         "command": f"gkd bench text --size {folder.size.name}",
         **measured_with(),
         **plan.described(folder),
+        **shared_by_runs(folder),
         "planned_runs": len(folder.size.cells()),
         "times": plan.times(folder),
         "runs": plan.results(folder),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from gkd.bench.kept import short_name
+from gkd.bench.kept import read_json, short_name
 from gkd.bench.text.methods import Cell, Method
 from gkd.bench.text.sizes import RESULTS_VERSION, Material, Size
 
@@ -21,6 +21,25 @@ class Folder:
     def _key(self, *parts: object) -> str:
         files = [path.read_text(encoding="utf-8") for path in (self.material.train, self.material.heldout)]
         return short_name(RESULTS_VERSION, self.material.teacher, files, self.size.deciding(), *parts)
+
+    @property
+    def key(self) -> str:
+        """Of all that decides what runs have in common."""
+        return self._key()
+
+    @property
+    def layers(self) -> Path:
+        """Which layers the student is to have, where a record says it; else they are measured."""
+        return self.root / f"layers-{self._key()}.json"
+
+    def kept_layers(self) -> list[int] | None:
+        """Those of the student, once they are known."""
+        from gkd.models.subset import RECORD_FILE  # with transformers
+
+        record = self.student / RECORD_FILE
+        if record.exists():
+            return read_json(record)["layers"]
+        return read_json(self.layers) if self.layers.exists() else None
 
     @property
     def student(self) -> Path:

@@ -115,10 +115,15 @@ def _run_cell(folder: Folder, cell: Cell) -> str:
 # ---- results
 
 
+def run_key(cell: Cell) -> tuple[str, int]:
+    """What a record calls a run by."""
+    return cell.method.label, cell.seed
+
+
 def results(folder: Folder) -> list[dict[str, Any]]:
     """All runs that there are, in the order of the plan."""
     return [
-        {"method": cell.method.label, "seed": cell.seed, **read_json(folder.result(cell))}
+        dict(zip(("method", "seed"), run_key(cell), strict=True)) | read_json(folder.result(cell))
         for cell in folder.size.cells()
         if folder.result(cell).exists()
     ]

@@ -30,14 +30,14 @@ Texts = tuple[tuple[int, ...], ...]
 
 def make_student(folder: Folder) -> str:
     """Cuts it out of the teacher. Returns what is to be said of it, as the others do."""
-    config = _teacher_config(folder)
+    config = _teacher_config(folder, folder.kept_layers())
     files = RunFiles(folder.student.with_name(f"{folder.student.name}.part"))
     shutil.rmtree(files.path, ignore_errors=True)
     models = _models(config, files)
     parts.make_student(config, models, parts.load_data(config, models), LAUNCH)
     files.student_init.replace(folder.student)
     shutil.rmtree(files.path, ignore_errors=True)
-    return f"{folder.size.layers} layers of {folder.material.teacher}"
+    return f"{config.student.init.describe() if config.student.init else ''}: {folder.material.teacher}"
 
 
 def write_teacher_texts(folder: Folder) -> str:
@@ -79,13 +79,15 @@ def heldout_prompts(folder: Folder, config: Config, models: Models) -> tuple[Pro
     return kept.prompts[: folder.size.heldout_prompts]
 
 
-def _teacher_config(folder: Folder) -> Config:
+def _teacher_config(folder: Folder, layers: list[int] | None = None) -> Config:
+    """`layers`: those of the student; None: as many as the size says, measured."""
     size, material = folder.size, folder.material
+    init = {"layers": size.layers, "choose": "divergence"} if layers is None else {"layers": layers}
     config = make_config(
         {
             "run": {"name": "prepare", "dir": str(folder.scratch)},
             "teacher": {"model": material.teacher},
-            "student": {"init": {"layers": size.layers, "choose": "divergence"}},
+            "student": {"init": init},
             "data": {"train": str(material.train), "max_prompt_tokens": size.max_prompt_tokens},
             "rollout": {"engine": size.engine, "temperature": 1.0, "max_new_tokens": size.max_new_tokens},
         },

@@ -128,6 +128,7 @@ def caption(record: Record) -> str:
     size, runs = record["size"], record["runs"]
     failed = sum("failed" in run for run in runs)
     dtypes = ", ".join(dict.fromkeys(run["dtype"] for run in finished(record)))
+    devices = ", and ".join(dict.fromkeys(run.get("device", record["device"]) for run in runs)) or record["device"]
     sentences = [
         f"Teacher {record['teacher']}, student {size['layers']} of its layers, in {dtypes or 'no run yet'}; batches of "
         f"{size['batch_size']} completions of at most {size['max_new_tokens']} tokens, learning rate {size['lr']:g}, "
@@ -140,7 +141,7 @@ def caption(record: Record) -> str:
             f"The seconds' mark is at {common_seconds(record):.0f} s by {len(record['times'])} rounds of timing; a "
             f"teacher's text takes {text_s:.2f} s."
         )
-    return f"{' '.join(sentences)}  \n{record['device']}; {record['versions']}."
+    return f"{' '.join(sentences)}  \n{devices}; {record['versions']}."
 
 
 def verdict(record: Record) -> str:
