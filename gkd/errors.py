@@ -12,6 +12,7 @@ GkdError
 └── RunError (RuntimeError)            a run that must not go on: exit code 1
     ├── PartError                      a sampler or a teacher failed; the student is as good as before
     │   ├── SamplerError               the sampler returned something incomplete
+    │   ├── ConversationError          an environment failed, or what it said cannot follow what the student said
     │   ├── TeacherError               a served teacher failed, or answered something else than was asked
     │   └── WeightSyncError            the sampler does not hold the trainer's weights
     ├── StepRefusedError               a step is not to be trusted; what was before it is saved
@@ -130,6 +131,10 @@ class PartError(RunError):
 
 class SamplerError(PartError):
     """The sampler returned fewer or other completions than were asked for."""
+
+
+class ConversationError(PartError):
+    """An environment failed, or answered something else than an observation that the chat template has a place for."""
 
 
 class TeacherError(PartError):

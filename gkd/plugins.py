@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from gkd.errors import ConfigError
 
 if TYPE_CHECKING:
+    from gkd.environments import EnvironmentKind
     from gkd.objectives.closed_forms import Definition
     from gkd.objectives.terms import Term
     from gkd.objectives.token_weights import TokenWeight
@@ -61,6 +62,13 @@ def register_source(name: str, source: type[Any], drawn: Drawn | None = None) ->
     from gkd.registry import SOURCES, Drawn
 
     SOURCES.register(name, source, drawn or Drawn.ELSEWHERE)
+
+
+def register_environment(kind: str, environment: type[EnvironmentKind]) -> None:
+    """Makes `kind` an environment that students can talk to."""
+    from gkd.environments import ENVIRONMENTS
+
+    ENVIRONMENTS.register(kind, environment)
 
 
 def register_shape(name: str, shape: Shape) -> None:

@@ -13,8 +13,9 @@ if TYPE_CHECKING:  # torch takes a second to import; these types must not
     import torch
 
 FinishReason = Literal["stop", "length"]
+ConversationEnd = Literal["done", "stopped", "turns", "tokens", "timeout"]
 LayerOutput = Literal["hidden", "query", "key", "value"]  # the last three: of a projection, before norms and rotary
-WhichTokens = Literal["scored", "all"]  # of a sequence; all: of prompt and completion
+WhichTokens = Literal["scored", "all"]  # of a sequence; all: of the prompt, and the scored ones
 Decode = Callable[[Sequence[int]], str]  # token ids to text that people read, special tokens kept
 
 
@@ -30,6 +31,8 @@ class Prompt:
     weight: float = 1.0  # of the row in the loss's numerator, whoever completes it
     teacher: str = "main"  # which of several teaches it: gkd.config.MAIN_TEACHER, or a name of other_teachers
     teacher_ids: tuple[int, ...] | None = None  # its view: read in the place of `token_ids`; None: it reads these
+    messages: tuple[tuple[str, str], ...] | None = None  # (role, content) of a conversation; None: raw text
+    task: str | None = None  # JSON, of what an environment or a verifier has to know
 
     @property
     def read_by_teacher(self) -> tuple[int, ...]:
@@ -86,15 +89,30 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class Conversation:
+    """What an environment made of a completion: the student's turns, and between them what it observed.
+
+    `end`: the environment was done; the student ended the text and not its turn; the turns or the tokens that it may
+    have were used up; or the environment took too long.
+    """
+
+    observed: tuple[tuple[int, int], ...]  # places in the completion, from and to, that the student did not write
+    turns: int
+    end: ConversationEnd
+
+
+@dataclass(frozen=True, slots=True)
 class Rollout:
     """A completion that a step trains on: where it came from and, if sampled here, by which weights."""
 
     draw: PromptDraw
     source: str  # of gkd.registry.SOURCES
-    completion_ids: tuple[int, ...]
-    logprobs: tuple[float, ...] | None = None  # student samples only; NaN of a token that the teacher drew among them
+    completion_ids: tuple[int, ...]  # all that follows the prompt, observations of an environment among it
+    logprobs: tuple[float, ...] | None = None  # of student samples' scored tokens; NaN of one that the teacher drew
     weights_version: int | None = None  # student samples only
     teacher_share: float = 0.0  # the teacher's in the distribution that each token was drawn from, beside the student's
+    conversation: Conversation | None = None  # with an environment; None: all of the completion is scored
+    reward: float | None = None  # of an environment or a verifier; None: nobody judged it
 
     @property
     def sample_id(self) -> str:
@@ -103,6 +121,27 @@ class Rollout:
     @property
     def token_ids(self) -> tuple[int, ...]:
         return self.draw.prompt.token_ids + self.completion_ids
+
+    @property
+    def turns(self) -> list[range]:
+        """Places in the completion of what stands between observations: all that is scored."""
+        observed = () if self.conversation is None else self.conversation.observed
+        starts = [0, *(end for _, end in observed)]
+        ends = [*(start for start, _ in observed), len(self.completion_ids)]
+        return [range(start, end) for start, end in zip(starts, ends, strict=True)]
+
+    @property
+    def scored_places(self) -> Sequence[int]:
+        """In the completion, of the tokens that a loss counts."""
+        if self.conversation is None:
+            return range(len(self.completion_ids))
+        return [place for turn in self.turns for place in turn]
+
+    @property
+    def scored_ids(self) -> tuple[int, ...]:
+        if self.conversation is None:
+            return self.completion_ids
+        return tuple(self.completion_ids[place] for place in self.scored_places)
 
     def as_its_teacher_reads(self) -> Rollout:
         """The same completion, token by token, behind what the prompt's teacher reads in the prompt's place."""
@@ -200,6 +239,13 @@ class HiddenScores:
         layers = {place: change(states) for place, states in self.layer_states.items()}
         return HiddenScores(change(self.states), self.head, layers)
 
+    def of_rows(self, scored: torch.Tensor, every: torch.Tensor) -> HiddenScores:
+        """Some of the rows [N]; `every`: of layer states of all tokens, [M]."""
+        layers = {
+            place: states[scored if place.tokens == "scored" else every] for place, states in self.layer_states.items()
+        }
+        return HiddenScores(self.states[scored], self.head, layers)
+
 
 @dataclass(frozen=True)
 class TopkScores:
@@ -255,7 +301,7 @@ class TokenView:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """One micro-batch, ready for the student. Only completion tokens are scored.
+    """One micro-batch, ready for the student. Only completion tokens are scored, and none that was observed.
 
     Either one sequence a row, padded on the right, so that the causal mask alone keeps padding out of every state
     that is used; or packed: one row (B = 1) with the sequences end to end.
@@ -274,7 +320,7 @@ class TokenBatch:
     sequence_lengths: tuple[int, ...] | None = None  # packed: tokens of each sequence in the row; None: padded rows
     teacher_share: torch.Tensor | None = None  # [N] float32: of each token's rollout; None: 0
     reference: HiddenScores | None = None  # of N tokens, by the initial student, where a term compares with it
-    every_token: TokenView | None = None  # of prompts too, where a sequence has scored tokens; it weighs what those do
+    every_token: TokenView | None = None  # of prompts and scored tokens, where there are such; it weighs what those do
 
     @property
     def scored_tokens(self) -> int:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from gkd.config.environment import EnvironmentSection
 from gkd.config.mixture import MixtureConfig
 from gkd.config.objective import ObjectiveSection, default_objective
 from gkd.config.sections import (
@@ -35,7 +36,8 @@ class Config(Section):
     """A whole run."""
 
     plugins: list[str] = Field(
-        [], description="installed modules that register terms, token weights, divergences, sources or shapes"
+        [],
+        description="installed modules that register terms, token weights, divergences, sources, environments, shapes",
     )
     run: RunConfig = RunConfig()  # pyright: ignore[reportCallIssue]
     teacher: TeacherConfig
@@ -44,6 +46,9 @@ class Config(Section):
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()  # pyright: ignore[reportCallIssue]
     mixture: MixtureConfig = MixtureConfig()  # pyright: ignore[reportCallIssue]
+    environment: EnvironmentSection | None = Field(
+        None, description="what the student talks to, in several turns; null = it completes a prompt once"
+    )
     objective: ObjectiveSection = default_objective()
     optim: OptimConfig = OptimConfig()  # pyright: ignore[reportCallIssue]
     deepspeed: Annotated[DeepSpeedConfig, BeforeValidator(lambda v: {"config": v} if isinstance(v, str) else v)] = (
@@ -94,6 +99,7 @@ class Config(Section):
                 "ahead of what a checkpoint holds; set one of them to 0"
             )
         self._check_together()
+        self._check_environment()
         self._check_lora_sync()
         if self.deepspeed.config is not None and not Path(self.deepspeed.config).is_file():
             raise ValueError(f"deepspeed.config: no file {self.deepspeed.config!r}")
@@ -188,6 +194,26 @@ class Config(Section):
             if self.other_teachers:
                 raise ValueError(
                     f"other_teachers: mixture.{source} draws from one teacher; leave them out, or set that to 0"
+                )
+
+    def _check_environment(self) -> None:
+        if self.environment is None:
+            return
+        if not self.mixture.uses("student"):
+            raise ValueError(
+                "environment: only the student's own texts are conversations, and mixture.student is 0; raise that, or "
+                "leave this out"
+            )
+        if self.rollout.tensor_parallel > 1:  # whose ranks have different numbers of rounds
+            raise ValueError(
+                f"rollout.tensor_parallel: {self.rollout.tensor_parallel} samples no conversations; set it to 1, or "
+                "leave out environment"
+            )
+        for key, term in self.objective.state_terms.items():
+            if term.of_one_text:
+                raise ValueError(
+                    f"{key}: {term.kind} compares the positions of one text, and a conversation is trained in parts; "
+                    "leave out the term, or environment"
                 )
 
     def _check_views(self) -> None:

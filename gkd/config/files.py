@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from gkd.config.config import Config
 from gkd.config.objective import ObjectiveConfig
+from gkd.environments import ENVIRONMENTS
 from gkd.errors import ConfigError, shown
 from gkd.objectives.terms import TERMS
 from gkd.objectives.token_weights import TOKEN_WEIGHTS
@@ -264,6 +265,14 @@ def describe_keys() -> list[tuple[str, str, str]]:
     _describe(Config, "", rows)
     place = next(index for index, row in enumerate(rows) if row[0] == "objective.terms") + 1
     rows[place:place] = _term_keys()
+    place = next(index for index, row in enumerate(rows) if row[0] == "optim.lr")
+    own = {row[0] for row in rows}
+    for kind in ENVIRONMENTS.names():
+        of_kind: list[tuple[str, str, str]] = []
+        _describe(ENVIRONMENTS[kind], "environment.", of_kind)
+        rows[place:place] = new = [row for row in of_kind if row[0] not in own]
+        own |= {row[0] for row in new}
+        place += len(new)
     return rows
 
 

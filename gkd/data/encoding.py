@@ -32,7 +32,7 @@ _SHOWN_CHARACTERS = 24  # on each side of a border
 
 
 @dataclass(frozen=True, slots=True)
-class _Marked:
+class Marked:
     """A conversation whose typed control strings are replaced by marks; `literals` says by which."""
 
     messages: tuple[Message, ...]
@@ -55,7 +55,7 @@ class RowEncoder:
         self._control = {str(token.content): (index, token) for index, token in added if token.special}
         longest_first = sorted(self._control, key=len, reverse=True)
         names = "|".join(map(re.escape, longest_first)) or r"(?!)"  # no control token: never matches
-        self._control_pattern = re.compile(names)
+        self.control_pattern = re.compile(names)
         # The first of the control tokens that close a text, whatever whitespace stands among them.
         self._end_of_turn = re.compile(rf"({names})(?:\s|{names})*\Z")
 
@@ -63,8 +63,8 @@ class RowEncoder:
         """Raises DataError for a conversation that the tokenizer cannot render."""
         if row.messages is None:
             return self._raw_ids(row.prompt_text or "")
-        marked = self._mark(row.messages)
-        return self._encode(self._render(marked.messages, row.origin, ask=True), marked.literals, row.origin)
+        marked = self.mark(row.messages)
+        return self.encode(self._render(marked.messages, row.origin, ask=True), marked.literals, row.origin)
 
     def completion_ids(self, row: Row, prompt_ids: list[int]) -> tuple[int, ...] | None:
         """The data set's own answer up to its end token; None if the row has none.
@@ -80,18 +80,18 @@ class RowEncoder:
     def _raw_ids(self, text: str) -> list[int]:
         bos = self._tokenizer.bos_token
         has_bos = isinstance(bos, str) and text.startswith(bos)  # a template was applied: no second one
-        return self._bare_ids(text) if has_bos else [*self._begin_ids, *self._bare_ids(text)]
+        return self.bare_ids(text) if has_bos else [*self._begin_ids, *self.bare_ids(text)]
 
     @cached_property
     def _begin_ids(self) -> list[int]:
         return begin_ids(self._tokenizer)
 
-    def _bare_ids(self, text: str) -> list[int]:
+    def bare_ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _raw_completion_ids(self, row: Row, prompt_ids: list[int]) -> tuple[int, ...]:
         prompt, answer = row.prompt_text or "", row.completion_text or ""
-        ids = self._continuation(prompt_ids, self._raw_ids(prompt + answer), answer, self._bare_ids, row.origin)
+        ids = self._continuation(prompt_ids, self._raw_ids(prompt + answer), answer, self.bare_ids, row.origin)
         end = self._end_token_id(row)
         return (*ids,) if ids and ids[-1] == end else (*ids, end)
 
@@ -106,7 +106,7 @@ class RowEncoder:
     def _chat_completion_ids(self, row: Row, prompt_ids: list[int]) -> tuple[int, ...]:
         assert row.messages is not None
         assert row.completion_messages is not None
-        marked = self._mark(row.messages + row.completion_messages)
+        marked = self.mark(row.messages + row.completion_messages)
         prompt = self._template.render(marked.messages[:-1], row.origin, ask=True)
         full = self._render(marked.messages, row.origin, ask=False)
         if not full.startswith(prompt):
@@ -117,7 +117,7 @@ class RowEncoder:
         answer, ends = self._cut_after_end_of_turn(full[len(prompt) :])
 
         def encode(text: str) -> list[int]:
-            return self._encode(text, marked.literals, row.origin)
+            return self.encode(text, marked.literals, row.origin)
 
         ids = self._continuation(prompt_ids, encode(prompt + answer), answer, encode, row.origin)
         return tuple(ids) if ends else (*ids, self._end_token_id(row))
@@ -142,32 +142,32 @@ class RowEncoder:
         if whole[: len(prompt_ids)] == prompt_ids:
             return whole[len(prompt_ids) :]
         # One token would reach over the border. A sampler continues the prompt's tokens, and so must the answer.
-        text = self._decode(whole)
+        text = self.decode(whole)
         for anchor in _ANCHORS:
             before, both = encode(anchor), encode(anchor + answer)
             ids = both[len(before) :]
-            if both[: len(before)] == before and self._decode(prompt_ids + ids) == text:
+            if both[: len(before)] == before and self.decode(prompt_ids + ids) == text:
                 self.split_tokens.append(origin)
                 return ids
-        border = len(self._decode(prompt_ids))
+        border = len(self.decode(prompt_ids))
         around = slice(max(0, border - _SHOWN_CHARACTERS), border + _SHOWN_CHARACTERS)
-        pieces = self._decode(prompt_ids + encode(answer))
+        pieces = self.decode(prompt_ids + encode(answer))
         raise DataError(
             f"{origin}: prompt and completion tokenised apart read {shown(pieces[around])}, and as one text "
             f"{shown(text[around])}; let the prompt end, or the completion begin, elsewhere in the text"
         )
 
-    def _decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int]) -> str:
         text = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # cleaning would hide a space
         assert isinstance(text, str)
         return text
 
     # ---- typed control tokens
 
-    def _mark(self, messages: Sequence[Message]) -> _Marked:
+    def mark(self, messages: Sequence[Message]) -> Marked:
         contents = [message["content"] for message in messages]
-        if not any(self._control_pattern.search(content) for content in contents):
-            return _Marked(tuple(messages), {})
+        if not any(self.control_pattern.search(content) for content in contents):
+            return Marked(tuple(messages), {})
         mark = MARK
         while any(mark in content for content in contents):  # doubled until the conversation does not hold it
             mark += MARK
@@ -178,18 +178,18 @@ class RowEncoder:
             literals[name] = match.group()
             return name
 
-        marked = [{**m, "content": self._control_pattern.sub(replace, m["content"])} for m in messages]
-        return _Marked(tuple(marked), literals)
+        marked = [{**m, "content": self.control_pattern.sub(replace, m["content"])} for m in messages]
+        return Marked(tuple(marked), literals)
 
-    def _encode(self, text: str, literals: dict[str, str], origin: str) -> list[int]:
+    def encode(self, text: str, literals: dict[str, str], origin: str) -> list[int]:
         """Token ids of rendered text; marks become the text that was typed, beside what stands around it."""
         if not literals:
-            return self._bare_ids(text)
+            return self.bare_ids(text)
         backend, names, control_ids = self._stand_ins
         if backend is None or _STAND_IN in text:
             what = "this tokenizer" if backend is None else f"a text with the character U+{ord(_STAND_IN):X}"
             raise DataError(f"{origin}: {what} cannot take a control token's name as text")
-        pattern = re.compile("|".join([*map(re.escape, literals), self._control_pattern.pattern]))
+        pattern = re.compile("|".join([*map(re.escape, literals), self.control_pattern.pattern]))
         replaced = pattern.sub(lambda match: literals.get(match.group()) or names[match.group()], text)
         ids = backend.encode(replaced, add_special_tokens=False).ids
         if not {index for index, _ in self._control.values()}.isdisjoint(ids):

@@ -7,6 +7,7 @@
     {..., "teacher_messages": [message, ...]}         beside any of them: what the teacher reads in the prompt's place
     {..., "teacher_prompt": "text" | [message]}       the same, as raw text or as a conversation
     {..., "weight": 0.5}                              beside any of them: what the row weighs in the loss; 1 without
+    {..., "task": {"answer": 84}}                     beside any of them: what an environment has to know of it
 
 A message is {"role": ..., "content": "text"}. The first wrong row ends the reading, with its file and line.
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _VIEW_KEYS = ("teacher_messages", "teacher_prompt")
-ROW_KEYS = ("prompt", "completion", "messages", "weight", *_VIEW_KEYS)
+ROW_KEYS = ("prompt", "completion", "messages", "weight", "task", *_VIEW_KEYS)
 _EXPECTED = 'expected {"prompt": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
 JSON_SUFFIXES = (".jsonl", ".json")  # read without any library
 _FILE_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
@@ -59,6 +60,7 @@ class Row:
     teacher: str | None = None  # what the teacher column says
     teacher_messages: tuple[Message, ...] | None = None  # what the teacher reads in the prompt's place
     teacher_prompt_text: str | None = None  # the same, of a row whose teacher reads raw text
+    task: str | None = None  # JSON
 
     @property
     def has_view(self) -> bool:
@@ -138,7 +140,8 @@ def _parse_row(value: object, origin: str, known: tuple[str, ...], columns: Coun
     if "messages" in row:
         columns.update(f"{name} beside messages" for name in ("prompt", "completion") if name in row)
     weight = _parse_weight(row.get("weight", 1.0), f"{origin}: weight")
-    return replace(_parse_texts(row, origin), weight=weight, teacher=teacher, **_parse_view(row, origin))
+    task = None if "task" not in row else _parse_task(row["task"], f"{origin}: task")
+    return replace(_parse_texts(row, origin), weight=weight, teacher=teacher, task=task, **_parse_view(row, origin))
 
 
 def _check_is_nobodys(name: str, known: tuple[str, ...], origin: str) -> None:
@@ -266,6 +269,13 @@ def _parse_weight(value: object, where: str) -> float:
     if not 0 <= value < math.inf:  # NaN is neither
         raise DataError(f"{where}: expected a number from 0 on, not {value}")
     return float(value)
+
+
+def _parse_task(value: object, where: str) -> str:
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:  # a table may hold dates
+        raise DataError(f"{where}: is nothing that JSON holds: {error}") from None
 
 
 def _kind(value: object) -> str:

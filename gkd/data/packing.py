@@ -2,8 +2,8 @@
 
 Legend: B rows of a micro-batch, T positions, N scored tokens.
 
-Only completion tokens are scored. The output at one position predicts the token at the next, so token j of a
-completion is predicted at position prompt_len - 1 + j of its row.
+Only completion tokens are scored, and of a conversation the student's turns. The output at one position predicts the
+token at the next, so token j of a completion is predicted at position prompt_len - 1 + j of its row.
 """
 
 from __future__ import annotations
@@ -127,12 +127,13 @@ def _micro_batch(
     sequence_index: list[int] = []
     teacher_share: list[float] = []
     for sequence, (start, rollout) in enumerate(zip(laid_out.starts, rollouts, strict=False)):  # no rollout: idle
-        prompt_tokens, scored = len(rollout.draw.prompt.token_ids), len(rollout.completion_ids)
+        prompt_tokens, places = len(rollout.draw.prompt.token_ids), rollout.scored_places
+        scored = len(places)
         if prompt_tokens == 0:  # its first token would be "predicted" by another sequence
             raise ValueError(f"{rollout.sample_id}: the prompt has no token")
         first = start + prompt_tokens - 1
-        score_index += range(first, first + scored)
-        labels += rollout.completion_ids
+        score_index += (first + place for place in places)
+        labels += rollout.scored_ids
         weight = rollout.draw.prompt.weight / (scored if scored and reduction == "sequence_mean" else 1)
         weights += [weight] * scored
         sampler_logprobs += [math.nan] * scored if rollout.logprobs is None else rollout.logprobs
@@ -148,7 +149,7 @@ def _micro_batch(
         teacher=teacher,
         sample_ids=tuple(rollout.sample_id for rollout in rollouts),
         sources=tuple(rollout.source for rollout in rollouts),
-        completion_lengths=tuple(len(rollout.completion_ids) for rollout in rollouts),
+        completion_lengths=tuple(len(rollout.scored_places) for rollout in rollouts),
         sequence_lengths=laid_out.sequence_lengths,
         teacher_share=torch.tensor(teacher_share, dtype=torch.float32) if any(teacher_share) else None,  # [N]
         every_token=_every_token(rollouts, laid_out.starts, reduction),
@@ -161,9 +162,12 @@ def _every_token(rollouts: Sequence[Rollout], starts: Sequence[int], reduction: 
     weights: list[float] = []
     counts: list[int] = []
     for start, rollout in zip(starts, rollouts, strict=False):  # no rollout: idle
-        scored = len(rollout.completion_ids)
-        tokens = len(rollout.token_ids) if scored else 0
-        index += range(start, start + tokens)
+        places, prompt_tokens = rollout.scored_places, len(rollout.draw.prompt.token_ids)
+        scored = len(places)
+        tokens = prompt_tokens + scored if scored else 0
+        if scored:
+            index += range(start, start + prompt_tokens)
+            index += (start + prompt_tokens + place for place in places)
         together = rollout.draw.prompt.weight * (1.0 if reduction == "sequence_mean" else scored)
         weights += [together / tokens for _ in range(tokens)]
         counts.append(tokens)
@@ -174,9 +178,9 @@ def _check_scores(rollouts: Sequence[Rollout], scores: Sequence[TeacherScores]) 
     if len(scores) != len(rollouts):
         raise SamplerError(f"the teacher scored {len(scores)} of {len(rollouts)} rollouts")
     for rollout, one in zip(rollouts, scores, strict=True):
-        if len(one) != len(rollout.completion_ids):
+        if len(one) != len(rollout.scored_places):
             raise SamplerError(
-                f"{rollout.sample_id}: the teacher scored {len(one)} tokens of {len(rollout.completion_ids)}"
+                f"{rollout.sample_id}: the teacher scored {len(one)} tokens of {len(rollout.scored_places)}"
             )
 
 

@@ -103,7 +103,10 @@ def _read_row(
     if (refusal := _completion_refusal(len(completion or ()), max_completion_tokens)) is not None:
         return refusal
     teacher = row.teacher or MAIN_TEACHER
-    prompt = Prompt(index, tuple(ids), _shown_text(row), completion, row.origin, row.weight, teacher)
+    said = None if row.messages is None else tuple((one["role"], one["content"]) for one in row.messages)
+    prompt = Prompt(
+        index, tuple(ids), _shown_text(row), completion, row.origin, row.weight, teacher, messages=said, task=row.task
+    )
     if readers is None:
         return prompt
     teacher = readers.teacher_of(index, row)

@@ -26,7 +26,8 @@ class AnswerToken(_Record):
     """A token of an answer. Divergences are in nats, whole vocabulary, temperature 1.
 
     None stands for what is not finite, and for the probability of a token that is not in the shared vocabulary. Of a
-    teacher that gives its top k only, it also stands for the divergences and for the probability of any other token.
+    teacher that gives its top k only, it also stands for the divergences and for the probability of any other token; of
+    what an environment said in between, for everything.
     """
 
     id: int

@@ -50,10 +50,9 @@ def sample_requests(prompts: Sequence[Prompt], seed: int, *, of_teacher: bool = 
     ]
 
 
-def answer_rollouts(prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[Rollout]:
+def answer_rollouts(prompts: Sequence[Prompt], answers: Sequence[Rollout]) -> list[Rollout]:
     """A rank without answers takes part with empty ones: all ranks must run the same number of forwards."""
-    padded = [*answers, *[()] * (len(prompts) - len(answers))]
-    return [Rollout(PromptDraw(p, 0), "student", tuple(ids)) for p, ids in zip(prompts, padded, strict=True)]
+    return [*answers, *(Rollout(PromptDraw(prompt, 0), "student", ()) for prompt in prompts[len(answers) :])]
 
 
 class AnswerScoring:
@@ -82,8 +81,8 @@ class AnswerScoring:
         return AnswerTokens(answers=tuple(answers))
 
     def _tokens(self, rollout: Rollout, scores: TeacherScores, measured: ByToken) -> tuple[AnswerToken, ...]:
-        """`scores` are of the n_i tokens, `measured` is the student's side."""
-        ids = rollout.completion_ids
+        """`scores` are of the n_i scored tokens, `measured` is the student's side. Of what was observed nothing is."""
+        ids = rollout.scored_ids
         labels = torch.tensor(ids).clamp(max=self._valid_vocab - 1)  # [n_i]
         if isinstance(scores, HiddenScores):
             teacher = _whole_view(scores, self._valid_vocab, labels.to(scores.states.device))
@@ -95,20 +94,19 @@ class AnswerScoring:
         columns["student_probability"] = measured["label_logprob"].exp().tolist()
         columns["teacher_probability"] = teacher.probability.tolist()
         best = zip(teacher.best_ids.tolist(), teacher.best_probabilities.tolist(), strict=True)
-        tokens = []
-        for place, (token_id, alternatives) in enumerate(zip(ids, best, strict=True)):
-            values = {name: finite(column[place]) for name, column in columns.items()}
+        said = {place: (row, one) for row, (place, one) in enumerate(zip(rollout.scored_places, best, strict=True))}
+        tokens: list[AnswerToken] = []
+        for place, token_id in enumerate(rollout.completion_ids):
+            before = rollout.completion_ids[max(0, place - _CONTEXT_TOKENS) : place]
+            values, alternatives = dict.fromkeys(columns), ()
+            if place in said:
+                row, likely = said[place]
+                values = {name: finite(column[row]) for name, column in columns.items()}
+                alternatives = tuple(self._alternatives(before, *likely))
             if token_id >= self._valid_vocab:
                 values |= {"student_probability": None, "teacher_probability": None}
-            before = ids[max(0, place - _CONTEXT_TOKENS) : place]
-            tokens.append(
-                AnswerToken(
-                    id=token_id,
-                    text=self._text(before, token_id),
-                    alternatives=tuple(self._alternatives(before, *alternatives)),
-                    **values,
-                )
-            )
+            text = self._text(before, token_id)
+            tokens.append(AnswerToken(id=token_id, text=text, alternatives=alternatives, **values))
         return tuple(tokens)
 
     def _alternatives(

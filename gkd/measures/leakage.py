@@ -46,7 +46,7 @@ def _may_leak(rollout: Rollout) -> bool:
 def _of_one(rollout: Rollout) -> CopiedCounts:
     prompt = rollout.draw.prompt
     only_teacher = {*_ngrams(prompt.read_by_teacher)} - {*_ngrams(prompt.token_ids)}
-    own = _ngrams(rollout.completion_ids)
+    own = [ngram for turn in rollout.turns for ngram in _ngrams([rollout.completion_ids[place] for place in turn])]
     copied = sum(ngram in only_teacher for ngram in own)
     return CopiedCounts(len(own), copied, 1, int(copied > 0))
 

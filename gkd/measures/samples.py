@@ -36,7 +36,7 @@ def generated_tokens(rollouts: Iterable[Rollout]) -> int:
 
 
 def _sampled(rollouts: Iterable[Rollout]) -> list[tuple[int, ...]]:
-    return [rollout.completion_ids for rollout in rollouts if SOURCES.drawn(rollout.source).in_step]
+    return [rollout.scored_ids for rollout in rollouts if SOURCES.drawn(rollout.source).in_step]
 
 
 def sample_metrics(sums: SampleSums) -> dict[str, float]:

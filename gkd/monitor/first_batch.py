@@ -98,13 +98,16 @@ def _choose(rollouts: Sequence[Rollout], max_rows: int) -> list[int]:
 def _title(rollout: Rollout) -> str:
     version = "" if rollout.weights_version is None else f", weights v{rollout.weights_version}"
     prompt, completion = len(rollout.draw.prompt.token_ids), len(rollout.completion_ids)
-    return f"{rollout.sample_id}{version}: {prompt} prompt + {completion} completion tokens"
+    turns = rollout.conversation and f", {rollout.conversation.turns} turns of {len(rollout.scored_places)}"
+    return f"{rollout.sample_id}{version}: {prompt} prompt + {completion} completion tokens{turns or ''}"
 
 
 def _pieces(rollout: Rollout, decode: Decode, max_tokens: int, scored: Sequence[bool] | None) -> Iterator[_Piece]:
     ids, prompt = rollout.token_ids, len(rollout.draw.prompt.token_ids)
     if scored is None:
-        scored = [False] * prompt + [True] * (len(ids) - prompt)
+        scored = [False] * len(ids)
+        for place in rollout.scored_places:
+            scored[prompt + place] = True
     if len(scored) != len(ids):
         raise ValueError(f"{rollout.sample_id}: a mask of {len(scored)} for {len(ids)} tokens")
     for part in (range(prompt), range(prompt, len(ids))):

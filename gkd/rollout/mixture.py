@@ -16,6 +16,7 @@ from typing import Any
 from gkd.config import MixtureConfig, RolloutConfig
 from gkd.errors import SamplerError
 from gkd.registry import SOURCES
+from gkd.rollout.conversations import Conversations
 from gkd.rollout.sources import Scores, Source, SourceContext
 from gkd.rollout.sources.teacher import teacher_request
 from gkd.rollout.sync import SyncedSampler
@@ -60,15 +61,18 @@ class MixtureRollouts:
         options: RolloutConfig,
         teacher_scores: Scores,
         staleness: int = 0,
+        conversations: Conversations | None = None,
     ) -> None:
         """`settings`: how the student samples at a step. `prompts`: of the data, by their index. `options`: of sources,
         by their names. `teacher_scores`: of any text, now. `staleness`: steps that the student's weights may be
-        behind."""
+        behind. `conversations`: of the student's own texts; None: it completes prompts."""
         self._sampler = sampler
         self._mixture = mixture
         self._seed = seed
         self._staleness = staleness
-        context = SourceContext(sampler, settings, teacher_completion, seed, prompts, options, teacher_scores)
+        context = SourceContext(
+            sampler, settings, teacher_completion, seed, prompts, options, teacher_scores, conversations
+        )
         self._sources: dict[str, Source] = {
             name: SOURCES[name](name, context) for name in mixture.shares if mixture.uses(name)
         }

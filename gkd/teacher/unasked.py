@@ -11,4 +11,4 @@ class Unasked:
     """Implements `Teacher` for objectives of labels alone."""
 
     def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScores]:
-        return [NoScores(len(rollout.completion_ids)) for rollout in rollouts]
+        return [NoScores(len(rollout.scored_places)) for rollout in rollouts]

@@ -13,7 +13,9 @@ from gkd.config import Config, Launch, Settled, advice, advice_on_share, load_co
 from gkd.data.encoding import RowEncoder
 from gkd.data.formats import JSON_SUFFIXES, Row, read_rows
 from gkd.data.routing import check_teacher_names, row_teachers
+from gkd.data.tasks import check_tasks
 from gkd.data.templates import ChatTemplate
+from gkd.data.turns import TurnEncoder
 from gkd.data.views import RowReaders, check_row_views, check_teaches
 from gkd.environment import local_rank_taken_back, prepare_process
 from gkd.errors import MachineError
@@ -25,6 +27,7 @@ from gkd.system_errors import system_errors, write_fault
 from gkd.train.placements import ask_placements
 from gkd.train.run_folder import claimed_folder, started_with
 from gkd.train.signals import Signals
+from gkd.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -169,7 +172,19 @@ class Distiller:
             )
         if (lora := self.config.student.lora) is not None:
             lora_targets(empty_model(student), lora)  # raises, too
-        return [*lines, *self._show_view(train_rows, sides["student.model"].tokenizer)]
+        tokenizer = sides["student.model"].tokenizer
+        return [*lines, *self._show_view(train_rows, tokenizer), *self._show_turn(train_rows, tokenizer)]
+
+    def _show_turn(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """What the student reads behind a turn of its own."""
+        kind = self.config.environment
+        if kind is None or not rows:
+            return []
+        template = ChatTemplate(tokenizer, self.config.data.chat_template_kwargs)
+        row = rows[0]
+        said = None if row.messages is None else tuple((one["role"], one["content"]) for one in row.messages)
+        behind = TurnEncoder(tokenizer, template, kind, ()).probe(Prompt(0, (), "", origin=row.origin, messages=said))
+        return [f"environment: {kind.describe()}; after a turn the student reads {behind!r}"]
 
     def _show_view(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The first of the rows whose teacher reads another context, as both sides read it."""
@@ -222,6 +237,7 @@ class Distiller:
                 rows = read_rows(path, split, key=key, teacher_column=data.teacher_column)
                 check_teacher_names(rows, self.config.teachers, data.teacher_column)
                 check_row_views(rows, self.config.without_views())
+                check_tasks(rows, self.config.environment)
                 if key == "data.train":
                     self._check_teaches(rows)
                     train_rows = rows

@@ -66,6 +66,7 @@ class Run:
         self.steps_done = self.start_step
         self.models = parts.locate_models(config, folder, launch, placements)
         self.prompts = parts.load_data(config, self.models)
+        self.conversations = parts.build_conversations(config, self.models, self.prompts)
         parts.take_sampler(config, folder, launch, placements.sampler, run_id)
         begin()
         parts.make_student(config, self.models, self.prompts, launch)
@@ -104,7 +105,9 @@ class Run:
         self.means = parts.build_means(config, models, launch, self.student)
         self.teacher = self.build_teacher()
         self.pack = parts.packer(config, models, config.objective.reduction)
-        self.rollouts = parts.build_mixture(config, models, self.prompts, self.sampler, self.texts, self.teacher)
+        self.rollouts = parts.build_mixture(
+            config, models, self.prompts, self.sampler, self.texts, self.teacher, self.conversations
+        )
         sources = parts.SourceStates(self.rollouts, launch.rank)
         self.checkpoints = parts.build_checkpoints(
             config, self.folder, launch, self.student, sources, self.watch, *self.means.values()
@@ -145,6 +148,7 @@ class Run:
             teacher=self.teacher,
             student=self.student,
             start_step=self.start_step,
+            conversations=self.conversations,
         )
         if self.start_step == 0:
             self.monitor.note("measuring the student before the first step")

@@ -174,7 +174,7 @@ def test_stand_ins_give_the_ordinary_tokens(content: str, prefix_space: str) -> 
     messages = [{"role": "user", "content": content}]
     text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     encoder = RowEncoder(tokenizer, ChatTemplate(tokenizer, {}))
-    assert encoder._encode(text, {"no such mark": ""}, "row") == ids_of(tokenizer, text, add_special_tokens=False)
+    assert encoder.encode(text, {"no such mark": ""}, "row") == ids_of(tokenizer, text, add_special_tokens=False)
 
 
 SENTENCEPIECE = {prefix_space: make_sentencepiece(prefix_space) for prefix_space in PREFIX_SPACES}

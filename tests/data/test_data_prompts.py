@@ -376,8 +376,8 @@ def test_the_careful_way_gives_the_ordinary_tokens(contents: list[str]) -> None:
     encoder = RowEncoder(MERGING, ChatTemplate(MERGING, {}))
     text = MERGING.apply_chat_template(chat(*contents)["messages"], add_generation_prompt=True, tokenize=False)
     assert isinstance(text, str)
-    careful = encoder._encode(text, {"no such mark": ""}, "row")
-    assert careful == encoder._encode(text, {}, "row")
+    careful = encoder.encode(text, {"no such mark": ""}, "row")
+    assert careful == encoder.encode(text, {}, "row")
 
 
 MERGING = make_merging_tokenizer()

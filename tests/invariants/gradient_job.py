@@ -27,11 +27,12 @@ from gkd.config.training import TrainingSettings
 from gkd.data import pack
 from gkd.models import load_causal_lm, model_shape, use_packed_attention
 from gkd.models.lora import LeavingWeight
+from gkd.teacher.conversations import OfTurns
 from gkd.teacher.local import LocalTeacher
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
 from gkd.train.reference import InitialStudent
-from gkd.types import Prompt, PromptDraw, Rollout
+from gkd.types import Conversation, Prompt, PromptDraw, Rollout
 
 BATCH = 8
 LR = 1e3  # large, so that new - old keeps the gradient's digits
@@ -49,6 +50,30 @@ def ragged_rollouts() -> list[Rollout]:
         share = 0.3 if source == "mixed" else 0.0
         rollouts.append(Rollout(draw, source, tuple(ids[prompt:]), teacher_share=share))
     return rollouts
+
+
+OBSERVED = {0: ((7, 12), (20, 21)), 4: ((1, 40),), 5: ((2, 4),), 7: ((10, 20),)}  # of which completions, and where
+
+
+def in_turns(rollouts: list[Rollout]) -> list[Rollout]:
+    """As if some of them were conversations."""
+    return [
+        replace(rollout, conversation=Conversation(OBSERVED[index], len(OBSERVED[index]) + 1, "done"))
+        if index in OBSERVED
+        else rollout
+        for index, rollout in enumerate(rollouts)
+    ]
+
+
+def own_places(rollout: Rollout) -> list[int]:
+    """Of its tokens, those that the student wrote."""
+    observed = () if rollout.conversation is None else rollout.conversation.observed
+    return [i for i in range(len(rollout.completion_ids)) if not any(start <= i < end for start, end in observed)]
+
+
+def rollouts_for(objective: str) -> list[Rollout]:
+    rollouts = weighed(ragged_rollouts())
+    return in_turns(rollouts) if objective.startswith("conversations") else rollouts
 
 
 def weighed(rollouts: list[Rollout]) -> list[Rollout]:
@@ -71,7 +96,7 @@ def with_sampler_logprobs(rollouts: list[Rollout], model: Any) -> list[Rollout]:
             own = logprobs.gather(-1, ids[0, 1:, None])[len(rollout.draw.prompt.token_ids) - 1 :, 0]
             if rollout.source == "mixed":
                 noise[::3] = torch.nan
-            rollout = replace(rollout, logprobs=tuple((own + noise).tolist()))
+            rollout = replace(rollout, logprobs=tuple((own + noise)[own_places(rollout)].tolist()))
         found.append(rollout)
     return found
 
@@ -87,7 +112,7 @@ def shaken(model: Any) -> Any:
 
 
 def run_split(
-    model: str, teacher_model: Any, split: int | str, stage: int, objective: dict[str, Any], launch: Launch
+    model: str, teacher_model: Any, split: int | str, stage: int, name: str, objective: dict[str, Any], launch: Launch
 ) -> Any:
     folder = Path(sys.argv[1]).parent
     sgd = folder / f"sgd{launch.rank}.json"
@@ -102,7 +127,7 @@ def run_split(
         }
     )
     student, before = load_causal_lm(model, "float32"), shaken(load_causal_lm(model, "float32"))
-    rollouts = with_sampler_logprobs(weighed(ragged_rollouts()), student)
+    rollouts = with_sampler_logprobs(rollouts_for(name), student)
     if packed:
         use_packed_attention(student, "optim.micro_batch_tokens")
         use_packed_attention(before, "optim.micro_batch_tokens")
@@ -112,12 +137,14 @@ def run_split(
         student, training, launch, valid_vocab=259, state_pairs=pairs, reference=InitialStudent(before)
     )
     old = {name: tensor.clone() for name, tensor in all_weights(engine)}
-    teacher = LocalTeacher(
-        teacher_model,
-        device=torch.device("cpu"),
-        micro_batch_size=4,
-        pad_token_id=0,
-        state_places={pair.teacher: pair.teacher_width for own in pairs.values() for pair in own},
+    teacher = OfTurns(
+        LocalTeacher(
+            teacher_model,
+            device=torch.device("cpu"),
+            micro_batch_size=4,
+            pad_token_id=0,
+            state_places={pair.teacher: pair.teacher_width for own in pairs.values() for pair in own},
+        )
     )
     mine = rollouts[launch.rank :: launch.world_size]
     scores = teacher.score(mine)
@@ -152,7 +179,7 @@ def main() -> None:
     for folder, taught in ((teacher_folder, objectives), *([tuple(wide)] if wide else [])):
         teacher = load_causal_lm(folder, "float32")
         for (name, objective), (split, stage) in itertools.product(json.loads(taught).items(), json.loads(splits)):
-            gradients, stats = run_split(model, teacher, split, stage, objective, launch)
+            gradients, stats = run_split(model, teacher, split, stage, name, objective, launch)
             key = f"{name}/{split}/{stage}"
             results |= {f"{key}/{parameter}": gradient.contiguous() for parameter, gradient in gradients.items()}
             measured = {n: v for n, v in stats.items() if n in MEASURED or "objective" in n}

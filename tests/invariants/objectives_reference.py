@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gradient_job import ragged_rollouts, shaken, weighed, with_sampler_logprobs
+from gradient_job import own_places, rollouts_for, shaken, with_sampler_logprobs
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -133,6 +133,20 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
             {"kind": "relations", "relation_heads": 2, "outputs": ["hidden", "key"], "tokens": "scored"},
         ]
     },
+    "conversations": {
+        "terms": [
+            {"kind": "forward_kl", "token_weight": {"importance": {"level": "sequence"}}},
+            {"kind": "jsd", "weight": 0.5, "token_weight": {"drift": {"gamma": 0.5}}},
+            {"kind": "policy_gradient", "advantage": "teacher", "clip_range": 0.2, "on": ["student"], "weight": 0.7},
+            {"kind": "hidden_states", "layers": "uniform", "tokens": "all"},
+            {"kind": "hidden_states", "name": "scored", "tokens": "scored"},
+            {"kind": "rkd", "weight": 0.3},
+        ],
+    },
+    "conversations by sequence": {
+        "reduction": "sequence_mean",
+        "terms": [{"kind": "reverse_kl"}, {"kind": "cross_entropy", "weight": 0.1}],
+    },
     "sequences and their states": {
         "reduction": "sequence_mean",
         "terms": [
@@ -160,16 +174,16 @@ Model = Callable[[Tensor], Tensor]
 
 
 def reference(
-    student: Path, teacher: Path, objective: dict[str, Any]
+    student: Path, teacher: Path, objective: dict[str, Any], name: str = ""
 ) -> tuple[float, dict[str, Tensor], dict[str, float]]:
     """Loss, gradients by parameter, and each term's mean value, one sequence at a time."""
     s = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float64).train()
     t = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64).eval()
     before = shaken(AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)).double()
-    rollouts = [r for r in with_sampler_logprobs(weighed(ragged_rollouts()), s) if r.completion_ids]
+    rollouts = [r for r in with_sampler_logprobs(rollouts_for(name), s) if r.completion_ids]
     terms = objective.get("terms") or [{k: v for k, v in objective.items() if k not in ("reduction", "temperature")}]
     by_sequence = objective.get("reduction") == "sequence_mean"
-    denominator = len(rollouts) if by_sequence else sum(len(r.completion_ids) for r in rollouts)
+    denominator = len(rollouts) if by_sequence else sum(len(own_places(r)) for r in rollouts)
     heat = objective.get("temperature", 1.0)
     projectors = fresh_projectors(objective, s.config, t.config)
     kept = {model: keep_projections(model) for model in (s, t)}
@@ -177,12 +191,14 @@ def reference(
     values: dict[str, list[Tensor]] = {}
     vectors: dict[str, list[list[Tensor]]] = {}
     for rollout in rollouts:
-        ids, span = torch.tensor([rollout.token_ids]), slice(len(rollout.draw.prompt.token_ids) - 1, -1)
+        ids, prompt = torch.tensor([rollout.token_ids]), len(rollout.draw.prompt.token_ids)
+        span = torch.tensor([prompt - 1 + place for place in own_places(rollout)])
+        every = torch.tensor([*range(prompt), *(prompt + place for place in own_places(rollout))])
         own = s(ids, output_hidden_states=True)
         with torch.no_grad():
             other = t(ids, output_hidden_states=True)
         logits, teacher_logits = own.logits[0, span], other.logits[0, span]
-        row_weight = rollout.draw.prompt.weight / (len(rollout.completion_ids) if by_sequence else 1)
+        row_weight = rollout.draw.prompt.weight / (len(span) if by_sequence else 1)
         for term in terms:
             name = term.get("name", term["kind"])
             if (
@@ -194,7 +210,7 @@ def reference(
                 vectors.setdefault(name, []).append([side.hidden_states[-1][0, span].mean(0) for side in (own, other)])
                 continue
             if term["kind"] in ("hidden_states", "relations"):
-                places = span if term.get("tokens", DEFAULT_TOKENS[term["kind"]]) == "scored" else slice(None)
+                places = span if term.get("tokens", DEFAULT_TOKENS[term["kind"]]) == "scored" else every
                 value = (
                     states_value(
                         term,
@@ -205,7 +221,7 @@ def reference(
                     if term["kind"] == "hidden_states"
                     else relations_value(term, outputs_of(own, kept[s]), outputs_of(other, kept[t]))[places]
                 )
-                weight: Tensor | float = len(rollout.completion_ids) / len(value)
+                weight: Tensor | float = len(span) / len(value)
             else:
                 value = (
                     reference_value(term, logits, before(ids).logits[0, span].detach())
@@ -331,10 +347,14 @@ def reference_value(term: dict[str, Any], student: Tensor, before: Tensor) -> Te
     return kl(r, q) if term.get("direction") == "forward" else kl(q, r)
 
 
+def own_ids(rollout: Rollout) -> Tensor:
+    return torch.tensor(rollout.completion_ids)[own_places(rollout)]
+
+
 def term_value(term: dict[str, Any], student: Tensor, teacher: Tensor, rollout: Rollout, heat: float) -> Tensor:
     """[n], from logits [n, V]."""
     kind = term["kind"]
-    own = student.log_softmax(-1).gather(-1, torch.tensor(rollout.completion_ids)[:, None])[:, 0]
+    own = student.log_softmax(-1).gather(-1, own_ids(rollout)[:, None])[:, 0]
     if kind == "cross_entropy":
         return -own
     if kind == "policy_gradient" and "advantage" in term:
@@ -359,7 +379,7 @@ def term_value(term: dict[str, Any], student: Tensor, teacher: Tensor, rollout: 
 
 def minillm(term: dict[str, Any], student: Tensor, teacher: Tensor, rollout: Rollout) -> Tensor:
     """[n]: the reverse KL and -R log Q of each token as published, one by one; with the gradient of PPO's ratio."""
-    labels = torch.tensor(rollout.completion_ids)[:, None]
+    labels = own_ids(rollout)[:, None]
     own = student.log_softmax(-1).gather(-1, labels)[:, 0]
     reward = (teacher.log_softmax(-1).gather(-1, labels)[:, 0] - own).detach()
     values = []
@@ -395,7 +415,7 @@ def entropy(probabilities: Tensor) -> Tensor:
 def token_weight(term: dict[str, Any], student: Tensor, teacher: Tensor, rollout: Rollout, heat: float) -> Tensor:
     """[n], the product of the term's token weights."""
     q, p = (student / heat).softmax(-1), (teacher / heat).softmax(-1)
-    own = (logits.log_softmax(-1).gather(-1, torch.tensor(rollout.completion_ids)[:, None])[:, 0]
+    own = (logits.log_softmax(-1).gather(-1, own_ids(rollout)[:, None])[:, 0]
            for logits in (student, teacher))  # fmt: skip
     student_own, teacher_own = own
     by_divergence = {"divergence", "uncertain_or_wrong"} & term.get("token_weight", {}).keys()

@@ -20,7 +20,7 @@ from gkd.monitor import JsonlSink, read_metrics
 from gkd.objectives.objective import Objective
 from gkd.teacher.local import LocalTeacher
 from gkd.train.module import StudentModule, token_measures
-from gkd.types import Completion, Prompt, Rollout, TokenBatch
+from gkd.types import Completion, Prompt, PromptDraw, Rollout, TokenBatch
 
 VALID_VOCAB = 250  # of 259 rows: the others stand for padding
 PROMPTS = [Prompt(i, tuple(range(10, 14 + i)), f"prompt {i}") for i in range(3)]
@@ -65,6 +65,11 @@ def scoring(teacher: LocalTeacher, student: PlainStudent, tiny_student: Path) ->
     )
 
 
+def answered(prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[Rollout]:
+    """By the student."""
+    return [Rollout(PromptDraw(p, 0), "student", tuple(ids)) for p, ids in zip(prompts, answers, strict=True)]
+
+
 @torch.no_grad()
 def log_probabilities(folder: Path, rollout: Rollout) -> torch.Tensor:
     """[n_i, VALID_VOCAB] in float64, one sequence at a time."""
@@ -84,7 +89,7 @@ def divergences(teacher: torch.Tensor, student: torch.Tensor) -> dict[str, torch
 
 
 def test_every_number_agrees_with_float64(scoring: AnswerScoring, tiny_teacher: Path, tiny_student: Path) -> None:
-    rollouts = answer_rollouts(PROMPTS, ANSWERS)
+    rollouts = answered(PROMPTS, ANSWERS)
     found = scoring.measure(rollouts)
     assert [answer.prompt for answer in found.answers] == [prompt.text for prompt in PROMPTS]
     for rollout, answer in zip(rollouts, found.answers, strict=True):
@@ -110,12 +115,12 @@ def check_probabilities(token: AnswerToken, of_teacher: torch.Tensor, of_student
 def test_texts_add_up_to_the_answer(scoring: AnswerScoring, tiny_student: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_student)
     ids = tuple(tokenizer.encode("Two lines:\n  <b> & more", add_special_tokens=False))
-    (answer,) = scoring.measure(answer_rollouts(PROMPTS[:1], [ids])).answers
+    (answer,) = scoring.measure(answered(PROMPTS[:1], [ids])).answers
     assert "".join(token.text for token in answer.tokens) == "Two lines:\n  <b> & more"
 
 
 def test_the_file_comes_back(scoring: AnswerScoring) -> None:
-    found = scoring.measure(answer_rollouts(PROMPTS, ANSWERS))
+    found = scoring.measure(answered(PROMPTS, ANSWERS))
     assert AnswerTokens.model_validate_json(found.model_dump_json()) == found
 
 
@@ -127,7 +132,7 @@ def test_a_rank_without_answers_forwards_as_often(scoring: AnswerScoring) -> Non
 
 @pytest.mark.parametrize("packer", [PACK, PACKED])
 def test_positions_are_counted_in_the_completion(packer: partial[list[TokenBatch]], teacher: LocalTeacher) -> None:
-    rollouts = answer_rollouts([*PROMPTS, PROMPTS[0]], [*ANSWERS, ()])
+    rollouts = answered([*PROMPTS, PROMPTS[0]], [*ANSWERS, ()])
     for batch in packer(rollouts, teacher.score(rollouts)):
         at = completion_positions(batch)
         for sequence in range(len(batch.sample_ids)):

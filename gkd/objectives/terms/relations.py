@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 class Relations(StatesTerm):
     """KL of relations between positions, of projections as they are before q/k-norm and rotary, or of hidden states."""
+
+    of_one_text: ClassVar[bool] = True
 
     relation_heads: int = Field(ge=1, description="how many vectors a state is cut into; divides all widths")
     outputs: Annotated[list[LayerOutput], Field(min_length=1)] = Field(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import model_validator
 
@@ -21,6 +21,8 @@ class StatesTerm(Term):
     of each of its scored tokens: so the loss is divided by the same number as every other term, and a sequence's
     prompt makes it weigh no more.
     """
+
+    of_one_text: ClassVar[bool] = False  # it compares positions with one another, and needs them all
 
     @property
     def reads_prompts(self) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gkd.config import RolloutConfig
+from gkd.rollout.conversations import Conversations
 from gkd.rollout.sync import SyncedSampler
 from gkd.seeding import derive_seed
 from gkd.types import Completion, Prompt, PromptDraw, Rollout, SampleRequest, SamplingSettings, TeacherScores
@@ -26,6 +27,7 @@ class SourceContext:
     prompts: Mapping[int, Prompt]  # of the data, by their index
     options: RolloutConfig  # of single sources, each by its name
     teacher_scores: Scores  # of what is drawn together with the teacher, in the step
+    conversations: Conversations | None = None  # where the student talks to an environment
 
 
 class Source(ABC):

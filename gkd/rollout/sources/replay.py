@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from gkd.registry import SOURCES, Drawn
 from gkd.rollout.sources.base import Source, SourceContext
 from gkd.rollout.sources.student import StudentSource
 from gkd.seeding import derive_seed
-from gkd.types import PromptDraw, Rollout
+from gkd.types import Conversation, PromptDraw, Rollout
 
 
 class ReplaySource(Source):
@@ -45,6 +45,8 @@ class ReplaySource(Source):
                 "completion_ids": rollout.completion_ids,
                 "logprobs": rollout.logprobs,
                 "weights_version": rollout.weights_version,
+                "conversation": None if rollout.conversation is None else asdict(rollout.conversation),
+                "reward": rollout.reward,
             }
             for rollout in self._kept
         ]
@@ -58,9 +60,15 @@ class ReplaySource(Source):
                 tuple(text["completion_ids"]),
                 tuple(text["logprobs"]),
                 text["weights_version"],
+                conversation=_conversation(text["conversation"]),
+                reward=text["reward"],
             )
             for text in saved
         )
+
+
+def _conversation(saved: dict[str, Any] | None) -> Conversation | None:
+    return None if saved is None else Conversation(tuple(map(tuple, saved["observed"])), saved["turns"], saved["end"])
 
 
 def _version(rollout: Rollout) -> int:

@@ -10,6 +10,7 @@ from gkd.train.parts.models import Models, locate_models
 from gkd.train.parts.sampling import (
     SourceStates,
     ahead_of_training,
+    build_conversations,
     build_mixture,
     build_sampler,
     probe_texts,
@@ -31,6 +32,7 @@ __all__ = [
     "TeacherTexts",
     "ahead_of_training",
     "build_checkpoints",
+    "build_conversations",
     "build_heldout",
     "build_means",
     "build_mixture",

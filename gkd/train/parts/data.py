@@ -9,6 +9,7 @@ from typing import Literal
 
 from gkd.config import Config, Launch
 from gkd.data import PromptData, PromptSet, calibration_texts, load_prompts, pack
+from gkd.data.tasks import check_tasks
 from gkd.data.views import RowReaders, check_teaches
 from gkd.errors import DataError
 from gkd.measures.heldout import Pack
@@ -40,6 +41,7 @@ def load_data(config: Config, models: Models) -> Prompts:
     """Raises DataError, also where the mixture needs completions that rows do not have, or the cut more prompts."""
     trained_tokens = config.rollout.most_new_tokens if config.mixture.uses("dataset") else None
     train = load_split(config, models, "train", trained_tokens)
+    check_tasks(train.prompts, config.environment)
     check_teaches(config, ((prompt.teacher, prompt.teacher_ids is not None) for prompt in train.prompts))
     init = config.student.init
     calibration: Sequence[tuple[int, ...]] = ()
@@ -52,6 +54,7 @@ def load_data(config: Config, models: Models) -> Prompts:
     heldout = None
     if config.data.heldout is not None:
         heldout = load_split(config, models, "heldout")
+        check_tasks(heldout.prompts, config.environment)
     return Prompts(train, heldout, calibration)
 
 

@@ -45,4 +45,6 @@ def _prompts_digest(prompts: PromptSet) -> str:
             parts.append(array("d", (prompt.weight,)))
         if prompt.teacher_ids is not None:
             parts.append(array("q", prompt.teacher_ids))
+        if prompt.task is not None:
+            parts.append(prompt.task.encode())
     return digest(*parts).hex()

@@ -10,6 +10,7 @@ from gkd.measures.heldout import HeldoutEvaluation, MeasuresDivergence, heldout_
 from gkd.measures.leakage import CopiedCounts, copied_counts, leakage_metrics
 from gkd.measures.samples import SampleSums, sample_metrics, sample_sums
 from gkd.monitor import JsonlSink
+from gkd.rollout.conversations import ConversationCounts, Conversations, conversation_counts, conversation_metrics
 from gkd.rollout.mixture import mixture_counts, teacher_tokens
 from gkd.rollout.sync import SyncedSampler
 from gkd.run_files import RunFiles
@@ -61,6 +62,7 @@ def build_snapshots(
     teacher: Teacher,
     student: MeasuresDivergence,
     start_step: int,
+    conversations: Conversations | None,
 ) -> Snapshots:
     """What was measured at `start_step` and later, by position, is dropped: it is measured again."""
     heldout = build_heldout(config, models, prompts, texts, teacher=teacher, student=student, launch=launch)
@@ -84,6 +86,7 @@ def build_snapshots(
         seed=config.run.seed,
         decode=models.readable,
         is_main=launch.is_main,
+        conversations=conversations,
     )
 
 
@@ -103,10 +106,11 @@ def _shown_prompts(config: Config, prompts: Prompts) -> Sequence[Prompt]:
 def describe_samples(rollouts: Sequence[Rollout], mixture: MixtureConfig, end_ids: Collection[int]) -> dict[str, float]:
     """What a step's samples were, over all ranks. `end_ids` end a completion."""
     counts = mixture_counts(rollouts, mixture)
-    own, copied = sample_sums(rollouts, end_ids), copied_counts(rollouts)
-    together, by_teacher, *sums = sum_all([*teacher_tokens(rollouts), *own, *copied, *counts.values()])
+    own, copied, held = sample_sums(rollouts, end_ids), copied_counts(rollouts), conversation_counts(rollouts)
+    together, by_teacher, *sums = sum_all([*teacher_tokens(rollouts), *own, *copied, *held, *counts.values()])
     own, sums = SampleSums(*sums[: len(own)]), sums[len(own) :]
-    copied, realised = CopiedCounts(*map(round, sums[: len(copied)])), sums[len(copied) :]
+    copied, sums = CopiedCounts(*map(round, sums[: len(copied)])), sums[len(copied) :]
+    held, realised = ConversationCounts(*sums[: len(held)]), sums[len(held) :]
     total = max(1.0, sum(realised))
     return {
         "tokens/generated": own.tokens,
@@ -114,4 +118,5 @@ def describe_samples(rollouts: Sequence[Rollout], mixture: MixtureConfig, end_id
         **({"rollout/teacher_share": by_teacher / together} if together else {}),
         **{f"mixture/{source}": count / total for source, count in zip(counts, realised, strict=True)},
         **leakage_metrics(copied),
+        **conversation_metrics(held),
     }

@@ -11,9 +11,12 @@ from pathlib import Path
 
 from gkd.config import Config, Dtype, Launch
 from gkd.data import PromptData
+from gkd.data.templates import ChatTemplate
+from gkd.data.turns import TurnEncoder
 from gkd.files import write_json
 from gkd.models import has_experts, read_config
 from gkd.rollout.ahead import SampleAhead
+from gkd.rollout.conversations import Conversations
 from gkd.rollout.mixture import MixtureRollouts
 from gkd.rollout.placements import SamplerPlacement, Site
 from gkd.rollout.sync import SyncedSampler, Tolerance, probe_text
@@ -87,8 +90,25 @@ def probe_texts(config: Config, models: Models, prompts: Prompts) -> Callable[[i
     return partial(probe_text, known, models.valid_vocab, config.run.seed)
 
 
+def build_conversations(config: Config, models: Models, prompts: Prompts) -> Conversations | None:
+    """None where the student talks to nobody. Raises ConfigError where the chat template has no place for a turn."""
+    kind = config.environment
+    if kind is None:
+        return None
+    template = ChatTemplate(models.tokenizer, config.data.chat_template_kwargs)
+    turns = TurnEncoder(models.tokenizer, template, kind, models.stop_token_ids)
+    turns.probe(prompts.train.prompts[0])
+    return Conversations(kind, turns, models.readable)
+
+
 def build_mixture(
-    config: Config, models: Models, prompts: Prompts, sampler: SyncedSampler, texts: TeacherTexts, teacher: Teacher
+    config: Config,
+    models: Models,
+    prompts: Prompts,
+    sampler: SyncedSampler,
+    texts: TeacherTexts,
+    teacher: Teacher,
+    conversations: Conversations | None,
 ) -> MixtureRollouts:
     return MixtureRollouts(
         sampler,
@@ -100,6 +120,7 @@ def build_mixture(
         options=config.rollout,
         teacher_scores=teacher.score,
         staleness=config.rollout.staleness,
+        conversations=conversations,
     )
 
 

@@ -14,6 +14,7 @@ from gkd.config import MAIN_TEACHER, Config, Launch, cache_folder
 from gkd.models import load_causal_lm, use_short_attention
 from gkd.teacher.base import Teacher
 from gkd.teacher.cache import CachedTeacher
+from gkd.teacher.conversations import OfTurns
 from gkd.teacher.placements import Site
 from gkd.teacher.routed import RoutedTeacher
 from gkd.teacher.views import WithViews
@@ -72,4 +73,4 @@ def build_teacher(
                 make, cache_folder() / "scores" / folder, limit_bytes=limit_bytes, device=site.device
             )
         teachers[name] = SharedTeacher(scorer) if teacher.has_servers else scorer
-    return WithViews(RoutedTeacher(teachers) if config.other_teachers else teachers[MAIN_TEACHER])
+    return OfTurns(WithViews(RoutedTeacher(teachers) if config.other_teachers else teachers[MAIN_TEACHER]))

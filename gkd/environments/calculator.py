@@ -1,0 +1,95 @@
+"""A calculator: what a turn writes as <calc>12 * (3 + 4)</calc> is computed, and the student reads the result.
+
+A turn without such a call is the answer, which ends the conversation. Where the row's `task` is {"answer": 84}, its
+reward is 1 if the last number in it is that, else 0.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+import re
+from collections.abc import Callable
+from typing import Any
+
+from gkd.environments.base import Environment, EnvironmentKind, Observed, Task
+
+Number = int | float
+
+_CALL = re.compile(r"<calc>(.*?)</calc>", re.DOTALL)
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
+_LONGEST_EXPRESSION, _LARGEST = 200, 1e15
+_LARGEST_EXPONENT = 64
+_BINARY: dict[type[ast.operator], Callable[[Any, Any], Number]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
+}  # fmt: skip
+_UNARY: dict[type[ast.unaryop], Callable[[Any], Number]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
+
+
+class CalculatorKind(EnvironmentKind):
+    def open(self) -> Environment:
+        return Calculator()
+
+    def check_task(self, data: Any) -> None:
+        _answer_of(data)
+
+
+class Calculator(Environment):
+    def reset(self, task: Task) -> None:
+        self._answer = _answer_of(task.data)
+
+    def step(self, turn: str) -> Observed:
+        calls = _CALL.findall(turn)
+        if calls:
+            return Observed("; ".join(computed(call) for call in calls))
+        return Observed("", done=True, reward=None if self._answer is None else float(_says(turn, self._answer)))
+
+
+def computed(expression: str) -> str:
+    """The value of sums, products, powers and remainders of numbers, or what is wrong with it."""
+    try:
+        if len(expression) > _LONGEST_EXPRESSION:
+            raise ValueError("too long")
+        value = _value(ast.parse(expression.strip(), mode="eval").body)
+    except ZeroDivisionError:
+        return "error: division by zero"
+    except OverflowError:
+        return "error: too large"
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        return f"error: {error}" if type(error) is ValueError else "error: not an expression"
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
+
+
+def _value(node: ast.expr) -> Number:
+    """Raises ValueError for anything but arithmetic, and for numbers that nobody would write."""
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        value: Any = node.value
+    elif isinstance(node, ast.UnaryOp) and type(node.op) in _UNARY:
+        value = _UNARY[type(node.op)](_value(node.operand))
+    elif isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
+        left, right = _value(node.left), _value(node.right)
+        if isinstance(node.op, ast.Pow) and abs(right) > _LARGEST_EXPONENT:
+            raise ValueError("too large")
+        value = _BINARY[type(node.op)](left, right)
+    else:
+        raise ValueError("not an expression")
+    if not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:  # a root of a negative number; NaN
+        raise ValueError("too large" if isinstance(value, (int, float)) else "not a real number")
+    return value
+
+
+def _says(turn: str, answer: float) -> bool:
+    numbers = _NUMBER.findall(turn)
+    return bool(numbers) and math.isclose(float(numbers[-1]), answer, rel_tol=1e-9, abs_tol=1e-9)
+
+
+def _answer_of(data: Any) -> float | None:
+    """Raises ValueError for a task without a number."""
+    if data is None:
+        return None
+    answer = data.get("answer") if isinstance(data, dict) else None
+    if isinstance(answer, bool) or not isinstance(answer, (int, float)):
+        raise ValueError('expected {"answer": a number}')
+    return float(answer)
