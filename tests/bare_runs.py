@@ -80,6 +80,14 @@ def without_times(records: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{k: v for k, v in r.items() if not k.startswith("time/") and not k.endswith("_per_s")} for r in records]
 
 
+def with_tasks(data: Path, out: Path, task: object) -> Path:
+    """The data of a folder in another one, with that task in every row."""
+    for name in ("train.jsonl", "heldout.jsonl"):
+        rows = [json.loads(line) for line in (data / name).read_text().splitlines()]
+        (out / name).write_text("".join(json.dumps({**row, "task": task}) + "\n" for row in rows))
+    return out
+
+
 def with_views(data: Path, out: Path, content: Callable[[str], str] = "{} The answer is y.".format) -> Path:
     """The data of a folder in another one; the teacher reads `content` of what the student reads."""
     for name in ("train.jsonl", "heldout.jsonl"):

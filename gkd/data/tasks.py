@@ -21,7 +21,9 @@ class HasTask(Protocol):
 
 def check_tasks(rows: Iterable[HasTask], environment: EnvironmentKind | None) -> None:
     """Raises DataError, with file:line, for a row that the environment cannot work with; None: there is none."""
-    for row in () if environment is None else rows:
+    if environment is None:
+        return
+    for row in rows:
         try:
             environment.check_task(None if row.task is None else json.loads(row.task))
         except ValueError as error:

@@ -87,4 +87,4 @@ class EnvironmentKind(Section):
 
     def describe(self) -> str:
         """A few words for people."""
-        return f"{self.kind}, up to {describe_schedule(self.max_turns)} turns"
+        return f"{self.kind}, turns: {describe_schedule(self.max_turns)}"

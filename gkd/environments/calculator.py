@@ -2,18 +2,22 @@
 
 A turn without such a call is the answer, which ends the conversation. Where the row's `task` is {"answer": 84}, its
 reward is 1 if the last number in it is that, else 0.
+
+    python -c "from gkd.environments import calculator; calculator.print_rows(64)" > sums.jsonl
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import math
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from gkd.environments.base import Environment, EnvironmentKind, Observed, Task
+from gkd.seeding import derive_seed
 
 Number = int | float
 
@@ -45,6 +49,26 @@ class Calculator(Environment):
         if calls:
             return Observed("; ".join(computed(call) for call in calls))
         return Observed("", done=True, reward=None if self._answer is None else float(_says(turn, self._answer)))
+
+
+_RULES = (
+    "Work this out. You have a calculator: write an expression as <calc>12 * (3 + 4)</calc>, and its value is told to "
+    "you. When you know the result, answer with the number alone."
+)
+
+
+def rows(sums: int, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Rows of a data file: sums of two products."""
+    for number in range(sums):
+        a, b, c, d = (11 + derive_seed(seed, "sum", number, place) % 89 for place in range(4))
+        asked = [{"role": "user", "content": f"{_RULES}\n\n{a} * {b} + {c} * {d}"}]
+        yield {"prompt": asked, "task": {"answer": a * b + c * d}}
+
+
+def print_rows(sums: int, seed: int = 0) -> None:
+    """As JSON lines."""
+    for row in rows(sums, seed):
+        print(json.dumps(row))
 
 
 def computed(expression: str) -> str:

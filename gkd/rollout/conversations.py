@@ -188,14 +188,14 @@ _LATE = object()
 
 
 class ConversationCounts(NamedTuple):
-    """Of a step's conversations."""
+    """Of a step's conversations: sums, over one rank or all."""
 
-    conversations: int
-    turns: int
-    observed: int  # tokens
-    done: int
-    late: int
-    judged: int
+    conversations: float
+    turns: float
+    observed: float  # tokens
+    done: float
+    late: float
+    judged: float
     reward: float
 
 

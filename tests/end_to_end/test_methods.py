@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from bare_runs import STEPS, Bare, StopsInTheMiddle, ran, with_views, without_times
+from bare_runs import STEPS, Bare, StopsInTheMiddle, ran, with_tasks, with_views, without_times
 from launching import REPOSITORY
 from tiny import save_tiny_model
 
 from gkd.config import Config, load_config
 
 METHODS = sorted((REPOSITORY / "configs" / "methods").glob("*.yaml"))
+TASKS = {"text_game": {"rooms": 2, "seed": 1}, "calculator": {"answer": 3}}
 pytestmark = pytest.mark.usefixtures("sampling_here")
 
 
@@ -26,6 +27,11 @@ def test_runs_and_resumes_bitwise(
     path: Path, tmp_path: Path, data_folder: Path, wide_teacher: Path, tiny_student: Path
 ) -> None:
     told = with_views(data_folder, tmp_path) if "privileged" in path.read_text() else data_folder
+    environment = load_config(path).environment
+    talks: list[str] = []
+    if environment is not None:
+        told = with_tasks(data_folder, tmp_path, TASKS[environment.kind])
+        talks = ["environment.turn_tokens=4", "environment.max_observation_tokens=8"]
 
     def config(name: str) -> Config:
         is_own_teacher = load_config(path).teacher.is_student
@@ -37,7 +43,8 @@ def test_runs_and_resumes_bitwise(
                 f"student={{model: {tiny_student}, dtype: float32}}",
                 f"data={{train: {told / 'train.jsonl'}, heldout: {told / 'heldout.jsonl'}, "
                 "max_prompt_tokens: 64}",
-                "rollout.engine=transformers", "rollout.max_new_tokens=6", "optim.warmup_steps=0",
+                "rollout.engine=transformers", f"rollout.max_new_tokens={120 if talks else 6}", *talks,
+                "optim.warmup_steps=0",
                 "optim.batch_size=4", "optim.micro_batch_size=2", "eval={prompts: 2, samples: 1, every: 1}",
             ],
         )  # fmt: skip
@@ -46,6 +53,7 @@ def test_runs_and_resumes_bitwise(
     assert f"gkd train configs/methods/{path.name}" in header and "Measured" in header
     whole, weights = ran(Bare, config("whole"))
     assert len(whole) == STEPS and all(torch.isfinite(torch.tensor(list(one.values()))).all() for one in whole)
+    assert ("environment/turns" in whole[0]) == (environment is not None)
     names = [term.label for term in config("whole").objective.terms]
     assert all(f"objective/{name}/weight" in whole[0] for name in names)
     first, _ = ran(StopsInTheMiddle, config("halves"))

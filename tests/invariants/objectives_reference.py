@@ -141,7 +141,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
             {"kind": "hidden_states", "layers": "uniform", "tokens": "all"},
             {"kind": "hidden_states", "name": "scored", "tokens": "scored"},
             {"kind": "rkd", "weight": 0.3},
-        ],
+        ]
     },
     "conversations by sequence": {
         "reduction": "sequence_mean",

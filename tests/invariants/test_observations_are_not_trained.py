@@ -1,4 +1,4 @@
-"""What an environment said is read and not trained: where the model would have to predict it, gradients are exactly 0."""
+"""What an environment said is read and not trained: where the model would predict it, gradients are exactly 0."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ def test_gradients_where_observations_would_be_predicted(
     rollouts = with_sampler_logprobs(in_turns(ragged_rollouts()), student)
     pairs = training.objective.state_pairs(model_shape(student.config, "s"), model_shape(teacher.config, "t"))
     places = {pair.teacher: pair.teacher_width for own in pairs.values() for pair in own}
-    scorer = LocalTeacher(
-        teacher, device=torch.device("cpu"), micro_batch_size=4, pad_token_id=0, state_places=places
-    )
+    scorer = LocalTeacher(teacher, device=torch.device("cpu"), micro_batch_size=4, pad_token_id=0, state_places=places)
     batches = pack(rollouts, OfTurns(scorer).score(rollouts), pad_token_id=0, reduction="token_mean", **layout)
     module = StudentModule(student, 259, torch.float32, StateTerms(pairs, 0) if pairs else None)
     kept: list[torch.Tensor] = []

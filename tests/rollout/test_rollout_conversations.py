@@ -42,7 +42,7 @@ class Scripted(Environment):
 class ScriptedKind(EnvironmentKind):
     kind: str = "scripted"
     answer: Any = None
-    opened: list[Any] = []
+    opened: Any = None  # a list
 
     def open(self) -> Environment:
         self.opened.append(Scripted(self.answer))

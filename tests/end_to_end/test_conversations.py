@@ -1,0 +1,161 @@
+"""Runs in which the student talks to an environment: several sources and ranks, replay, a report, what goes wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bare_runs import Bare, StopsInTheMiddle, ran, with_tasks, without_times
+from launching import MakeConfig, check, read_metrics, run_gkd, torchrun
+
+from gkd.config import load_config
+
+GAME = {"kind": "text_game", "max_turns": 3, "turn_tokens": 5, "max_observation_tokens": 20}
+SECTIONS: dict[str, dict[str, Any]] = {"rollout": {"max_new_tokens": 150}, "environment": GAME}
+
+
+@pytest.fixture
+def games(data_folder: Path, tmp_path: Path) -> dict[str, str]:
+    folder = with_tasks(data_folder, tmp_path, {"rooms": 3, "seed": 2})
+    return {"train": str(folder / "train.jsonl"), "heldout": str(folder / "heldout.jsonl")}
+
+
+@pytest.mark.slow
+def test_a_run_and_its_report(make_run_config: MakeConfig, games: dict[str, str], tmp_path: Path) -> None:
+    config = make_run_config("talks", **SECTIONS, data=games)
+    said = check(run_gkd(["train", config, "--dry-run"])).stderr
+    assert "environment: text_game, turns: 3; after a turn the student reads '<|end|>\\n<|start|>user" in said
+    check(run_gkd(["train", config]))
+    records = read_metrics(tmp_path / "talks")
+    for record in records:
+        assert record["environment/turns"] == 3 and record["reward/mean"] == 0 and record["mixture/dataset"] >= 0
+        assert record["environment/observed_tokens"] == 80 and record["environment/timeout_share"] == 0
+        assert record["mismatch/k3"] < 1e-6, "a turn's log-probabilities are those of the trainer"
+    samples = (tmp_path / "talks" / "samples.md").read_text()
+    assert "> user\n> That is no command." in samples and "(3 turns, no turn was left, reward 0)" in samples
+    answers = json.loads((tmp_path / "talks" / "samples" / "tokens_after.json").read_text())["answers"]
+    known = [token["forward_kl"] is not None for token in answers[0]["tokens"]]
+    assert sum(known) == 15 and not all(known)
+    first = (tmp_path / "talks" / "samples" / "first_batch.txt").read_text()
+    assert "3 turns of 15" in first and "That is no command."[:20] in first.replace("[", "").replace("]", "")
+    check(run_gkd(["report", tmp_path / "talks"]))
+    assert "That is no command." in (tmp_path / "talks" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_two_ranks_hold_the_same_conversations(
+    make_run_config: MakeConfig, games: dict[str, str], tmp_path: Path
+) -> None:
+    sections = {**SECTIONS, "data": games, "eval": {"prompts": 2, "samples": 1}, "run": {"steps": 2}}
+    check(run_gkd(["train", make_run_config("one", **sections)]))
+    check(torchrun(2, ["-m", "gkd", "train", make_run_config("two", **sections, deepspeed={"zero_stage": 3})]))
+    one, two = (read_metrics(tmp_path / name)[0] for name in ("one", "two"))
+    for name in ("loss", "grad_norm", "divergence/forward_kl"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4), name
+    for name in ("tokens/scored", "tokens/generated", "environment/turns", "environment/observed_tokens"):
+        assert two[name] == one[name], name
+
+
+@pytest.mark.usefixtures("sampling_here")
+def test_replayed_conversations_go_on_bitwise(make_run_config: MakeConfig, games: dict[str, str]) -> None:
+    def config(name: str) -> Any:
+        mixture = {"student": 0.5, "teacher": 0.2, "dataset": 0.0, "replay": 0.3}
+        sections = {**SECTIONS, "mixture": mixture, "data": games, "eval": {"prompts": 1, "samples": 1}}
+        ramp = {"from": 1, "to": 3, "steps": 1}
+        return load_config(make_run_config(
+            name, **{**sections, "run": {"steps": 2, "save_every": 1}, "environment": {**GAME, "max_turns": ramp}}
+        ))  # fmt: skip
+
+    whole, weights = ran(Bare, config("whole"))
+    assert [record["environment/turns"] > 1 for record in whole] == [False, True]
+    first, _ = ran(StopsInTheMiddle, config("halves"))
+    second, resumed = ran(Bare, config("halves"), resume=True)
+    assert without_times([*first, *second]) == without_times(whole)
+    assert weights and all(torch.equal(tensor, resumed[name]) for name, tensor in weights.items())
+
+
+PLUGIN = """
+from gkd.environments import Environment, EnvironmentKind, Observed
+from gkd.plugins import register_environment
+
+
+class Broken(Environment):
+    def reset(self, task): pass
+
+    def step(self, turn):
+        raise KeyError("lost")
+
+
+class BrokenKind(EnvironmentKind):
+    depth: int = 3
+
+    def open(self): return Broken()
+
+
+register_environment("broken", BrokenKind)
+"""
+
+
+@pytest.mark.slow
+def test_a_users_environment_that_fails_is_one_line(
+    make_run_config: MakeConfig, games: dict[str, str], tmp_path: Path
+) -> None:
+    package = tmp_path / "installed"
+    package.mkdir()
+    (package / "my_worlds.py").write_text(PLUGIN)
+    sections: dict[str, Any] = {**SECTIONS, "data": games, "eval": {"prompts": 1, "samples": 0}}
+    config = make_run_config("broken", **{**sections, "environment": {"kind": "broken", "depth": 4}})
+    config.write_text(f"plugins: [my_worlds]\n{config.read_text()}")
+    failed = run_gkd(["train", config], PYTHONPATH=str(package))
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert "environment: broken: " in failed.stderr and "turn 1: KeyError: 'lost'" in failed.stderr
+    assert "train.jsonl:" in failed.stderr
+
+
+def test_what_is_wrong_is_said_before_anything_starts(
+    make_run_config: MakeConfig, data_folder: Path, games: dict[str, str], change_template: Callable[[str], Path]
+) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({**SECTIONS}, 'train.jsonl:1: task: expected {"rooms": 2 to 64'),
+        ({**SECTIONS, "data": games, "student": {"model": str(change_template("drops"))}}, "writes another history"),
+        (
+            {**SECTIONS, "data": games, "student": {"model": str(change_template("hides"))}},
+            "does not show the assistant",
+        ),
+    ]
+    for sections, message in cases:
+        refused = run_gkd(["train", make_run_config("wrong", **sections), "--dry-run"])
+        assert refused.returncode == 2 and message in refused.stderr, refused.stderr
+        assert len(refused.stderr.strip().splitlines()) == 1
+
+
+@pytest.fixture
+def change_template(tiny_student: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """The student with a template that shows earlier turns otherwise, or not at all."""
+    import shutil
+
+    from tiny import CHAT_TEMPLATE
+
+    changes = {
+        "drops": ("{{ message['content'] }}", "{{ message['content'].replace('Yes.', 'No.') }}"),
+        "hides": (
+            "{{ message['content'] }}",
+            "{% if message['role'] != 'assistant' %}{{ message['content'] }}{% endif %}",
+        ),
+    }
+
+    def change(how: str) -> Path:
+        folder = tmp_path / how
+        if not folder.exists():
+            shutil.copytree(tiny_student, folder)
+            template = CHAT_TEMPLATE.replace(*changes[how])
+            (folder / "chat_template.jinja").write_text(template)
+            path = folder / "tokenizer_config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+        return folder
+
+    return change
