@@ -19,6 +19,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {  # heading -> what its metrics' names 
     "Optimizer": ("lr", "grad_norm"),
     "Throughput": ("tokens",),
     "Time of a step": ("time",),
+    "Conversations": ("reward", "environment"),
     "Mixture and weights": ("mixture", "samples", "leakage", "rollout", "mismatch", "sync"),
 }
 _CHART_TITLES = {
@@ -32,6 +33,8 @@ _CHART_TITLES = {
     "grad_norm": "Gradient norm",
     "tokens": "Tokens",
     "time": "Time by phase",
+    "reward": "Rewards of conversations",
+    "environment": "Conversations with the environment",
     "mixture": "Who wrote the step's samples",
     "samples": "Texts sampled from the student",
     "leakage": "Copied from what the teacher alone reads",
