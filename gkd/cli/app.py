@@ -7,6 +7,7 @@ import logging
 import typer
 
 import gkd
+from gkd.cli.author import author_command
 from gkd.cli.bench import bench_app
 from gkd.cli.chain import chain_command
 from gkd.cli.config import config_command
@@ -38,6 +39,7 @@ app.command("train")(train_command)
 app.command("eval")(eval_command)
 app.command("chain")(chain_command)
 app.command("generate")(generate_command)
+app.command("author")(author_command)
 app.command("serve-teacher")(serve_teacher_command)
 app.command("serve-sampler")(serve_sampler_command)
 app.command("launch")(launch_command)

@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": "train",
     "chain": "train",
     "generate": "train",
+    "author": "train",
     "serve-teacher": "train",
     "serve-sampler": "train",
     "launch": "cli",

@@ -90,13 +90,10 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
     Raises ConfigError for a missing file, a syntax error (file:line), or anything `make_config` refuses.
     """
-    values = read_mapping(path, "sections such as 'run:' and 'teacher:'")
-    for override in overrides:
-        _apply_override(values, override)
-    return make_config(values, origin=str(path))
+    return make_config(read_mapping(path, "sections such as 'run:' and 'teacher:'", overrides), origin=str(path))
 
 
-def read_mapping(path: str | Path, expected: str) -> dict[str, Any]:
+def read_mapping(path: str | Path, expected: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """What a YAML file holds, which has to be a mapping: `expected` says of what. Raises ConfigError with file:line."""
     path = Path(path)
     try:
@@ -110,7 +107,10 @@ def read_mapping(path: str | Path, expected: str) -> dict[str, Any]:
     values = _parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}:1: expected {expected}")
-    return cast("dict[str, Any]", values)
+    mapping = cast("dict[str, Any]", values)
+    for override in overrides:
+        _apply_override(mapping, override)
+    return mapping
 
 
 def make_config(values: Mapping[str, Any], origin: str = "config") -> Config:

@@ -17,19 +17,17 @@ and not a model: nothing heavy is imported here, and `datasets` only where a fol
 
 from __future__ import annotations
 
-import codecs
 import functools
 import itertools
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gkd.data.sources import explained, json_lines, load_by_name, load_folder, open_parquet, parquet_values, source_kind
 from gkd.errors import DataError, shown
 
 if TYPE_CHECKING:
@@ -39,10 +37,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _VIEW_KEYS = ("teacher_messages", "teacher_prompt")
 ROW_KEYS = ("prompt", "completion", "messages", "weight", "task", *_VIEW_KEYS)
 _EXPECTED = 'expected {"prompt": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
-JSON_SUFFIXES = (".jsonl", ".json")  # read without any library
-_FILE_SUFFIXES = (*JSON_SUFFIXES, ".parquet")
 _MOST_SHOWN = 8  # columns that one message names
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 Message = dict[str, str]
 
@@ -98,28 +93,27 @@ def read_table(path: str, split: str, *, key: str = "data.train", teacher_column
     `prompt` or `completion` beside it, which many hub tables have.
     Raises DataError, starting with file:line or with `key`, for anything that cannot be read or understood.
     """
-    try:
-        location = Path(path).expanduser()
-        is_folder, is_file = location.is_dir(), location.is_file()
-    except (OSError, RuntimeError) as error:  # a name that is too long, a home that there is not
-        raise DataError(f"{key}: {shown(path)} cannot be a file here: {error}") from None
+    kind, location = source_kind(path, key), Path(path).expanduser()
     known = ROW_KEYS if teacher_column is None else (*ROW_KEYS, teacher_column)
     columns: Counter[str] = Counter()
-    if is_folder:
-        values = _table_rows(_load_folder(location, split, key), path, known, columns)
-    elif is_file:
-        is_table = location.suffix == ".parquet"
-        values = _parquet_rows(location, known, columns) if is_table else _json_lines(location)
-    elif location.suffix not in _FILE_SUFFIXES and _HUB_NAME.fullmatch(path):
-        values = _table_rows(_load_by_name(path, split, key), path, known, columns)
+    if kind == "json":
+        values = json_lines(location)
+    elif kind == "parquet":
+        values = _parquet_rows(location, known, columns)
     else:
-        raise DataError(f"{key}: no such file: {path!r}; give a JSONL or Parquet file, a datasets folder or a hub name")
+        table = load_folder(location, split, key) if kind == "folder" else load_by_name(path, split, key)
+        values = _table_rows(table, path, known, columns)
     rows = [_parse_row(value, origin, known, columns) for origin, value in values]
     if not rows:
         raise DataError(f"{path}: no rows; {_EXPECTED}, one a line")
     if teacher_column is not None and not columns[teacher_column]:
         raise DataError(f"{path}: no column {teacher_column!r} (data.teacher_column); {_listed(columns)}")
     return RowTable(rows, Counter({name: rows for name, rows in columns.items() if name not in known}))
+
+
+def parse_row(value: object, origin: str) -> Row:
+    """One row as `read_table` reads it, without a teacher column. Raises DataError that starts with `origin`."""
+    return _parse_row(value, origin, ROW_KEYS, Counter())
 
 
 # ---- one row ----------------------------------------------------------------------------------------------
@@ -283,71 +277,19 @@ def _kind(value: object) -> str:
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
-# ---- files ------------------------------------------------------------------------------------------------
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, object]]:
-    """(origin, value) of each line that is not blank."""
-    try:
-        with path.open("rb") as file:  # bytes: only \n ends a line, and bad UTF-8 is known by its line
-            for number, raw in enumerate(file, start=1):
-                origin = f"{path}:{number}"
-                line = _decode(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw, origin)
-                if line.strip():
-                    yield origin, _parse_json(line.rstrip("\r\n"), origin)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _decode(raw: bytes, origin: str) -> str:
-    try:
-        line = raw.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{origin}: not UTF-8 at byte {error.start + 1} of the line") from None
-    if "\0" in line:
-        column = line.index("\0") + 1
-        raise DataError(f"{origin}: NUL character at column {column}; the file must be UTF-8 text")
-    return line
-
-
-def _parse_json(line: str, origin: str) -> object:
-    try:
-        return json.loads(line, object_pairs_hook=_object_without_repeats)
-    except json.JSONDecodeError as error:
-        where = f"{origin}: bad JSON at column {error.colno}"
-        raise DataError(f"{where}: {error.msg}; a line holds one object") from None
-    except (ValueError, RecursionError) as error:  # a number with thousands of digits; thousands of brackets
-        raise DataError(f"{origin}: bad JSON: {error}") from None
-
-
-def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):  # the last would win, and nobody knows whether it is the one that was meant
-        names = Counter(name for name, _ in pairs)
-        raise ValueError(f"key {shown(names.most_common(1)[0][0])} stands twice")
-    return value
+# ---- tables -----------------------------------------------------------------------------------------------
 
 
 def _parquet_rows(path: Path, known: tuple[str, ...], columns: Counter[str]) -> Iterator[tuple[str, object]]:
-    """Read without `datasets`, which would import for seconds and leave a copy in its cache."""
-    import pyarrow.parquet
-
-    with (
-        _explained(f"{path}: cannot be read as Parquet"),
-        pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file,
-    ):
+    with open_parquet(path) as file:
         wanted = _wanted_columns(file.schema_arrow.names, str(path), known, file.metadata.num_rows, columns)
-        index = 0
-        for batch in file.iter_batches(columns=wanted):
-            for value in batch.to_pylist():
-                yield f"{path}:{index}", value
-                index += 1
+        yield from parquet_values(file, path, wanted)
 
 
 def _table_rows(
     table: Dataset, path: str, known: tuple[str, ...], columns: Counter[str]
 ) -> Iterator[tuple[str, object]]:
-    with _explained(f"{path}: cannot be read"):
+    with explained(f"{path}: cannot be read"):
         table = table.select_columns(_wanted_columns(table.column_names, path, known, len(table), columns))
         table.data.validate(full=True)  # it lies in the file as it is: wrong offsets would be read beyond its end
         for index, value in enumerate(table):
@@ -370,47 +312,3 @@ def _wanted_columns(names: list[str], path: str, known: tuple[str, ...], rows: i
 def _listed(names: Collection[str]) -> str:
     rest = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
     return f"its columns: {', '.join(itertools.islice(names, _MOST_SHOWN))}{rest}"
-
-
-@contextmanager
-def _explained(where: str) -> Iterator[None]:
-    """A damaged file makes its readers raise whatever they meet first, decoding errors and KeyErrors included."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:  # noqa: BLE001
-        raise DataError(f"{where}: {_first_line(error)}") from None
-
-
-# ---- the `datasets` library -------------------------------------------------------------------------------
-
-
-def _load_folder(folder: Path, split: str, key: str) -> Dataset:
-    """A folder from `save_to_disk`, or one with data files."""
-    import datasets
-
-    if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return _load_by_name(str(folder), split, key)
-    with _explained(f"{key}: cannot load the folder {str(folder)!r}"):
-        loaded = datasets.load_from_disk(str(folder))
-    if isinstance(loaded, datasets.Dataset):
-        return loaded  # one table, whatever its split was called
-    if split not in loaded:
-        known = ", ".join(map(str, loaded))
-        raise DataError(f"{key}_split: {str(folder)!r} has no split {split!r}; it has: {known}")
-    return loaded[split]
-
-
-def _load_by_name(path: str, split: str, key: str) -> Dataset:
-    import datasets
-
-    absent = f"{path!r} is no file here, and split {split!r} of a data set of this name cannot be loaded"
-    with _explained(f"{key}: {absent}"):
-        loaded = datasets.load_dataset(path, split=split)
-    assert isinstance(loaded, datasets.Dataset)  # one split, not streamed
-    return loaded
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

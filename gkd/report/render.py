@@ -93,7 +93,7 @@ def write_report(runs: Sequence[RunData], path: Path, version: str = "") -> None
 
 def render_report(runs: Sequence[RunData], version: str = "") -> str:
     """The whole page for one run or several."""
-    script, style = "".join(map(_file, _SCRIPTS)), _file("report.css")
+    script, style = "".join(map(_file, _SCRIPTS)), style_sheet()
     heldout, sections = heldout_charts(runs), chart_sections(runs)
     charts = [*heldout, *(chart for members in sections.values() for chart in members)]
     samples = sample_groups(runs)
@@ -102,10 +102,10 @@ def render_report(runs: Sequence[RunData], version: str = "") -> str:
     answers = [answer for _, members in groups for answer in members]  # in the order of the page
     number = count()  # in the order of `charts`
     return (
-        _environment()
+        page_environment()
         .from_string(_file("template.html"))
         .render(
-            policy=_policy(script, style),
+            policy=page_policy(script, style),
             script=script,
             style=style,
             data=_script_json(_payload(runs, charts, answers)),
@@ -281,7 +281,8 @@ def _named(answer: Answer, labels: Sequence[str]) -> Answer:
     return replace(answer, who=f"{answer.who}, {' and '.join(labels)}")
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """Of templates of pages: everything is escaped, and `clean` is at hand."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
         clean=lambda value: clean(str(value)), duration=format_duration, spans=token_spans, value=format_value
@@ -312,7 +313,7 @@ def _script_json(value: Mapping[str, Any]) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _policy(script: str, style: str) -> str:
+def page_policy(script: str, style: str) -> str:
     """A Content-Security-Policy: no request to anywhere, no code and no style but this page's own."""
     sources = [
         f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in (script, style)
@@ -322,6 +323,11 @@ def _policy(script: str, style: str) -> str:
 
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def style_sheet() -> str:
+    """The one style of all pages."""
+    return _file("report.css")
 
 
 def _file(name: str) -> str:

@@ -25,11 +25,19 @@ class Patience:
     def is_over(self) -> bool:
         return time.monotonic() >= self._end
 
-    def pause(self) -> bool:
-        """Waits, and returns True; False, at once, if the time is over. The last attempt comes when it is."""
+    def next_pause_s(self) -> float | None:
+        """How long to wait before the next attempt; None if the time is over. The last attempt comes when it is."""
         left_s = self._end - time.monotonic()
         if left_s <= 0:
-            return False
-        time.sleep(min(self._pause_s, left_s))
+            return None
+        pause_s = min(self._pause_s, left_s)
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        return pause_s
+
+    def pause(self) -> bool:
+        """Waits, and returns True; False, at once, if the time is over."""
+        pause_s = self.next_pause_s()
+        if pause_s is None:
+            return False
+        time.sleep(pause_s)
         return True

@@ -42,12 +42,12 @@ def answer_digest(token_ids: bytes, answer: bytes | bytearray | memoryview) -> s
     return digest(token_ids, answer).hex()
 
 
-def read_token(file: str | Path | None, key: str) -> str | None:
-    """The token in `file`, else in $GKD_SERVER_TOKEN, else None. It never stands on a command line, which others see.
+def read_token(file: str | Path | None, key: str, variable: str = TOKEN_VARIABLE) -> str | None:
+    """The token in `file`, else in the environment, else None. It never stands on a command line, which others see.
 
     Raises ConfigError, starting with `key` or the variable's name, for a file that cannot be read or a weak token.
     """
-    origin, text = TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE)
+    origin, text = variable, os.environ.get(variable)
     if file is not None:
         origin = key
         try:

@@ -26,7 +26,7 @@ CONNECT_TIMEOUT_S = 5.0
 _IDLE_CONNECTION_S = 30.0
 _LARGEST_ERROR_BYTES = 4096
 _LARGEST_DESCRIPTION_BYTES = 1 << 16
-_LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
+LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 T = TypeVar("T")
 Answer = TypeVar("Answer", bound=BaseModel)
 
@@ -296,7 +296,7 @@ class ReplicaPool:
 def host_options(address: str) -> str:
     """What has to be said of an address on the command line of its server, but the port."""
     host = urlsplit(address).hostname
-    return "" if host in _LOOPBACK_NAMES else f" --host {host} --token-file FILE"
+    return "" if host in LOOPBACK_NAMES else f" --host {host} --token-file FILE"
 
 
 def refusal(status: int, body: bytes | bytearray) -> str:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from gkd.config import Config, Launch, Settled, advice, advice_on_share, load_config, make_config
 from gkd.data.encoding import RowEncoder
-from gkd.data.formats import JSON_SUFFIXES, Row, read_rows
+from gkd.data.formats import Row, read_rows
 from gkd.data.routing import check_teacher_names, row_teachers
+from gkd.data.sources import JSON_SUFFIXES
 from gkd.data.tasks import check_tasks
 from gkd.data.templates import ChatTemplate
 from gkd.data.turns import TurnEncoder

@@ -1,0 +1,80 @@
+"""`sample`: some of the records, or rows of another file beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import count
+from typing import Any
+
+from gkd.author.operators.base import Operator
+from gkd.author.operators.keep import as_number
+from gkd.author.records import Drop, Record, RowState, Tally
+from gkd.author.spec import ExamplesForm, SampleForm
+from gkd.author.templates import Expression, RenderError
+from gkd.data.sources import stream_objects
+from gkd.errors import ConfigError
+from gkd.seeding import derive_seed, derive_uniform
+
+
+class Sample(Operator):
+    def __init__(self, form: SampleForm, index: int, where: str, seed: int) -> None:
+        """Raises ConfigError for an expression that is none, DataError for a file that cannot be read."""
+        super().__init__(index, where)
+        self._form, self._seed = form, seed
+        self._best = None if form.best is None else Expression(form.best, f"{where}.best")
+        self.needs = {} if self._best is None else dict.fromkeys(self._best.needs, f"{where}.best")
+        self._examples: list[dict[str, Any]] = []
+        if form.examples is not None:
+            self._examples = _read_examples(form.examples, f"{where}.examples")
+            self.makes = [form.examples.into]
+
+    def of_row(self, row: RowState, tally: Tally) -> Iterable[Record]:
+        if self._form.examples is not None:
+            drawn = self._draw_examples(row, self._form.examples)
+            return [{**record, self._form.examples.into: drawn} for record in row.records]
+        if self._form.most is not None:
+            chosen = self._chosen(row, self._form.most)
+            reason = Drop("not among the best" if self._best else "not drawn")
+        else:
+            share = self._form.share or 0.0
+            draws = enumerate(self._draw(row, place) for place in range(len(row.records)))
+            chosen, reason = {place for place, draw in draws if draw < share}, Drop("not drawn")
+        for place, record in enumerate(row.records):
+            if place not in chosen:
+                tally.drop(self.index, reason, row.origin, record)
+        return [record for place, record in enumerate(row.records) if place in chosen]
+
+    def _chosen(self, row: RowState, most: int) -> set[int]:
+        """Places of the best, or of those that were drawn; of equally good ones too."""
+        places = sorted(range(len(row.records)), key=lambda place: (-self._worth(row, place), self._draw(row, place)))
+        return set(places[:most])
+
+    def _worth(self, row: RowState, place: int) -> float:
+        if self._best is None:
+            return 0.0
+        try:
+            return as_number(self._best.value(row.records[place]))
+        except RenderError:
+            return float("-inf")
+
+    def _draw(self, row: RowState, place: int) -> float:
+        return derive_uniform(self._seed, "author", self.index, row.index, place)
+
+    def _draw_examples(self, row: RowState, form: ExamplesForm) -> list[dict[str, Any]]:
+        """Different ones, and not the row itself where it stands in their file."""
+        drawn: dict[int, dict[str, Any]] = {}
+        for number in count():
+            place = derive_seed(self._seed, "examples", self.index, row.index, number) % len(self._examples)
+            example = self._examples[place]
+            if place not in drawn and any(row.records and row.records[0].get(key) != example[key] for key in example):
+                drawn[place] = example
+            if len(drawn) == form.count or number > 64 * form.count:
+                return list(drawn.values())
+        raise AssertionError
+
+
+def _read_examples(form: ExamplesForm, where: str) -> list[dict[str, Any]]:
+    examples = [row for _, row in stream_objects(form.file, "train", key=f"{where}.file")]
+    if len(examples) <= form.count:
+        raise ConfigError(f"{where}.count: {form.file} has {len(examples)} rows, and {form.count} of others are drawn")
+    return examples

@@ -1,0 +1,61 @@
+"""The file that comes out: rows appended aside, and the name at the end."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from gkd.errors import ConfigError
+from gkd.files import flush
+
+
+class Output:
+    """Rows on their way to `path`."""
+
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
+        self._path, self._file = path, file
+        self._aside = Path(file.name)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+    def finish(self) -> None:
+        """The file has its name, and a power cut keeps it."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._aside.replace(self._path)
+        flush(self._path.parent)
+
+
+@contextmanager
+def open_output(path: Path) -> Generator[Output]:
+    """For rows of `path`, which has to be new. What an earlier process has left of it is written over.
+
+    Raises ConfigError if `path` exists, its folder does not, or another process is writing it.
+    """
+    aside = path.with_name(f".{path.name}.part")
+    with aside.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"--out: another gkd author is writing {path}") from None
+        file.truncate(0)
+        try:
+            yield Output(path, file)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def check_new(path: Path) -> None:
+    """Raises ConfigError for an output that exists, or whose folder does not."""
+    if path.suffix != ".jsonl":
+        raise ConfigError(f"--out: {path} is written as JSON lines: let its name end in .jsonl")
+    if path.exists():
+        raise ConfigError(f"--out: {path} exists, and nothing is written over: name another file, or remove it")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--out: there is no folder {path.parent}")

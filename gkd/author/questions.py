@@ -1,0 +1,92 @@
+"""What a model is asked, what it says, and what both are known by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+from gkd.data.formats import Message
+
+PromptKind = Literal["messages", "text"]  # a conversation, or raw text
+_DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class AskSettings:
+    """How answers are drawn. `temperature` 0 is greedy."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    stop: tuple[str, ...]
+    logprobs: bool
+
+    def words(self) -> list[object]:
+        """For a digest."""
+        return [self.max_new_tokens, self.temperature, self.top_p, list(self.stop), self.logprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A conversation, or raw text to go on with; `number` is which of its answers."""
+
+    prompt: tuple[Message, ...] | str
+    settings: AskSettings
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    text: str
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int
+    completion_tokens: int
+    mean_logprob: float | None = None  # natural, of its tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """No answer to this one question: the reason that is counted, and what was said of it."""
+
+    reason: str
+    detail: str = ""
+
+
+Outcome: TypeAlias = Answer | Failure
+Arrived = Callable[[Sequence[tuple[int, Outcome]]], None]  # (place of the question, what came of it)
+
+
+class Author(Protocol):
+    """A model that answers questions."""
+
+    identity: str  # everything that decides an answer besides its question
+    is_here: bool  # in this process: it answers one call after the other
+
+    async def answer(self, questions: Sequence[tuple[Question, int]], arrived: Arrived) -> None:
+        """Of (question, seed) each; hands over every outcome once, as it comes, one or several at a time.
+
+        Raises what means that no further question can be answered either.
+        """
+        ...
+
+    def refusal(self, kind: PromptKind) -> str | None:
+        """Why it cannot be asked so; None: it can."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Digester:
+    """Digests of questions to one author under one seed."""
+
+    def __init__(self, identity: str, seed: int) -> None:
+        self._start = hashlib.blake2b(json.dumps([identity, seed]).encode(), digest_size=_DIGEST_BYTES)
+
+    def digest(self, question: Question) -> bytes:
+        """Of the author, the seed, and everything in the question."""
+        state = self._start.copy()
+        state.update(json.dumps([question.prompt, question.settings.words(), question.number]).encode())
+        return state.digest()
