@@ -1,5 +1,5 @@
-"""An OpenAI-compatible server in a process of its own. The same request has the same answer: it solves sums, three times
-out of four, and writes down what it was asked.
+"""An OpenAI-compatible server in a process of its own. The same request has the same answer: it solves sums, three
+times out of four, and writes down what it was asked.
 
     python author_server.py PORT LOG [DELAY_S]
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -79,14 +80,17 @@ class Author(Protocol):
     async def close(self) -> None: ...
 
 
-class Digester:
-    """Digests of questions to one author under one seed."""
+def question_digest(question: Question) -> bytes:
+    """Of everything in the question; its author is no part of it."""
+    words = [question.prompt, question.settings.words(), question.number]
+    return hashlib.blake2b(json.dumps(words).encode(), digest_size=_DIGEST_BYTES).digest()
 
-    def __init__(self, identity: str, seed: int) -> None:
-        self._start = hashlib.blake2b(json.dumps([identity, seed]).encode(), digest_size=_DIGEST_BYTES)
 
-    def digest(self, question: Question) -> bytes:
-        """Of the author, the seed, and everything in the question."""
-        state = self._start.copy()
-        state.update(json.dumps([question.prompt, question.settings.words(), question.number]).encode())
-        return state.digest()
+def answer_key(question: bytes, identity: str, seed: int) -> bytes:
+    """What the answer to a question, given as its digest, is kept under: its author and the recipe's seed count too."""
+    return hashlib.blake2b(question, digest_size=_DIGEST_BYTES, key=_short(identity, seed)).digest()
+
+
+@functools.lru_cache(maxsize=64)
+def _short(identity: str, seed: int) -> bytes:
+    return hashlib.blake2b(json.dumps([identity, seed]).encode(), digest_size=_DIGEST_BYTES).digest()

@@ -80,7 +80,7 @@ def test_samples_of_several_models_stand_in_order(bench: Bench) -> None:
     assert completions(rows) == [
         f"what is {i}, {name} {n}" for i in range(2) for name in ("teacher", "other") for n in range(2)
     ]
-    assert len(seeds) == 8
+    assert len(seeds) == 4, "the draw is the question's, whoever is asked"
 
 
 @pytest.mark.parametrize(
@@ -89,12 +89,16 @@ def test_samples_of_several_models_stand_in_order(bench: Bench) -> None:
         ({"regex": r"A: (?P<a>\w+)( B: (?P<b>\w+))?"}, "so A: x", {"a": "x", "b": ""}),
         ({"json": ["a"]}, 'Sure {not json}:\n```json\n{"a": [1], "c": 2}\n```', {"a": [1]}),
         ({"json": {"b": "a"}}, '{"a": null}', {"b": None}),
-        ({"headings": {"a": "Reason", "b": "Verdict"}}, "## Reason\nas one\nsees\n**Verdict:** yes", {"a": "as one\nsees", "b": "yes"}),
+        (
+            {"headings": {"a": "Reason", "b": "Verdict"}},
+            "## Reason\nas one\nsees\n**Verdict:** yes",
+            {"a": "as one\nsees", "b": "yes"},
+        ),
         ({"headings": {"a": "Step", "b": "Steps"}}, "Steps: two\nStep: one", {"a": "one", "b": "two"}),
         ({"number": "a"}, "first 12, then 1,234.50", {"a": "1234.50"}),
         ({"number": "a"}, "minus \N{MINUS SIGN}3.", {"a": "-3"}),
     ],
-)  # fmt: skip
+)
 def test_read(bench: Bench, read: dict[str, Any], text: str, fields: dict[str, Any]) -> None:
     shown = {"write": {"prompt": "q", "completion": "{{ {" + ", ".join(f"'{n}': {n}" for n in fields) + "}|json }}"}}
     rows = bench.run(bench.recipe(ASK, {"read": read}, shown), bench.data(ROWS[0]), lambda _: text)[1]

@@ -179,10 +179,13 @@ def test_the_token_is_sent_and_nowhere_else(bench: Bench, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("models", "message"),
     [
-        (httpx.Response(200, json={"data": [{"id": "a"}, {"id": "b"}]}), r"teacher\.model: .* has no 'stub'; it serves: a, b"),
+        (
+            httpx.Response(200, json={"data": [{"id": "a"}, {"id": "b"}]}),
+            r"teacher\.model: .* has no 'stub'; it serves: a, b",
+        ),
         (httpx.Response(401), r"teacher\.address: .* refuses the token of \$GKD_SERVER_TOKEN \(status 401\)"),
     ],
-)  # fmt: skip
+)
 def test_a_server_is_tried_before_the_first_question(bench: Bench, models: httpx.Response, message: str) -> None:
     server = Server(question_of, models=models)
     with pytest.raises(ConfigError, match=message):

@@ -20,37 +20,89 @@ ASK, WRITE = {"ask": {"prompt": "{{ question }}"}}, {"write": {"prompt": "{{ que
         ([ASK], {}, "steps: none of them writes"),
         ([ASK, {"wriet": {}}], {}, r"steps\.1\.wriet: unknown key"),
         ([{"ask": {}, "write": {}}], {}, r"steps\.0: expected one of ask, read, keep, distinct, sample, write, not 2"),
-        ([{"ask": {"prompt": "a", "text": "b"}}, WRITE], {}, r"steps\.0\.ask: expected at most one of prompt, messages, text"),
+        (
+            [{"ask": {"prompt": "a", "text": "b"}}, WRITE],
+            {},
+            r"steps\.0\.ask: expected at most one of prompt, messages, text",
+        ),
         ([{"ask": {"prompt": "{{ question"}}, WRITE], {}, r"recipe\.yaml: steps\.0\.ask\.prompt.*: line 1: "),
-        ([{"ask": {"prompt": "a\n{{ b|nothing }}"}}, WRITE], {}, r"steps\.0\.ask\.prompt.*: line 2: No filter named 'nothing'"),
-        ([{"ask": {"prompt": "a", "model": "judge"}}, WRITE], {}, r"steps\.0\.ask\.model: models has no 'judge'; it has: teacher"),
-        ([{"ask": {"prompt": "a", "samples": 2, "temperature": 0.0}}, WRITE], {}, r"steps\.0\.ask\.samples: are all the same at temp"),
+        (
+            [{"ask": {"prompt": "a\n{{ b|nothing }}"}}, WRITE],
+            {},
+            r"steps\.0\.ask\.prompt.*: line 2: No filter named 'nothing'",
+        ),
+        (
+            [{"ask": {"prompt": "a", "model": "judge"}}, WRITE],
+            {},
+            r"steps\.0\.ask\.model: models has no 'judge'; it has: teacher",
+        ),
+        (
+            [{"ask": {"prompt": "a", "samples": 2, "temperature": 0.0}}, WRITE],
+            {},
+            r"steps\.0\.ask\.samples: are all the same at temp",
+        ),
         ([ASK, {"read": {"regex": "a(b"}}, WRITE], {}, r"steps\.1\.read\.regex: missing \)"),
         ([ASK, {"read": {"regex": "a(b)"}}, WRITE], {}, r"steps\.1\.read\.regex: has no named group"),
-        ([ASK, {"read": {"from": "txt", "number": "n"}}, WRITE], {}, r"no column 'txt', which .*steps\.1\.read\.from reads"),
+        (
+            [ASK, {"read": {"from": "txt", "number": "n"}}, WRITE],
+            {},
+            r"no column 'txt', which .*steps\.1\.read\.from reads",
+        ),
         ([ASK, {"read": {"json": {"a b": "c"}}}, WRITE], {}, r"steps\.1\.read\.fields: 'a b' cannot be a field"),
-        ([ASK, {"read": {"number": "answer"}}, WRITE], {}, r"steps\.1\.read: its field 'answer' has the name of a column"),
+        (
+            [ASK, {"read": {"number": "answer"}}, WRITE],
+            {},
+            r"steps\.1\.read: its field 'answer' has the name of a column",
+        ),
         ([ASK, {"keep": {"where": "text =="}}, WRITE], {}, r"steps\.1\.keep\.where: line 1: "),
         ([ASK, {"keep": {"equal": ["text"]}}, WRITE], {}, r"steps\.1\.keep\.equal: "),
-        ([ASK, {"keep": {"verifier": {"task": "chain_sums"}}}, WRITE], {}, r"verifier\.task: .*did you mean chain_sum\?"),
+        (
+            [ASK, {"keep": {"verifier": {"task": "chain_sums"}}}, WRITE],
+            {},
+            r"verifier\.task: .*did you mean chain_sum\?",
+        ),
         ([ASK, {"keep": {"verifier": {"task": "chain_sum"}}}, WRITE], {}, r"data\.jsonl:1: no column 'metadata'"),
         ([ASK, {"sample": {"share": 1.5}}, WRITE], {}, r"steps\.1\.sample\.share: "),
-        ([{"sample": {"examples": {"count": 2, "file": "data.jsonl"}}}, WRITE], {}, r"examples\.count: data\.jsonl has 1 rows"),
+        (
+            [{"sample": {"examples": {"count": 2, "file": "data.jsonl"}}}, WRITE],
+            {},
+            r"examples\.count: data\.jsonl has 1 rows",
+        ),
         ([{"sample": {"examples": {"count": 1, "file": "none.jsonl"}}}, WRITE], {}, r"examples\.file: no such file"),
-        ([{"ask": {"prompt": "{{ qestion }}"}}, WRITE], {}, r"data\.jsonl:1: no column 'qestion', which .*prompt reads; did you mean 'question'"),
+        (
+            [{"ask": {"prompt": "{{ qestion }}"}}, WRITE],
+            {},
+            r":1: no column 'qestion', which .*prompt reads; did you mean 'question'",
+        ),
         ([ASK, {"write": {"prompt": "{{ rationale }}"}}], {}, r"data\.jsonl:1: no column 'rationale'"),
         ([{"ask": {}}, {"write": {}}], {}, r"data\.jsonl:1: neither 'prompt' nor 'messages'"),
         ([{"ask": {"text": "{{ question }}"}}, WRITE], {}, r"steps\.0\.ask: raw text cannot be asked by chat"),
-        ([ASK, WRITE], {"teacher": {"api": "completions"}}, r"steps\.0\.ask: a conversation cannot be asked by completions"),
-        ([ASK, WRITE], {"teacher": {"address": "localhost:8000"}}, r"models\.teacher\.address: 'localhost:8000' is not of the form"),
-        ([ASK, WRITE], {"teacher": {"max_model_tokens": 9}}, r"models\.teacher\.max_model_tokens: is for a model in this process"),
+        (
+            [ASK, WRITE],
+            {"teacher": {"api": "completions"}},
+            r"steps\.0\.ask: a conversation cannot be asked by completions",
+        ),
+        (
+            [ASK, WRITE],
+            {"teacher": {"address": "localhost:8000"}},
+            r"models\.teacher\.address: 'localhost:8000' is not of the form",
+        ),
+        (
+            [ASK, WRITE],
+            {"teacher": {"max_model_tokens": 9}},
+            r"models\.teacher\.max_model_tokens: is for a model in this process",
+        ),
         ([ASK, WRITE], {"teacher": {"token_file": "nowhere"}}, r"models\.teacher\.token_file: cannot read nowhere"),
         ([ASK, WRITE], {"teacher": {"token_variable": "NOT_SET"}}, r"token_variable: \$NOT_SET is not set"),
         ([ASK, WRITE], {"teacher": {"adress": "x"}}, r"models\.teacher\.adress: unknown key"),
         ([ASK, WRITE], {"budget": {"money": 1.0}}, r"budget\.money: no model has prices"),
-        ([ASK, WRITE], {"teacher": {"address": None, "model": "/nowhere", "retry_s": 1.0}}, r"models\.teacher\.model: .*nowhere"),
+        (
+            [ASK, WRITE],
+            {"teacher": {"address": None, "model": "/nowhere", "retry_s": 1.0}},
+            r"models\.teacher\.model: .*nowhere",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_recipe(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, steps: list[Any], others: dict[str, Any], message: str
 ) -> None:
@@ -90,8 +142,12 @@ def test_a_default_makes_a_column_optional(bench: Bench) -> None:
 
 @pytest.mark.parametrize(
     ("out", "message"),
-    [("out.json", r"--out: .* let its name end in \.jsonl"), ("no/out.jsonl", "--out: there is no folder"), ("data.jsonl", "exists, and nothing is written over")],
-)  # fmt: skip
+    [
+        ("out.json", r"--out: .* let its name end in \.jsonl"),
+        ("no/out.jsonl", "--out: there is no folder"),
+        ("data.jsonl", "exists, and nothing is written over"),
+    ],
+)
 def test_an_output_that_cannot_be(bench: Bench, out: str, message: str) -> None:
     data = bench.data({"question": "a"})
     before = data.read_bytes()

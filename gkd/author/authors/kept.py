@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gkd.author.questions import Answer, Author, Digester, Outcome, PromptKind, Question
+from gkd.author.questions import Answer, Author, Outcome, PromptKind, Question, answer_key, question_digest
 from gkd.errors import MachineError, RunInterruptedError
 from gkd.seeding import derive_seed
 
@@ -18,7 +18,7 @@ _COLUMNS = "text, finish_reason, prompt_tokens, completion_tokens, mean_logprob"
 
 
 class AnswerStore:
-    """Answers by their digests, in one SQLite file: as large as it gets, it takes no memory, and what was added is
+    """Answers by their keys, in one SQLite file: as large as it gets, it takes no memory, and what was added is
     there whenever the process ends."""
 
     def __init__(self, path: Path) -> None:
@@ -30,22 +30,22 @@ class AnswerStore:
             self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("PRAGMA synchronous=NORMAL")  # a power cut may cost the newest answers, no others
             self._database.execute(
-                "CREATE TABLE IF NOT EXISTS answers (digest BLOB PRIMARY KEY, text TEXT NOT NULL, finish_reason TEXT "
+                "CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, text TEXT NOT NULL, finish_reason TEXT "
                 "NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, mean_logprob REAL) "
                 "WITHOUT ROWID"
             )
         except sqlite3.Error as error:
             raise self._unusable(error) from None
 
-    def find(self, digests: Sequence[bytes]) -> dict[bytes, Answer]:
+    def find(self, keys: Sequence[bytes]) -> dict[bytes, Answer]:
         """Those that are there."""
         found: dict[bytes, Answer] = {}
         try:
-            for start in range(0, len(digests), _AT_ONCE):
-                part = digests[start : start + _AT_ONCE]
+            for start in range(0, len(keys), _AT_ONCE):
+                part = keys[start : start + _AT_ONCE]
                 marks = ",".join("?" * len(part))
-                rows = self._database.execute(f"SELECT digest, {_COLUMNS} FROM answers WHERE digest IN ({marks})", part)
-                found |= {digest: Answer(*values) for digest, *values in rows}
+                rows = self._database.execute(f"SELECT key, {_COLUMNS} FROM answers WHERE key IN ({marks})", part)
+                found |= {key: Answer(*values) for key, *values in rows}
         except sqlite3.Error as error:
             raise self._unusable(error) from None
         return found
@@ -112,7 +112,7 @@ class KeptAuthor:
     ) -> None:
         """`prices` of a token that it reads and of one that it writes."""
         self._author, self._store, self._budget, self._prices = author, store, budget, prices
-        self._digester, self._seed = Digester(author.identity, seed), seed
+        self._seed = seed
         self._waited_for: dict[bytes, asyncio.Future[Outcome]] = {}
 
     @property
@@ -130,47 +130,50 @@ class KeptAuthor:
 
         Raises RunInterruptedError before anything is asked that the budget has no room for, and what the author raises.
         """
-        digests = [self._digester.digest(question) for question in questions]
-        found = self._store.find(digests)
+        asked = [question_digest(question) for question in questions]
+        keys = [answer_key(digest, self._author.identity, self._seed) for digest in asked]
+        found = self._store.find(keys)
         for answer in found.values():
             self._count(answer)
         self._budget.spent.found += len(found)
         outcomes: dict[bytes, Outcome] = {**found}
-        first = dict(zip(digests, questions, strict=True))
-        missing = [digest for digest in first if digest not in outcomes]
-        others = {digest: self._waited_for[digest] for digest in missing if digest in self._waited_for}
-        mine = [(digest, first[digest]) for digest in missing if digest not in others]
+        missing = {key: place for place, key in enumerate(keys) if key not in outcomes}
+        others = {key: self._waited_for[key] for key in missing if key in self._waited_for}
+        mine = {key: place for key, place in missing.items() if key not in others}
         if mine:
             self._budget.check()
-            outcomes |= await self._ask(mine)
-        for digest, waited in others.items():
+            # the draw is the question's: a server that moves to another address draws the same
+            seeds = [derive_seed(self._seed, "author", asked[place].hex()) for place in mine.values()]
+            outcomes |= await self._ask(list(mine), [questions[place] for place in mine.values()], seeds)
+        for key, waited in others.items():
             await asyncio.wait([waited])
             if waited.cancelled():  # whoever asked has failed, and says why
                 raise RunInterruptedError("a question of another block was not answered")
-            outcomes[digest] = waited.result()
-        return [outcomes[digest] for digest in digests]
+            outcomes[key] = waited.result()
+        return [outcomes[key] for key in keys]
 
-    async def _ask(self, questions: Sequence[tuple[bytes, Question]]) -> dict[bytes, Outcome]:
+    async def _ask(
+        self, keys: Sequence[bytes], questions: Sequence[Question], seeds: Sequence[int]
+    ) -> dict[bytes, Outcome]:
         loop, outcomes = asyncio.get_running_loop(), dict[bytes, Outcome]()
-        waiting = {digest: loop.create_future() for digest, _ in questions}
+        waiting = {key: loop.create_future() for key in keys}
         self._waited_for |= waiting
 
         def arrived(portion: Sequence[tuple[int, Outcome]]) -> None:
-            found = [(questions[place][0], outcome) for place, outcome in portion]
-            self._store.add((digest, outcome) for digest, outcome in found if isinstance(outcome, Answer))
-            for digest, outcome in found:
-                outcomes[digest] = outcome
-                waiting[digest].set_result(outcome)
+            found = [(keys[place], outcome) for place, outcome in portion]
+            self._store.add((key, outcome) for key, outcome in found if isinstance(outcome, Answer))
+            for key, outcome in found:
+                outcomes[key] = outcome
+                waiting[key].set_result(outcome)
                 self._budget.spent.asked += 1
                 if isinstance(outcome, Answer):
                     self._count(outcome)
 
         try:
-            seeds = [derive_seed(self._seed, "author", digest.hex()) for digest, _ in questions]
-            await self._author.answer([(q, seed) for (_, q), seed in zip(questions, seeds, strict=True)], arrived)
+            await self._author.answer(list(zip(questions, seeds, strict=True)), arrived)
         finally:
-            for digest, future in waiting.items():
-                del self._waited_for[digest]
+            for key, future in waiting.items():
+                del self._waited_for[key]
                 future.cancel()  # of one that has arrived this does nothing
         return outcomes
 

@@ -11,7 +11,7 @@ from gkd.author.operators.base import Operator
 from gkd.author.operators.read import last_number
 from gkd.author.records import Drop, Record, RowState
 from gkd.author.spec import CloseForm, KeepForm, LengthForm, VerifierForm
-from gkd.author.templates import Expression, RenderError
+from gkd.author.templates import Expression
 from gkd.errors import DataError
 
 Test = Callable[[Record], bool]
@@ -63,7 +63,9 @@ class Keep(Operator):
         value, to = self._expression(form.value, f"{where}.value"), self._expression(form.to, f"{where}.to")
 
         def is_close(record: Record) -> bool:
-            left, right = as_number(value.value(record)), as_number(to.value(record))
+            left, right = number_in(value.value(record)), number_in(to.value(record))
+            if left is None or right is None:
+                return False
             return abs(left - right) <= form.tolerance * max(1.0, abs(right))
 
         return is_close, f"{form.value} is not {form.to}"
@@ -93,11 +95,9 @@ def _plain(value: Any) -> str:
     return re.sub(r"\s+", " ", str(value)).strip().rstrip(".").casefold()
 
 
-def as_number(value: Any) -> float:
-    """A number, or the last one in a text. Raises RenderError if there is none."""
+def number_in(value: Any) -> float | None:
+    """A number, or the last one in a text; None if there is none."""
     if isinstance(value, int | float):
         return float(value)
     found = last_number(str(value))
-    if found is None:
-        raise RenderError(f"{str(value)[:80]!r} holds no number")
-    return float(found)
+    return None if found is None else float(found)

@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any
 
 from gkd.author.operators.base import Operator
-from gkd.author.operators.keep import as_number
+from gkd.author.operators.keep import number_in
 from gkd.author.records import Drop, Record, RowState, Tally
 from gkd.author.spec import ExamplesForm, SampleForm
 from gkd.author.templates import Expression, RenderError
@@ -53,9 +53,10 @@ class Sample(Operator):
         if self._best is None:
             return 0.0
         try:
-            return as_number(self._best.value(row.records[place]))
+            worth = number_in(self._best.value(row.records[place]))
         except RenderError:
-            return float("-inf")
+            worth = None
+        return float("-inf") if worth is None else worth
 
     def _draw(self, row: RowState, place: int) -> float:
         return derive_uniform(self._seed, "author", self.index, row.index, place)

@@ -1,0 +1,112 @@
+"""Every recipe of configs/recipes makes data that its training config trains on, at the size of the tiny models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from author_runs import Server, dropped, question_of
+from bare_runs import STEPS, Bare, ran
+from launching import REPOSITORY
+
+from gkd.author import AuthorRun, Recipe
+from gkd.config import load_config
+
+RECIPES = REPOSITORY / "configs" / "recipes"
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.endswith(".train"))
+PROBLEMS = RECIPES / "problems.jsonl"
+pytestmark = pytest.mark.usefixtures("sampling_here")
+
+
+def problems(count: int) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in PROBLEMS.read_text().splitlines()[:count]]
+
+
+def solver(rows: list[dict[str, Any]]) -> Callable[[dict[str, Any]], str]:
+    """A teacher that finds the right answer two times out of three, and says so in words that its seed decides."""
+    gold = {row["question"]: row["answer"] for row in rows}
+
+    def reply(body: dict[str, Any]) -> str:
+        question = question_of(body)
+        answer = next(gold[asked] for asked in gold if asked in question)
+        words = " ".join(f"thought {(body['seed'] >> place) % 97}" for place in range(6))
+        return f"First, {words}.\nAnswer: {answer if body['seed'] % 3 else 'nothing'}"
+
+    return reply
+
+
+def author(name: str, data: Path, out: Path, *overrides: str, server: Server | None = None) -> AuthorRun:
+    run = AuthorRun(
+        Recipe.read(RECIPES / f"{name}.yaml", overrides),
+        str(data),
+        out,
+        transport=server,
+        store=out.parent / "a.sqlite",
+    )
+    run.check()
+    run.run()
+    return run
+
+
+def asked_of_a_server(name: str, tmp_path: Path) -> tuple[AuthorRun, list[dict[str, Any]]]:
+    rows, data, out = problems(6), tmp_path / "problems.jsonl", tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    server = ["models.teacher={address: http://127.0.0.1:9, model: stub}"]
+    run = author(name, data, out, *server, server=Server(solver(rows)))
+    return run, [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def trained(name: str, data: Path, tmp_path: Path, teacher: Path, student: Path) -> list[dict[str, float]]:
+    config = load_config(
+        RECIPES / f"{name}.train.yaml",
+        [
+            f"run.dir={tmp_path / 'run'}", f"run.steps={STEPS}", f"teacher={{model: {teacher}, dtype: float32}}",
+            f"student={{model: {student}, dtype: float32}}", f"data.train={data}", f"data.heldout={data}",
+            "data.max_prompt_tokens=400", "rollout.max_new_tokens=112", "rollout.engine=transformers", "optim.warmup_steps=0", "optim.batch_size=4",
+            "optim.micro_batch_size=2", "eval={prompts: 2, samples: 1}",
+        ],
+    )  # fmt: skip
+    steps, _ = ran(Bare, config)
+    assert len(steps) == STEPS and all(torch.isfinite(torch.tensor(step["loss"])) for step in steps)
+    return steps
+
+
+def test_seqkd(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> None:
+    data, out = tmp_path / "prompts.jsonl", tmp_path / "rows.jsonl"
+    prompts = [{"messages": [{"role": "user", "content": f"say {i}"}]} for i in range(6)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    teacher = f"models.teacher={{model: {tiny_teacher}, engine: transformers, dtype: float32}}"
+    ask = "steps=[{ask: {temperature: 0.0, max_new_tokens: 8, truncated: keep}}, {write: {}}]"  # it knows no end
+    run = author("seqkd", data, out, teacher, ask)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert run.made.tally.rows == 6 and 4 <= len(rows) <= 6
+    assert {row["prompt"][0]["content"] for row in rows} <= {f"say {i}" for i in range(6)}
+    trained("seqkd", out, tmp_path, tiny_teacher, tiny_student)
+
+
+def test_fine_tune_cot(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> None:
+    run, rows = asked_of_a_server("fine_tune_cot", tmp_path)
+    gold = {row["question"]: row["answer"] for row in problems(6)}
+    assert len(rows) > 12 and run.made.tally.given[0] == 6 and dropped(run)["wrong answer"] > 0
+    for row in rows:
+        rationale, _, answer = row["completion"][0]["content"].partition("\nAnswer: ")
+        assert rationale.startswith("First, ") and answer == gold[row["prompt"][0]["content"]]
+    several = [question for question in gold if sum(row["prompt"][0]["content"] == question for row in rows) > 1]
+    assert several, "several ways to one answer"
+    trained("fine_tune_cot", tmp_path / "rows.jsonl", tmp_path, tiny_teacher, tiny_student)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_how_it_is_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    Recipe.read(RECIPES / f"{name}.yaml")
+    load_config(RECIPES / f"{name}.train.yaml")
+    header = (RECIPES / f"{name}.yaml").read_text()[:900]
+    assert (
+        f"gkd author configs/recipes/{name}.yaml" in header and f"gkd train configs/recipes/{name}.train.yaml" in header
+    )
+    assert f"test_{name}" in globals(), "each runs end to end"
