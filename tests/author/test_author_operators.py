@@ -202,6 +202,7 @@ def test_sample_takes_the_best_or_draws(bench: Bench) -> None:
         )  # fmt: skip
         return completions(bench.run(recipe, bench.data(*ROWS), question_of, out=out)[1])
 
+    assert rows_of({"most": 9, "best": "(-text)|length"}, "none.jsonl") == [], "what cannot be ranked is dropped"
     assert rows_of({"most": 1, "best": "-text_sample"}, "best.jsonl") == [f"what is {i} 0" for i in range(4)]
     drawn = rows_of({"most": 2}, "drawn.jsonl")
     assert len(drawn) == 8 and drawn != rows_of({"most": 2, "best": "-text_sample"}, "first.jsonl")

@@ -66,8 +66,8 @@ def trained(name: str, data: Path, tmp_path: Path, teacher: Path, student: Path)
         [
             f"run.dir={tmp_path / 'run'}", f"run.steps={STEPS}", f"teacher={{model: {teacher}, dtype: float32}}",
             f"student={{model: {student}, dtype: float32}}", f"data.train={data}", f"data.heldout={data}",
-            "data.max_prompt_tokens=400", "rollout.max_new_tokens=112", "rollout.engine=transformers", "optim.warmup_steps=0", "optim.batch_size=4",
-            "optim.micro_batch_size=2", "eval={prompts: 2, samples: 1}",
+            "data.max_prompt_tokens=400", "rollout.max_new_tokens=112", "rollout.engine=transformers",
+            "optim.warmup_steps=0", "optim.batch_size=4", "optim.micro_batch_size=2", "eval={prompts: 2, samples: 1}",
         ],
     )  # fmt: skip
     steps, _ = ran(Bare, config)

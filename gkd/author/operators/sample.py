@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import count
+from math import isnan
 from typing import Any
 
 from gkd.author.operators.base import Operator
@@ -32,31 +33,36 @@ class Sample(Operator):
         if self._form.examples is not None:
             drawn = self._draw_examples(row, self._form.examples)
             return [{**record, self._form.examples.into: drawn} for record in row.records]
-        if self._form.most is not None:
-            chosen = self._chosen(row, self._form.most)
-            reason = Drop("not among the best" if self._best else "not drawn")
-        else:
-            share = self._form.share or 0.0
-            draws = enumerate(self._draw(row, place) for place in range(len(row.records)))
-            chosen, reason = {place for place, draw in draws if draw < share}, Drop("not drawn")
+        return super().of_row(row, tally) if self._form.most is None else self._most(row, tally, self._form.most)
+
+    def of_record(self, record: Record, row: RowState) -> Record:
+        place = next(place for place, other in enumerate(row.records) if other is record)
+        if self._draw(row, place) >= (self._form.share or 0.0):
+            raise Drop("not drawn")
+        return record
+
+    def _most(self, row: RowState, tally: Tally, most: int) -> Iterable[Record]:
+        """The best, of equally good ones some that are drawn, in their order; what cannot be ranked is dropped."""
+        worth: dict[int, float] = {}
         for place, record in enumerate(row.records):
-            if place not in chosen:
-                tally.drop(self.index, reason, row.origin, record)
-        return [record for place, record in enumerate(row.records) if place in chosen]
+            try:
+                worth[place] = self._worth(record)
+            except (Drop, RenderError) as why:
+                tally.drop(self.index, Drop("nothing to rank by", str(why)), row.origin, record)
+        ranked = sorted(worth, key=lambda place: (-worth[place], self._draw(row, place)))
+        for place in sorted(ranked[most:]):
+            tally.drop(
+                self.index, Drop("not among the best" if self._best else "not drawn"), row.origin, row.records[place]
+            )
+        return [row.records[place] for place in sorted(ranked[:most])]
 
-    def _chosen(self, row: RowState, most: int) -> set[int]:
-        """Places of the best, or of those that were drawn; of equally good ones too."""
-        places = sorted(range(len(row.records)), key=lambda place: (-self._worth(row, place), self._draw(row, place)))
-        return set(places[:most])
-
-    def _worth(self, row: RowState, place: int) -> float:
+    def _worth(self, record: Record) -> float:
         if self._best is None:
             return 0.0
-        try:
-            worth = number_in(self._best.value(row.records[place]))
-        except RenderError:
-            worth = None
-        return float("-inf") if worth is None else worth
+        found = number_in(self._best.value(record))
+        if found is None or isnan(found):
+            raise Drop("no number")
+        return found
 
     def _draw(self, row: RowState, place: int) -> float:
         return derive_uniform(self._seed, "author", self.index, row.index, place)
