@@ -18,6 +18,7 @@ from gkd.cli.init import init_command
 from gkd.cli.launch import launch_command
 from gkd.cli.plan import plan_command
 from gkd.cli.report import report_command
+from gkd.cli.serve_environment import serve_environment_command
 from gkd.cli.serve_sampler import serve_sampler_command
 from gkd.cli.serve_teacher import serve_teacher_command
 from gkd.cli.shape import shape_command
@@ -42,6 +43,7 @@ app.command("generate")(generate_command)
 app.command("author")(author_command)
 app.command("serve-teacher")(serve_teacher_command)
 app.command("serve-sampler")(serve_sampler_command)
+app.command("serve-environment")(serve_environment_command)
 app.command("launch")(launch_command)
 app.command("watch")(watch_command)
 app.command("report")(report_command)

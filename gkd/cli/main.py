@@ -25,6 +25,7 @@ COMMANDS = {
     "author": "train",
     "serve-teacher": "train",
     "serve-sampler": "train",
+    "serve-environment": "cli",
     "launch": "cli",
     "watch": "cli",
     "report": "cli",

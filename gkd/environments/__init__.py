@@ -3,7 +3,7 @@
 A new one is a subclass of `EnvironmentKind` and an entry of ENVIRONMENTS, here or in a plugin (`register_environment`).
 """
 
-from gkd.environments.base import Environment, EnvironmentKind, Observed, Task
+from gkd.environments.base import Environment, EnvironmentFailedError, EnvironmentKind, Observed, Task
 from gkd.registry import Registry
 
 ENVIRONMENTS: Registry[type[EnvironmentKind]] = Registry(
@@ -11,7 +11,8 @@ ENVIRONMENTS: Registry[type[EnvironmentKind]] = Registry(
     {
         "calculator": "gkd.environments.calculator:CalculatorKind",
         "text_game": "gkd.environments.text_game:TextGameKind",
+        "http": "gkd.environments.http:HttpKind",
     },
 )
 
-__all__ = ["ENVIRONMENTS", "Environment", "EnvironmentKind", "Observed", "Task"]
+__all__ = ["ENVIRONMENTS", "Environment", "EnvironmentFailedError", "EnvironmentKind", "Observed", "Task"]

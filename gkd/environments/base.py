@@ -24,6 +24,14 @@ from gkd.schedules import CountSchedule, describe_schedule, value_at
 from gkd.schema import Section
 
 
+class EnvironmentFailedError(Exception):
+    """What went wrong in an environment, in words for its user. `is_temporary`: it may work later."""
+
+    def __init__(self, message: str, *, is_temporary: bool = False) -> None:
+        super().__init__(message)
+        self.is_temporary = is_temporary
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """What a conversation is about."""
@@ -62,7 +70,7 @@ class EnvironmentKind(Section):
 
     judges: ClassVar[bool] = True  # it may give rewards
 
-    kind: str = Field(description="which environment: calculator, text_game, or a plugin's")
+    kind: str = Field(description="which environment: calculator, text_game, http, or a plugin's")
     max_turns: CountSchedule = Field(4, description="turns that the student has; a number or a schedule")
     turn_tokens: int | None = Field(None, ge=1, description="longest turn; null = what rollout.max_new_tokens leaves")
     max_observation_tokens: int = Field(64, ge=1, description="what is read of an observation; the rest is cut off")
@@ -81,6 +89,9 @@ class EnvironmentKind(Section):
 
     def check_task(self, data: Any) -> None:
         """Raises ValueError for a row's `task` (None: it has none) that it cannot work with."""
+
+    def check_ready(self) -> None:
+        """Raises ConfigError where it cannot be opened now."""
 
     def turns_at(self, step: int) -> int:
         return round(value_at(self.max_turns, step))

@@ -15,7 +15,7 @@ from json import loads
 from typing import NamedTuple, Protocol, TypeVar
 
 from gkd.data.turns import Transcript, TurnEncoder
-from gkd.environments import Environment, EnvironmentKind, Observed, Task
+from gkd.environments import Environment, EnvironmentFailedError, EnvironmentKind, Observed, Task
 from gkd.errors import ConversationError
 from gkd.seeding import derive_seed
 from gkd.serving.threads import in_thread, map_in_threads
@@ -176,11 +176,11 @@ class Conversations:
             return in_thread(call).result(self._kind.timeout_s)
         except concurrent.futures.TimeoutError:
             return _LATE
-        except ConversationError:
-            raise
         except Exception as error:
+            is_said = isinstance(error, EnvironmentFailedError)
+            what = str(error) if is_said else f"{type(error).__name__}: {error}"
             raise ConversationError(
-                f"environment: {self._kind.kind}: {talk.name}: {type(error).__name__}: {error}"
+                f"environment: {self._kind.kind}: {talk.name}: {what}", is_temporary=is_said and error.is_temporary
             ) from error
 
 

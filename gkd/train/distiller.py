@@ -117,6 +117,8 @@ class Distiller:
         self._check_folder()
         check_deepspeed(TrainingSettings.of(config), self._launch.world_size)
         ask_placements(config).close()
+        if config.environment is not None:
+            config.environment.check_ready()
         together = [
             f"mixture.{source}: student and teacher draw together; the teacher reads a text again at each of its turns"
             for source in config.mixture.with_teacher

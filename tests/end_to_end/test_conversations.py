@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from bare_runs import Bare, StopsInTheMiddle, ran, with_tasks, without_times
-from launching import MakeConfig, check, read_metrics, run_gkd, torchrun
+from launching import MakeConfig, check, environment, read_metrics, run_gkd, torchrun
 
 from gkd.config import load_config
 
@@ -114,6 +116,25 @@ def test_a_users_environment_that_fails_is_one_line(
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
     assert "environment: broken: " in failed.stderr and "turn 1: KeyError: 'lost'" in failed.stderr
     assert "train.jsonl:" in failed.stderr
+
+
+@pytest.mark.slow
+def test_one_over_http_is_the_same_run(make_run_config: MakeConfig, games: dict[str, str], tmp_path: Path) -> None:
+    """Bit by bit; and once it is gone, the next run says so."""
+    sections: dict[str, Any] = {**SECTIONS, "data": games, "eval": {"prompts": 1, "samples": 1}, "run": {"steps": 2}}
+    command = [sys.executable, "-m", "gkd", "serve-environment", "text_game", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as server:
+        try:
+            assert server.stdout is not None
+            address = server.stdout.readline().split()[-1]
+            there = {**GAME, "kind": "http", "address": address}
+            check(run_gkd(["train", make_run_config("here", **sections)]))
+            check(run_gkd(["train", make_run_config("there", **{**sections, "environment": there})]))
+        finally:
+            server.kill()
+    assert without_times(read_metrics(tmp_path / "there")) == without_times(read_metrics(tmp_path / "here"))
+    refused = run_gkd(["train", make_run_config("gone", **{**sections, "environment": there}), "--dry-run"])
+    assert refused.returncode == 2 and f"environment.address: nothing answers at {address}" in refused.stderr
 
 
 def test_what_is_wrong_is_said_before_anything_starts(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from gkd.data.templates import ChatTemplate
 from gkd.data.turns import TurnEncoder
 from gkd.environments import Environment, EnvironmentKind, Observed, Task
+from gkd.environments.http import HttpKind
 from gkd.errors import ConversationError
 from gkd.rollout.conversations import Conversations, Held
 from gkd.rollout.hf import HfSampler
@@ -87,13 +89,24 @@ def hold(
     **options: Any,
 ) -> tuple[list[Held], list[Scripted]]:
     kind = ScriptedKind(answer=answer, opened=[], **options)
-    turns = TurnEncoder(tokenizer, ChatTemplate(tokenizer, {}, template=template), kind, settings.stop_token_ids)
+    draws, requests = one_draw(tokenizer, prompt, samples)
+    held = conversations_of(kind, tokenizer, template).hold(draws, requests, settings, sampler, step)
+    return held, kind.opened
+
+
+def conversations_of(
+    kind: EnvironmentKind, tokenizer: PreTrainedTokenizerBase, template: str | None = None
+) -> Conversations:
+    turns = TurnEncoder(tokenizer, ChatTemplate(tokenizer, {}, template=template), kind, (END, 0))
+    return Conversations(kind, turns, lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)))
+
+
+def one_draw(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt | None = None, samples: int = 1
+) -> tuple[list[PromptDraw], list[SampleRequest]]:
     prompt = prompt or prompt_of(tokenizer)
     draws = [PromptDraw(prompt, i) for i in range(samples)]
-    requests = [SampleRequest(prompt.token_ids, 100 + i) for i in range(samples)]
-    conversations = Conversations(kind, turns, lambda ids: tokenizer.decode(list(ids), skip_special_tokens=True))
-    held = conversations.hold(draws, requests, settings, sampler, step)
-    return held, kind.opened
+    return draws, [SampleRequest(prompt.token_ids, 100 + i) for i in range(samples)]
 
 
 def test_turns_and_observations_are_one_text_of_the_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -283,3 +296,28 @@ def test_no_more_are_asked_at_once_than_said(tokenizer: PreTrainedTokenizerBase)
 
     hold(tokenizer, Says(tokenizer, "a<|end|>"), counts, samples=9, concurrency=3)
     assert most == 3
+
+
+def test_one_that_drips_is_late_too(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Each byte comes in time, and the answer does not."""
+
+    class Drips(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(40 if self.path == "/step" else 0):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+                time.sleep(0.05)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Drips)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    kind = HttpKind(kind="http", address=f"http://127.0.0.1:{server.server_port}", timeout_s=0.4)
+    began = time.monotonic()
+    (held,) = conversations_of(kind, tokenizer).hold(*one_draw(tokenizer), SETTINGS, Says(tokenizer, "a<|end|>"), 0)
+    assert held.conversation.end == "timeout" and time.monotonic() - began < 4
+    server.shutdown()

@@ -33,7 +33,10 @@ class Servers:
         return start_server(self.student_model, self.folder, *options, command="serve-sampler")
 
     def config(self, folder: Path, name: str, sampler: TeacherServer, **sections: dict[str, Any]) -> Path:
-        rows = [{"prompt": f"prompt {i} " + "x" * i, "completion": "y" * (1 + i)} for i in range(16)]
+        rows = [
+            {"prompt": f"prompt {i} " + "x" * i, "completion": "y" * (1 + i), "task": {"rooms": 3, "seed": i}}
+            for i in range(16)
+        ]
         (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         token = str(self.folder / "token")
         values: dict[str, dict[str, Any]] = {
@@ -63,6 +66,21 @@ def servers(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: Path, tiny_s
     finally:
         for server in (started.teacher, started.sampler):
             server.process.kill()
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_conversations_by_served_parts(staleness: int, servers: Servers, tmp_path: Path) -> None:
+    """Of raw text: observations follow as they are."""
+    sections: dict[str, Any] = {
+        "rollout": {"max_new_tokens": 100, "staleness": staleness},
+        "environment": {"kind": "text_game", "max_turns": 3, "turn_tokens": 5, "max_observation_tokens": 20},
+    }
+    check(run_gkd(["train", servers.config(tmp_path, "talks", servers.sampler, **sections)]))
+    records = read_metrics(tmp_path / "talks")
+    assert all(record["environment/turns"] > 2.5 and record["environment/observed_tokens"] > 30 for record in records)
+    assert all(record["tokens/scored"] == record["tokens/generated"] <= 8 * 15 for record in records)
+    assert records[0]["mismatch/k3"] < 1e-8, "what was appended is what the trainer reads"
+    assert [record.get("rollout/staleness", 0) for record in records] == [0, *[staleness] * (STEPS - 1)]
 
 
 @pytest.mark.long

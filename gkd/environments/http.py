@@ -1,0 +1,127 @@
+"""An environment in a process of its own, on this machine, in any language: the same protocol over HTTP.
+
+    POST /reset  {"conversation": "5f..", "prompt": "...", "task": ..., "seed": 7}    answered with {}
+    POST /step   {"conversation": "5f..", "turn": "..."}      {"observation": "...", "done": false, "reward": null}
+    POST /close  {"conversation": "5f.."}                                             answered with {}
+
+Up to `concurrency` requests of one rank come at once, of one conversation one after another. An answer that is anything
+else ends the run; one that takes longer than `timeout_s` ends its conversation. `gkd serve-environment` is a server.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from gkd.environments.base import Environment, EnvironmentFailedError, EnvironmentKind, Observed, Task
+from gkd.errors import ConfigError, shown
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_LARGEST_ANSWER_BYTES = 1 << 20
+_CLOSE_TIMEOUT_S = 1.0
+
+
+class _Answer(BaseModel):
+    """Of /step."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    observation: str
+    done: bool = False
+    reward: float | None = None
+
+
+class HttpKind(EnvironmentKind):
+    address: str = Field(description="http: where it listens on this machine, e.g. http://127.0.0.1:8500")
+
+    @field_validator("address")
+    @classmethod
+    def _is_of_this_machine(cls, address: str) -> str:
+        try:
+            parts = urlsplit(address)
+            is_address = parts.scheme == "http" and parts.port is not None and parts.path in ("", "/")
+        except ValueError:
+            is_address, parts = False, urlsplit("")
+        if not is_address or parts.query or parts.fragment or parts.username is not None:
+            raise ValueError(f": {shown(address)} is no address such as http://127.0.0.1:8500")
+        if parts.hostname not in _LOOPBACK:
+            raise ValueError(f": {shown(address)} is not of this machine; environments listen on {_LOOPBACK[0]}")
+        return address.rstrip("/")
+
+    def open(self) -> Environment:
+        return HttpEnvironment(self.address, self.timeout_s)
+
+    def check_ready(self) -> None:
+        try:
+            _client().get(self.address, timeout=self.timeout_s)  # whatever it says to that
+        except httpx.HTTPError as error:
+            raise ConfigError(
+                f"environment.address: nothing answers at {self.address} ({_reason(error)}); start the environment's "
+                "server first"
+            ) from None
+
+
+class HttpEnvironment(Environment):
+    def __init__(self, address: str, timeout_s: float) -> None:
+        self._address, self._timeout_s = address, timeout_s
+        self._conversation = uuid.uuid4().hex  # no other run's, whatever its seed is
+
+    def reset(self, task: Task) -> None:
+        self._post("reset", {"prompt": task.prompt, "task": task.data, "seed": task.seed}, self._timeout_s)
+
+    def step(self, turn: str) -> Observed:
+        body = self._post("step", {"turn": turn}, self._timeout_s)
+        try:
+            answer = _Answer.model_validate_json(body)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise EnvironmentFailedError(
+                f"{self._address}/step answered {shown(body.decode(errors='replace'))}, which is no observation "
+                f"({place + ': ' if place else ''}{first['msg']})"
+            ) from None
+        return Observed(answer.observation, answer.done, answer.reward)
+
+    def close(self) -> None:
+        """Whether it hears that or not."""
+        with suppress(EnvironmentFailedError, TimeoutError):
+            self._post("close", {}, _CLOSE_TIMEOUT_S)
+
+    def _post(self, what: str, values: Mapping[str, Any], timeout_s: float) -> bytes:
+        """Raises EnvironmentFailedError for anything but an answer, TimeoutError for none in time."""
+        url = f"{self._address}/{what}"
+        body = bytearray()
+        try:
+            request = {"conversation": self._conversation, **values}
+            with _client().stream("POST", url, json=request, timeout=timeout_s) as response:
+                for piece in response.iter_bytes():
+                    body += piece
+                    if len(body) > _LARGEST_ANSWER_BYTES:
+                        raise EnvironmentFailedError(f"{url} answered more than {_LARGEST_ANSWER_BYTES >> 20} MiB")
+        except httpx.TimeoutException:
+            raise TimeoutError from None
+        except httpx.HTTPError as error:
+            raise EnvironmentFailedError(f"{url}: {_reason(error)}", is_temporary=True) from None
+        if response.status_code != 200:
+            raise EnvironmentFailedError(
+                f"{url}: status {response.status_code}: {shown(bytes(body).decode(errors='replace'))}"
+            )
+        return bytes(body)
+
+
+@cache
+def _client() -> httpx.Client:
+    """One for all conversations: connections are kept."""
+    limits = httpx.Limits(max_connections=None)
+    return httpx.Client(limits=limits, headers={"accept-encoding": "identity"}, trust_env=False)
+
+
+def _reason(error: httpx.HTTPError) -> str:
+    return str(error).strip() or type(error).__name__
