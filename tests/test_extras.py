@@ -14,7 +14,7 @@ import pytest
 from launching import check, run_python
 
 from gkd import extras
-from gkd.cli.main import COMMANDS
+from gkd.cli.main import COMMANDS, SERVERS
 from gkd.errors import MissingPackageError
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +36,7 @@ def gkd_without(missing: Iterable[str], *arguments: str | Path) -> subprocess.Co
 def test_a_command_says_in_one_line_which_command_installs_what_it_needs(command: str) -> None:
     done = gkd_without(NOT_OF_THE_CORE, command)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
-    served = command.startswith("serve-")
+    served = command in SERVERS
     assert f"gkd {command}: " in done.stderr
     assert ("pip install 'gkd[cuda]'" if served else f"pip install 'gkd[{COMMANDS[command]}]'") in done.stderr
 
