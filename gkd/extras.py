@@ -15,6 +15,7 @@ CLI = ("jinja2", "pydantic", "rich", "typer", "yaml")
 TRAIN = (
     *CLI,
     "accelerate",
+    "compressed_tensors",
     "datasets",
     "deepspeed",
     "filelock",

@@ -205,6 +205,23 @@ class LoraConfig(Section):
     )
 
 
+class QuantizeConfig(Section):
+    """Weights of few bits that the student computes with while its full ones are trained."""
+
+    scheme: Literal["int4", "int8"] = Field(description="whole numbers of 4 or 8 bits, symmetric around 0")
+    group_size: int = Field(64, ge=1, description="numbers of a row that share a scale; divides every row's length")
+    ignore: list[str] = Field(
+        ["lm_head"], description="linear modules that stay as they are, by the end of their names; embeddings do, too"
+    )
+
+    @property
+    def bits(self) -> int:
+        return int(self.scheme.removeprefix("int"))
+
+    def describe(self) -> str:
+        return f"{self.scheme} in groups of {self.group_size}, but for {', '.join(self.ignore) or 'nothing'}"
+
+
 class StudentConfig(Section):
     model: PathText | None = Field(None, description="folder or hub name; null with init.layers = the teacher")
     revision: str | None = Field(None, description="hub revision")
@@ -212,6 +229,9 @@ class StudentConfig(Section):
     lora: LoraConfig | None = Field(None, description="train low-rank adapters and freeze the rest; null = train all")
     dtype: DtypeOrAuto = Field(
         "auto", description="dtype of compute and of the sampler; master weights are float32; auto as in teacher.dtype"
+    )
+    quantize: QuantizeConfig | None = Field(
+        None, description="train for weights of few bits: rounded in every forward, sampled with and exported"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     compile: bool = Field(
@@ -223,6 +243,9 @@ class StudentConfig(Section):
     def _has_an_origin(self) -> StudentConfig:
         if self.model is None and self.init is None:
             raise ValueError("model: name a model, or set student.init to make one from the teacher")
+        for name in ("lora", "compile"):
+            if self.quantize is not None and getattr(self, name):
+                raise ValueError(f"quantize: not with student.{name}; leave one of them out")
         return self
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from gkd.errors import ModelError, SamplerError
 from gkd.models import owns_head
 from gkd.models.held import WeightChecksums
+from gkd.models.unpacked import is_packed, unpacked
 from gkd.types import Completion, SampleRequest, SamplingSettings
 
 VllmRequest = tuple[Any, Any]  # vLLM's prompt and sampling parameters
@@ -53,6 +54,8 @@ def engine_arguments(
 
     Raises ModelError, starting with `key`, for weights that cannot be read.
     """
+    if is_packed(folder, key=key) and not _reads_packed(dtype):
+        folder = unpacked(folder, key=key)
     return {
         "model": folder,
         "hf_overrides": {"tie_word_embeddings": False} if owns_head(folder, key=key) else {},
@@ -65,6 +68,14 @@ def engine_arguments(
         "use_tqdm_on_load": False,
         "trust_remote_code": False,
     }
+
+
+def _reads_packed(dtype: str) -> bool:
+    """Whether vLLM has a kernel for packed weights here: in half precision, and on a CPU with AVX-512."""
+    import torch
+
+    has_kernel = torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return has_kernel and dtype != "float32"
 
 
 def _cpu_kv_cache_bytes(gib: float) -> int | None:

@@ -123,7 +123,7 @@ def _prepare(config: Config, student: str | None, axes: Sequence[str]) -> _Conte
     after = _with_student(config, _result(folder, student))
     placements = ask_placements(config)
     pairs = {
-        name: parts.locate_models(own, folder, _LAUNCH, placements)
+        name: parts.locate_models(own, folder, _LAUNCH, placements, is_trained=False)
         for name, own in zip(STUDENTS, (config, after), strict=True)
     }
     return _Contest(
@@ -283,7 +283,7 @@ def _score(contest: _Contest, rollouts: Sequence[Rollout], references: Sequence[
     for column in STUDENTS:
         _log.info("scoring with the %s", COLUMNS[column])
         settings = _scoring(contest, column)
-        model = load_causal_lm(str(contest.folders[column]), settings.dtype, key=column)
+        model = load_causal_lm(str(contest.folders[column]), settings.dtype, key=column, may_be_packed=True)
         model.to(settings.device)  # pyright: ignore[reportArgumentType]
         verify_head(model, column)
         on_sampled = student_scores(model, rollouts, scores, settings)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gkd.models.heads import backbone_of, head_logits, head_settings, output_head, verify_head
     from gkd.models.layer_choice import LayerChoice, choose_by_measure
     from gkd.models.layer_states import StateReader, model_shape
+    from gkd.models.leaving import LeavingWeight, adapter_weights, weight_scales, whole_weights
     from gkd.models.load import (
         count_parameters,
         empty_model,
@@ -31,17 +32,10 @@ if TYPE_CHECKING:
         read_config,
         read_generation_config,
     )
-    from gkd.models.lora import (
-        adapter_parameters,
-        adapter_weights,
-        inject_lora,
-        lora_targets,
-        save_adapter,
-        use_float32_adapters,
-        whole_weights,
-    )
+    from gkd.models.lora import adapter_parameters, inject_lora, lora_targets, save_adapter, use_float32_adapters
     from gkd.models.packed import packed_inputs, use_packed_attention
     from gkd.models.proof import Probe
+    from gkd.models.quantization import Quantization, quantization_targets, quantize_linear
     from gkd.models.resolve import local_folder, resolve_model
     from gkd.models.sides import Side, describe_sides, union_of_ends
     from gkd.models.subset import choose_layers, config_of_layers, make_student_from_layers, recorded_choice
@@ -69,14 +63,16 @@ _HOMES = {
         "count_parameters", "empty_model", "has_experts", "load_causal_lm", "load_tokenizer", "owns_head",
         "pad_token_id", "read_config", "read_generation_config",
     ),
+    "leaving": ("LeavingWeight", "adapter_weights", "weight_scales", "whole_weights"),
     "lora": (
-        "adapter_parameters", "adapter_weights", "inject_lora", "lora_targets", "save_adapter",
-        "use_float32_adapters", "whole_weights",
+        "adapter_parameters", "inject_lora", "lora_targets", "save_adapter",
+        "use_float32_adapters",
     ),
     "attention": ("use_short_attention",),
     "proof": ("Probe",),
     "packed": ("packed_inputs", "use_packed_attention"),
     "fingerprint": ("model_fingerprint",),
+    "quantization": ("Quantization", "quantization_targets", "quantize_linear"),
     "resolve": ("local_folder", "resolve_model"),
     "cut_config": ("student_config",),
     "sides": ("Side", "describe_sides", "union_of_ends"),
@@ -92,8 +88,10 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "LayerChoice",
+    "LeavingWeight",
     "ModelCard",
     "Probe",
+    "Quantization",
     "Side",
     "StateReader",
     "WidthChoice",
@@ -130,6 +128,8 @@ __all__ = [
     "owns_head",
     "packed_inputs",
     "pad_token_id",
+    "quantization_targets",
+    "quantize_linear",
     "read_config",
     "read_generation_config",
     "record_width",
@@ -143,6 +143,7 @@ __all__ = [
     "use_packed_attention",
     "use_short_attention",
     "verify_head",
+    "weight_scales",
     "whole_weights",
     "width_sizes",
 ]

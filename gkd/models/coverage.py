@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from gkd.errors import ModelError
 from gkd.models.hub import explained, is_hub_name
-from gkd.models.load import empty_model, read_config, refuse_missing, refuse_quantized
+from gkd.models.load import check_readable, empty_model, read_config, refuse_missing
+from gkd.models.quantized_files import plain_names
 from gkd.models.resolve import local_folder
 from gkd.models.weight_files import read_header, weight_files
 from gkd.models.weights import file_tensors
@@ -20,15 +21,17 @@ if TYPE_CHECKING:
 _COMPILED = "_orig_mod."
 
 
-def check_covers(path: str, *, key: str) -> None:
+def check_covers(path: str, *, key: str, may_be_packed: bool = False) -> None:
     """Raises ModelError, starting with `key`, for weights that are quantized, that a compiled model was saved with, or
-    that lack a tensor. A name on the hub is taken as it is: its files need not be here yet."""
+    that lack a tensor. A name on the hub is taken as it is: its files need not be here yet. `may_be_packed`: by
+    compressed-tensors."""
     if is_hub_name(path):
         return
     folder = local_folder(path, key=key)
     config = read_config(path, key=key)
-    refuse_quantized(config, path, key)
+    scheme = check_readable(config, path, key, may_be_packed=may_be_packed)
     found = {name for file in weight_files(folder, key) for name in read_header(file, key)}
+    found = found if scheme is None else plain_names(found)
     wrapped = sorted(name for name in found if _COMPILED in name)
     if wrapped:
         raise ModelError(

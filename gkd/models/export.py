@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gkd.errors import CheckpointError
 from gkd.models.card import ADAPTER_FOLDER, ModelCard
@@ -13,6 +13,7 @@ from gkd.models.folders import copy_side_files, written_aside
 from gkd.models.load import empty_model, read_config, torch_dtype
 from gkd.models.lora import save_adapter
 from gkd.models.proof import Probe, prove_adapter, prove_model
+from gkd.models.quantized_files import CONFIG, packed_config, packed_tensors
 from gkd.models.resolve import local_folder
 from gkd.models.weight_files import check_model_folder
 from gkd.models.weights import file_tensors, nonfinite_row, read_tensors, tensor_digest, write_weights
@@ -20,6 +21,8 @@ from gkd.models.weights import file_tensors, nonfinite_row, read_tensors, tensor
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from gkd.models.quantization import Quantization
 
 _KEY = "student.model"
 _TIED = "tie_word_embeddings"
@@ -35,6 +38,8 @@ def save_final(
     probe: Probe,
     revision: str | None = None,
     adapter: Iterable[tuple[str, torch.Tensor]] = (),
+    quantization: Quantization | None = None,
+    scales: Iterable[tuple[str, torch.Tensor]] = (),
     end_token_ids: Sequence[int] = (),
 ) -> Path:
     """Writes the trained student to `folder` and returns it; an earlier result there is replaced.
@@ -45,7 +50,8 @@ def save_final(
     comes and differs from the embedding is the model's own, whatever the config says, and the saved config says so.
     Config, tokenizer, chat template and generation config come from `source_folder`, the model that the student
     started from (a folder or hub name); the config's dtype becomes `dtype`. Of a LoRA student, whose card says so,
-    `weights` are merged, and `adapter` is asked for after them and written beside them in peft's format.
+    `weights` are merged, and `adapter` is asked for after them and written beside them in peft's format. Of a student
+    that is quantized by `quantization` they are rounded, and those of `scales`, which are asked for first, are packed.
     Its generation stops at `end_token_ids`, where there are some: those at which it stopped in training.
     What was written is loaded again, one model at a time, and compared with what came and with `probe`.
 
@@ -55,11 +61,16 @@ def save_final(
     target, target_dtype = Path(folder), torch_dtype(dtype)
     source = local_folder(str(source_folder), revision=revision, key=_KEY)
     model = empty_model(read_config(str(source), key=_KEY))
+    own_scales = {name: tensor.detach().to("cpu", copy=True) for name, tensor in scales}
     with written_aside(target, replace=True) as partial:
         copy_side_files(source, partial)
         checked = _Checked(weights, model, source, target_dtype)
-        write_weights(partial, file_tensors(model, checked), target_dtype)
-        _write_config(source, model, target_dtype, partial, owns_head=checked.owns_head)
+        tensors, packing = file_tensors(model, checked), None
+        if quantization is not None:
+            tensors = packed_tensors(tensors, own_scales, quantization)
+            packing = packed_config(quantization, _left_as_they_are(model, own_scales))
+        write_weights(partial, tensors, target_dtype)
+        _write_config(source, model, target_dtype, partial, owns_head=checked.owns_head, packing=packing)
         if end_token_ids:
             _write_end_tokens(partial, end_token_ids)
         if card.lora is not None:
@@ -84,7 +95,22 @@ def _keep_refused(partial: Path, target: Path) -> Path:
     return refused
 
 
-def _write_config(source: Path, model: PreTrainedModel, dtype: torch.dtype, target: Path, *, owns_head: bool) -> None:
+def _left_as_they_are(model: PreTrainedModel, quantized: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of linear modules whose weights are not among those."""
+    from torch import nn
+
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" not in quantized]
+
+
+def _write_config(
+    source: Path,
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    target: Path,
+    *,
+    owns_head: bool,
+    packing: dict[str, Any] | None,
+) -> None:
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     name = str(dtype).removeprefix("torch.")
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
@@ -94,6 +120,8 @@ def _write_config(source: Path, model: PreTrainedModel, dtype: torch.dtype, targ
         if owns_head and (section is config or _TIED in section):
             section[_TIED] = False
     config["architectures"] = [type(model).__name__]
+    if packing is not None:
+        config[CONFIG] = packing
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from gkd.errors import ModelError
 from gkd.models.hub import explained, quiet_transformers
+from gkd.models.quantized_files import CONFIG, packed_scheme, plain_tensors
 from gkd.models.resolve import local_folder
 from gkd.models.weights import nonfinite_row, read_tensors
 
 if TYPE_CHECKING:
     import torch
+    from compressed_tensors.quantization import QuantizationScheme
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _GENERATION = "generation_config.json"
@@ -49,46 +51,66 @@ def read_generation_config(
 
 
 def load_causal_lm(
-    path: str, dtype: str | torch.dtype, *, revision: str | None = None, key: str = "student.model"
+    path: str,
+    dtype: str | torch.dtype,
+    *,
+    revision: str | None = None,
+    key: str = "student.model",
+    may_be_packed: bool = False,
 ) -> PreTrainedModel:
     """The model of a resolved name on the CPU, in `dtype` and eval mode, with PyTorch's own attention where it can.
 
     Every weight comes from the files. Raises ModelError, starting with `key`, if one is missing (transformers would
     make it up) or holds a value that is not finite, if the weights are quantized, or if the model needs code that is
-    not transformers' own.
+    not transformers' own. `may_be_packed`: weights that compressed-tensors packed are unpacked.
     """
-    from transformers import AutoModelForCausalLM
-
     folder = str(local_folder(path, revision=revision, key=key))
     config = read_config(folder, key=key)
-    refuse_quantized(config, path, key)
+    scheme = check_readable(config, path, key, may_be_packed=may_be_packed)
     if hasattr(config, _ROUTER_OUTPUTS):  # for a loss of their own, which no run has: they cost every forward
         setattr(config, _ROUTER_OUTPUTS, False)
+    tensors = None
+    if scheme is not None:
+        delattr(config, CONFIG)  # of a model with plain numbers
+        tensors = dict(plain_tensors(Path(folder), scheme, key))
     with explained(path, key), quiet_transformers():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch_dtype(dtype),
-            trust_remote_code=False,
-            use_safetensors=True,
-            attn_implementation=_attention(config),
-            output_loading_info=True,
-        )
-    model, info = loaded
+        model, info = _from_pretrained(folder, config, torch_dtype(dtype), tensors)
     refuse_missing(info["missing_keys"], model, path, key)
     _check_finite(model, path, key)
     return model.eval()
 
 
-def refuse_quantized(config: PreTrainedConfig, path: str, key: str) -> None:
-    """Raises ModelError, starting with `key`, for weights that are not plain numbers."""
-    chosen: Any = getattr(config, "quantization_config", None)
-    if chosen is not None:
-        values = chosen if isinstance(chosen, dict) else vars(chosen)
+def _from_pretrained(
+    folder: str, config: PreTrainedConfig, dtype: torch.dtype, tensors: dict[str, torch.Tensor] | None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers says of loading it; of `tensors` in the place of the folder's, if there are."""
+    from transformers import AutoModelForCausalLM
+
+    architecture: Any = AutoModelForCausalLM
+    source: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
+    if tensors is not None:
+        architecture, source = AutoModelForCausalLM._model_mapping[type(config)], {"state_dict": tensors}
+    return architecture.from_pretrained(
+        folder if tensors is None else None,
+        config=config,
+        dtype=dtype,
+        attn_implementation=_attention(config),
+        output_loading_info=True,
+        **source,
+    )
+
+
+def check_readable(
+    config: PreTrainedConfig, path: str, key: str, *, may_be_packed: bool = False
+) -> QuantizationScheme | None:
+    """How the weights are packed; None for plain numbers. Raises ModelError, starting with `key`, for what is not read
+    here."""
+    scheme = packed_scheme(config, path, key)
+    if scheme is not None and not may_be_packed:
         raise ModelError(
-            f"{key}: {path} is quantized ({values.get('quant_method', 'by a method without a name')}); gkd needs plain "
-            "weights: use the model it was made from"
+            f"{key}: {path} is quantized; what is trained or cut needs plain weights: use the model it was made from"
         )
+    return scheme
 
 
 def refuse_missing(missing: Collection[str], model: PreTrainedModel, path: str, key: str) -> None:

@@ -7,15 +7,14 @@ Weights leave under transformers' names where they are whole, and under those of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gkd.config import LoraConfig
 from gkd.errors import ConfigError
+from gkd.models.modules import fused_experts, kinds_of, matches
 
 if TYPE_CHECKING:
     import peft
@@ -28,15 +27,6 @@ _ADAPTER = "default"  # peft's name for the only one
 _FILE_PREFIX = "base_model.model."  # of the names in peft's files
 _BASE_WEIGHT = ".base_layer.weight"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-
-@dataclass(frozen=True)
-class LeavingWeight:
-    """A tensor that leaves the trainer, and how it is made of parameters that may be sharded."""
-
-    shape: tuple[int, ...]
-    parameters: tuple[nn.Parameter, ...]
-    value: Callable[..., torch.Tensor]  # of the parameters' whole tensors, in their order
 
 
 def lora_targets(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
@@ -53,42 +43,23 @@ def lora_targets(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
         return linear
     targets = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
     for target in targets:
-        if not any(_matches(name, target) for name in linear):
-            known = ", ".join(_kinds(linear, 1))
+        if not any(matches(name, target) for name in linear):
+            known = ", ".join(kinds_of(linear, 1))
             raise ConfigError(
                 f"{_KEY}: {type(model).__name__} has no linear module {target!r} that can be adapted "
                 f"(the output head stays frozen); known: {known or 'none'}"
             )
-    return [name for name in linear if any(_matches(name, target) for target in targets)]
+    return [name for name in linear if any(matches(name, target) for target in targets)]
 
 
 def _check_no_fused_experts(model: PreTrainedModel, linear: Sequence[str]) -> None:
-    """Their matrices lie in one tensor a layer, which is no linear module: "all" of them would leave out most."""
-    from torch import nn
-
-    known = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
-    fused = {
-        f"{name}.{part}": parameter.numel()
-        for name, module in model.named_modules()
-        if not isinstance(module, known)
-        for part, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() > 2
-    }
+    """ "all" of them would leave out most."""
+    fused, share = fused_experts(model)
     if fused:
-        share = sum(fused.values()) / sum(parameter.numel() for parameter in model.parameters())
         raise ConfigError(
-            f"{_KEY}: all-linear leaves out {', '.join(_kinds(fused, 2))}, {share:.0%} of the model, as fused "
-            f"experts are no linear modules; to adapt the others alone, name them: [{', '.join(_kinds(linear, 1))}]"
+            f"{_KEY}: all-linear leaves out {', '.join(fused)}, {share:.0%} of the model, as fused experts are no "
+            f"linear modules; to adapt the others alone, name them: [{', '.join(kinds_of(linear, 1))}]"
         )
-
-
-def _kinds(names: Iterable[str], parts: int) -> list[str]:
-    """The last `parts` of each name, once."""
-    return list(dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names))
-
-
-def _matches(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
 
 
 def inject_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None:
@@ -103,13 +74,13 @@ def inject_lora(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None:
         torch.manual_seed(seed)  # peft draws on the CPU
         inject_adapter_in_model(_peft_config(lora, lora_targets(model, lora)), model, _ADAPTER)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(_is_adapter(name))
+        parameter.requires_grad_(is_adapter(name))
 
 
 def use_float32_adapters(model: PreTrainedModel) -> None:
     """Master weights of what is trained; the frozen rest stays in the dtype it was loaded in."""
     for name, parameter in model.named_parameters():
-        if _is_adapter(name):
+        if is_adapter(name):
             parameter.data = parameter.data.float()
 
 
@@ -128,7 +99,8 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def _is_adapter(name: str) -> bool:
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of that name is an adapter's."""
     return ".lora_A." in name or ".lora_B." in name
 
 
@@ -137,41 +109,26 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         _FILE_PREFIX + name.replace(f".{_ADAPTER}.", "."): parameter
         for name, parameter in model.named_parameters()
-        if _is_adapter(name)
+        if is_adapter(name)
     }
 
 
-def adapter_weights(model: nn.Module) -> dict[str, LeavingWeight]:
-    """What leaves of the adapter alone."""
-    return {name: _plain(parameter) for name, parameter in adapter_parameters(model).items()}
-
-
-def whole_weights(model: nn.Module) -> dict[str, LeavingWeight]:
-    """What leaves of the model as one without adapters: by transformers' names, a tied head once.
-
-    An adapted matrix is merged in float32 each time it is asked for; the base is never changed, so nothing drifts.
-    """
-    weights: dict[str, LeavingWeight] = {}
-    for name, parameter in model.named_parameters():
-        if name.endswith(_BASE_WEIGHT):
-            layer: Any = model.get_submodule(name.removesuffix(_BASE_WEIGHT))  # peft's
-            parts = (parameter, *(p for part, p in layer.named_parameters() if _is_adapter(f".{part}")))
-            value = partial(_merged, layer.scaling[_ADAPTER])
-            weights[_base_name(name)] = LeavingWeight(tuple(parameter.shape), parts, value)
-        elif not _is_adapter(name):
-            weights[_base_name(name)] = _plain(parameter)
-    return weights
-
-
-def _base_name(name: str) -> str:
+def base_name(name: str) -> str:
+    """A parameter's name without an adapter around it."""
     return name.replace(".base_layer.", ".")
 
 
-def _plain(parameter: nn.Parameter) -> LeavingWeight:
-    return LeavingWeight(tuple(parameter.shape), (parameter,), lambda whole: whole)
+def is_adapted(name: str) -> bool:
+    """Whether it is a matrix beside which there is an adapter."""
+    return name.endswith(_BASE_WEIGHT)
 
 
-def _merged(scale: float, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def scaling_of(layer: Any) -> float:
+    """What peft multiplies B A by."""
+    return layer.scaling[_ADAPTER]
+
+
+def merged(scale: float, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """W + scale * B A in float32, a new tensor."""
     import torch
 

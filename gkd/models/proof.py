@@ -30,7 +30,7 @@ def prove_model(folder: Path, dtype: torch.dtype, digests: Mapping[str, bytes], 
 
     `digests` holds `tensor_digest` of each parameter, in `dtype`, by transformers' name.
     """
-    model: Any = load_causal_lm(str(folder), dtype, key=f"{folder}")
+    model: Any = load_causal_lm(str(folder), dtype, key=f"{folder}", may_be_packed=True)
     loaded = model.state_dict()
     for name, digest in digests.items():
         if name not in loaded or tensor_digest(loaded[name]) != digest:

@@ -67,7 +67,7 @@ class HfSampler:
         key: str = "student.model",
     ) -> None:
         """`key` is what an error about the model starts with."""
-        self._model = load_causal_lm(model_folder, dtype, key=key).to(device).eval()  # pyright: ignore
+        self._model = load_causal_lm(model_folder, dtype, key=key, may_be_packed=True).to(device).eval()  # pyright: ignore
         if lora is not None:
             inject_lora(self._model, lora, seed=0)  # every update brings all of the adapter
             self._model.eval()

@@ -59,7 +59,7 @@ def _load_head(path: str, dtype: str, revision: str | None) -> OutputHead:
 
     The whole model is in the host's memory for a moment: that our formula gives its logits is proved on itself.
     """
-    model = load_causal_lm(path, dtype, revision=revision, key=_KEY)
+    model = load_causal_lm(path, dtype, revision=revision, key=_KEY, may_be_packed=True)
     verify_head(model, _KEY)
     head = output_head(model)
     bias = None if head.bias is None else head.bias.detach().clone()

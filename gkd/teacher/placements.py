@@ -87,7 +87,7 @@ class Local(TeacherPlacement):
     """Whole, on every rank."""
 
     def _check_model(self, path: str) -> None:
-        check_covers(path, key=self._model_key)
+        check_covers(path, key=self._model_key, may_be_packed=True)
 
     def build(self, path: str, site: Site) -> Teacher:
         return self._load(path, site, is_sharded=False)
@@ -97,7 +97,9 @@ class Local(TeacherPlacement):
         from gkd.teacher.local import LocalTeacher, whole
         from gkd.teacher.sharded import sharded
 
-        model = load_causal_lm(path, self.teacher.dtype, revision=self._revision, key=self._model_key)
+        model = load_causal_lm(
+            path, self.teacher.dtype, revision=self._revision, key=self._model_key, may_be_packed=True
+        )
         verify_head(model, self._model_key)
         use_short_attention(model)
         return LocalTeacher(

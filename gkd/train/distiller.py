@@ -134,6 +134,7 @@ class Distiller:
             empty_model,
             lora_targets,
             model_shape,
+            quantization_targets,
             read_config,
             resolve_model,
             student_config,
@@ -156,7 +157,7 @@ class Distiller:
         }
         for key, path in paths.items():
             if key not in served:
-                check_covers(path, key=key)
+                check_covers(path, key=key, may_be_packed=key != "student.model")
         if paths.keys() != names.keys():
             return []
         sides = {key: Side.of(path, key=key) for key, path in paths.items()}
@@ -175,6 +176,9 @@ class Distiller:
             )
         if (lora := self.config.student.lora) is not None:
             lora_targets(empty_model(student), lora)  # raises, too
+        if (quantize := self.config.student.quantize) is not None:
+            targets = quantization_targets(empty_model(student), quantize)
+            lines.append(f"student.quantize: {len(targets)} matrices as {quantize.describe()}")
         tokenizer = sides["student.model"].tokenizer
         return [*lines, *self._show_view(train_rows, tokenizer), *self._show_turn(train_rows, tokenizer)]
 

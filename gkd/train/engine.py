@@ -22,7 +22,8 @@ from gkd.config.deepspeed import deepspeed_config, scales_loss
 from gkd.config.training import TrainingSettings
 from gkd.errors import CheckpointError
 from gkd.models.compiled import compile_layers, warm_up
-from gkd.models.lora import LeavingWeight, adapter_weights, whole_weights, without_adapter
+from gkd.models.leaving import LeavingWeight, adapter_weights, weight_scales, whole_weights
+from gkd.models.lora import without_adapter
 from gkd.objectives.objective import Objective
 from gkd.seeding import derive_seed
 from gkd.system_errors import memory_for
@@ -80,7 +81,7 @@ class StudentEngine:
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self._whole = whole_weights(model)
-        self._adapter = adapter_weights(model)
+        self._adapter, self._scales = adapter_weights(model), weight_scales(model)
         # what is frozen is in the student's own folder, and in no checkpoint
         self._is_partly_frozen = not all(parameter.requires_grad for parameter in model.parameters())
         self._memory = training.objective.memory()
@@ -303,6 +304,10 @@ class StudentEngine:
     def adapter_weights(self) -> WeightStream:
         """The adapter's weights by their names in peft's files; none without LoRA."""
         return _EngineWeights(self, self._adapter)
+
+    def weight_scales(self) -> WeightStream:
+        """Of quantized weights, by these' names; none without student.quantize."""
+        return _EngineWeights(self, self._scales)
 
     def stream(self, weights: Mapping[str, LeavingWeight]) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, full tensor), gathered in buckets where sharded. A tensor may be gone once the next is asked for."""

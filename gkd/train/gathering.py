@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from gkd.chunks import gather_bucket_bytes
-from gkd.models.lora import LeavingWeight
+from gkd.models.leaving import LeavingWeight
 
 
 @torch.no_grad()

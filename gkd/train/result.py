@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gkd.config import Config
-from gkd.models import ModelCard, Probe, save_final
+from gkd.models import ModelCard, Probe, Quantization, save_final
 from gkd.monitor import HeldoutSample, RunSummary, loss_curve, time_totals
 from gkd.run_files import RunFiles
 from gkd.train.engine import StudentEngine
@@ -71,11 +73,12 @@ def export(
     Every rank scores and streams, as gathering is collective; the main rank writes and proves.
     """
     probe = Probe(probe_ids, student.token_logprobs(probe_ids, 1), tolerance)
-    weights, adapter = student.whole_weights(), student.adapter_weights()
+    weights, adapter, scales = student.whole_weights(), student.adapter_weights(), student.weight_scales()
     if not is_main:
-        for _ in itertools.chain(weights, adapter):
+        for _ in itertools.chain(scales, weights, adapter):
             pass
         return
+    quantize = config.student.quantize
     save_final(
         folder,
         weights,
@@ -84,6 +87,8 @@ def export(
         model_card(config),
         probe=probe,
         adapter=adapter,
+        quantization=None if quantize is None else Quantization.of(quantize, getattr(torch, config.student.dtype)),
+        scales=scales,
         end_token_ids=end_token_ids,
     )
 

@@ -5,6 +5,8 @@ python gradient_job.py OUT.safetensors MODEL_FOLDER TEACHER_FOLDER '[[split, zer
 
 A split is a micro-batch size, or "60 tokens": packed.
 
+A file quantize.json in MODEL_FOLDER holds what student.quantize is.
+
 Writes, for each objective and split, every parameter's gradient, recovered as (old - new) / lr. The last two arguments
 are another teacher, and the objectives that it teaches.
 """
@@ -22,11 +24,18 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from gkd.config import Launch
+from gkd.config import Launch, QuantizeConfig
 from gkd.config.training import TrainingSettings
 from gkd.data import pack
-from gkd.models import load_causal_lm, model_shape, use_packed_attention
-from gkd.models.lora import LeavingWeight
+from gkd.models import (
+    Quantization,
+    load_causal_lm,
+    model_shape,
+    quantization_targets,
+    quantize_linear,
+    use_packed_attention,
+)
+from gkd.models.leaving import LeavingWeight
 from gkd.teacher.conversations import OfTurns
 from gkd.teacher.local import LocalTeacher
 from gkd.train import distributed
@@ -127,6 +136,9 @@ def run_split(
         }
     )
     student, before = load_causal_lm(model, "float32"), shaken(load_causal_lm(model, "float32"))
+    if (asked := Path(model) / "quantize.json").exists():
+        quantize = QuantizeConfig.model_validate_json(asked.read_text())
+        quantize_linear(student, quantization_targets(student, quantize), Quantization.of(quantize, torch.float32))
     rollouts = with_sampler_logprobs(rollouts_for(name), student)
     if packed:
         use_packed_attention(student, "optim.micro_batch_tokens")
@@ -163,11 +175,11 @@ def run_split(
 
 
 def all_weights(engine: StudentEngine) -> Iterator[tuple[str, torch.Tensor]]:
-    """The student's, and those of projectors, which do not leave the trainer otherwise."""
-    terms = engine._engine.module.state_terms  # pyright: ignore[reportPrivateUsage]
-    own = {} if terms is None else dict(terms.named_parameters())
+    """The student's, as the optimizer has them, and those of projectors, which do not leave the trainer otherwise."""
+    module = engine._engine.module  # pyright: ignore[reportPrivateUsage]
+    own = dict(module.model.named_parameters())
+    own |= {} if module.state_terms is None else dict(module.state_terms.named_parameters())
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in own.items()}
-    yield from engine.whole_weights()
     yield from engine.stream({name: LeavingWeight(shapes[name], (p,), lambda whole: whole) for name, p in own.items()})
 
 

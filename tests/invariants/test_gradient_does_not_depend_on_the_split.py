@@ -8,6 +8,7 @@ The reference is autograd over full logits in float64, written in `objectives_re
 from __future__ import annotations
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ import torch
 from gradient_job import OBSERVED
 from launching import check, run_python, torchrun
 from objectives_reference import OBJECTIVES, OF_A_WIDE_TEACHER, reference
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny_model
+
+from gkd.config import QuantizeConfig
+from gkd.models import Quantization
 
 JOB = Path(__file__).parent / "gradient_job.py"
 TOLERANCE = 1e-5  # relative Frobenius error of each parameter's gradient, float32
@@ -80,6 +84,25 @@ def test_two_ranks_at_every_zero_stage(
     k3 = [value.item() for name, value in load_file(out).items() if name.endswith("mismatch/k3") and "hinton" in name]
     assert k3 == pytest.approx([k3[0]] * len(k3), rel=1e-5)
     assert 0.02 < k3[0] < 0.08  # noise of 0.3: about 0.3^2 / 2
+
+
+@pytest.mark.slow
+def test_a_quantized_student(tmp_path: Path, tiny_student: Path, tiny_teacher: Path) -> None:
+    """Its gradient is that of a student whose weights are the rounded ones, straight through to the full ones."""
+    quantize = QuantizeConfig.model_validate({"scheme": "int4", "group_size": 32})
+    asked, rounded = tmp_path / "asked", tmp_path / "rounded"
+    for folder in (asked, rounded):
+        shutil.copytree(tiny_student, folder)
+    (asked / "quantize.json").write_text(quantize.model_dump_json())
+    weights, own = load_file(rounded / "model.safetensors"), Quantization.of(quantize, torch.float32)
+    changed = {n: own.rounded(tensor) for n, tensor in weights.items() if n.endswith("_proj.weight")}
+    save_file(weights | changed, rounded / "model.safetensors", metadata={"format": "pt"})
+    splits = [[4, 0], ["50 tokens", 1], [2, 2], [2, 3]]
+    out = tmp_path / "out.safetensors"
+    check(torchrun(2, [JOB, out, asked, tiny_teacher, json.dumps(splits), json.dumps(SOME)]))
+    assert_all_match(out, splits, SOME, rounded, tiny_teacher)
+    plain = truth(tiny_student, tiny_teacher, "hinton")[0]
+    assert truth(rounded, tiny_teacher, "hinton")[0] != pytest.approx(plain, rel=1e-3), "or rounding changes nothing"
 
 
 @pytest.mark.slow

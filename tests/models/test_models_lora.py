@@ -26,8 +26,8 @@ from gkd.models import (
     use_float32_adapters,
     whole_weights,
 )
+from gkd.models.leaving import LeavingWeight
 from gkd.models.load import empty_model
-from gkd.models.lora import LeavingWeight
 from gkd.planning.models import read_architecture
 
 IDS = torch.arange(3, 40)[None]

@@ -23,7 +23,7 @@ from gkd.config import Launch
 from gkd.config.training import TrainingSettings
 from gkd.data import pack
 from gkd.models import load_causal_lm
-from gkd.models.lora import LeavingWeight
+from gkd.models.leaving import LeavingWeight
 from gkd.teacher.local import LocalTeacher
 from gkd.train import distributed, gathering
 from gkd.train.engine import StudentEngine

@@ -15,7 +15,7 @@ from gkd.config.objective import ObjectiveConfig
 from gkd.config.training import TrainingSettings
 from gkd.data import pack
 from gkd.models import load_causal_lm, model_shape
-from gkd.models.lora import LeavingWeight
+from gkd.models.leaving import LeavingWeight
 from gkd.objectives.objective import divergence_objective
 from gkd.teacher.local import LocalTeacher
 from gkd.train import distributed

@@ -18,6 +18,7 @@ from gkd.models import (
     lora_targets,
     model_shape,
     pad_token_id,
+    quantization_targets,
     read_config,
     resolve_model,
     student_config,
@@ -62,23 +63,29 @@ class Models:
         return self.decode(token_ids, skip_special_tokens=True).strip()
 
 
-def locate_models(config: Config, folder: RunFiles, launch: Launch, placements: Placements) -> Models:
+def locate_models(
+    config: Config, folder: RunFiles, launch: Launch, placements: Placements, *, is_trained: bool = True
+) -> Models:
     """Resolves the models, and checks that the student, also one that is yet to be cut from layers, fits each teacher.
 
-    The main rank does what writes to the cache; the others wait. Raises ModelError or ConfigError.
+    The main rank does what writes to the cache; the others wait. `is_trained` False: the student is only read, and may
+    be packed. Raises ModelError or ConfigError.
     """
     teacher_paths = {
         name: from_main(placement.locate() if launch.is_main else None)
         for name, placement in placements.teachers.items()
         if not config.teachers[name].is_student
     }
-    source = from_main(_student_source(config, teacher_paths.get(MAIN_TEACHER, "")) if launch.is_main else None)
+    of_teacher = teacher_paths.get(MAIN_TEACHER, "")
+    source = from_main(_student_source(config, of_teacher, may_be_packed=not is_trained) if launch.is_main else None)
     revision, init = source_revision(config), config.student.init
     student = student_config(source, init, revision=revision)
     if launch.is_main:
         placements.sampler.check_student(student)
     if config.student.lora is not None:
         lora_targets(empty_model(student), config.student.lora)  # raises for what cannot be adapted
+    if config.student.quantize is not None:
+        quantization_targets(empty_model(student), config.student.quantize)  # raises for what does not fit
     sides = {"student.model": Side.of(source, revision=revision)}
     tokenizer = sides["student.model"].tokenizer
     _check_context("student.model", student, config.longest_sequence, "data.max_prompt_tokens")
@@ -142,13 +149,13 @@ def _check_teacher(
     return check_tokenizer_pair(student_tokenizer, teacher_tokenizer, student_rows, _vocabulary_rows(teacher_config))
 
 
-def _student_source(config: Config, teacher_path: str) -> str:
+def _student_source(config: Config, teacher_path: str, *, may_be_packed: bool) -> str:
     if config.student.model is None:
         path, key = teacher_path, "teacher.model"
     else:
         key = "student.model"
         path = resolve_model(config.student.model, revision=config.student.revision, key=key)
-    check_covers(path, key=key)
+    check_covers(path, key=key, may_be_packed=may_be_packed)
     return path
 
 

@@ -12,8 +12,11 @@ from gkd.config.deepspeed import deepspeed_config
 from gkd.config.training import TrainingSettings
 from gkd.errors import RunFolderError
 from gkd.models import (
+    Quantization,
     inject_lora,
     load_causal_lm,
+    quantization_targets,
+    quantize_linear,
     use_float32_adapters,
     use_packed_attention,
     use_short_attention,
@@ -39,6 +42,9 @@ def build_student(config: Config, models: Models, launch: Launch, phase: Phase, 
     if lora is not None:
         inject_lora(model, lora, seed=derive_seed(config.run.seed, "lora"))
         use_float32_adapters(model)
+    if (quantize := config.student.quantize) is not None:
+        targets = quantization_targets(model, quantize)
+        quantize_linear(model, targets, Quantization.of(quantize, getattr(torch, config.student.dtype)))
     model.train()
     return StudentEngine(
         model,
