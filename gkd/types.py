@@ -5,6 +5,7 @@ Legend: B rows of a micro-batch, T positions, N scored tokens, M tokens of all s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
@@ -16,6 +17,7 @@ FinishReason = Literal["stop", "length"]
 ConversationEnd = Literal["done", "stopped", "turns", "tokens", "timeout"]
 LayerOutput = Literal["hidden", "query", "key", "value"]  # the last three: of a projection, before norms and rotary
 WhichTokens = Literal["scored", "all"]  # of a sequence; all: of the prompt, and the scored ones
+_NAME_IN_JSON = re.compile(r'"([A-Za-z0-9][\w.-]{0,63})"', re.ASCII)
 Decode = Callable[[Sequence[int]], str]  # token ids to text that people read, special tokens kept
 
 
@@ -32,7 +34,13 @@ class Prompt:
     teacher: str = "main"  # which of several teaches it: gkd.config.MAIN_TEACHER, or a name of other_teachers
     teacher_ids: tuple[int, ...] | None = None  # its view: read in the place of `token_ids`; None: it reads these
     messages: tuple[tuple[str, str], ...] | None = None  # (role, content) of a conversation; None: raw text
-    task: str | None = None  # JSON, of what an environment or a verifier has to know
+    task: str | None = None  # JSON, of what an environment or a verifier has to know, or of a name
+
+    @property
+    def task_name(self) -> str | None:
+        """Of a task that is a name: what the metrics of its rows can be told apart by."""
+        found = None if self.task is None else _NAME_IN_JSON.fullmatch(self.task)
+        return None if found is None else found[1]
 
     @property
     def read_by_teacher(self) -> tuple[int, ...]:
@@ -321,6 +329,7 @@ class TokenBatch:
     teacher_share: torch.Tensor | None = None  # [N] float32: of each token's rollout; None: 0
     reference: HiddenScores | None = None  # of N tokens, by the initial student, where a term compares with it
     every_token: TokenView | None = None  # of prompts and scored tokens, where there are such; it weighs what those do
+    tasks: tuple[str | None, ...] = ()  # of each sequence its prompt's `task_name`
 
     @property
     def scored_tokens(self) -> int:

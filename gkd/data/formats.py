@@ -8,6 +8,7 @@
     {..., "teacher_prompt": "text" | [message]}       the same, as raw text or as a conversation
     {..., "weight": 0.5}                              beside any of them: what the row weighs in the loss; 1 without
     {..., "task": {"answer": 84}}                     beside any of them: what an environment has to know of it
+    {..., "task": "rationale"}                        without an environment: a name that splits the metrics
 
 A message is {"role": ..., "content": "text"}. The first wrong row ends the reading, with its file and line.
 

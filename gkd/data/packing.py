@@ -153,6 +153,7 @@ def _micro_batch(
         sequence_lengths=laid_out.sequence_lengths,
         teacher_share=torch.tensor(teacher_share, dtype=torch.float32) if any(teacher_share) else None,  # [N]
         every_token=_every_token(rollouts, laid_out.starts, reduction),
+        tasks=tuple(rollout.draw.prompt.task_name for rollout in rollouts),
     )
 
 

@@ -19,6 +19,9 @@ METRICS: dict[str, str] = {  # name -> "unit: meaning"
     "objective/transfer_efficiency": "nats per million tokens: fall of the held-out divergence a million scored "
     "tokens, over the last window of evaluations; with that rule only",
     "objective/temperature": "factor: divides both sides' logits in the step's divergences",
+    "task/*/loss": "nats: terms x weights, as in `loss`, of the rows whose `task` has that name; mean over their "
+    "tokens, without weights of rows and tokens",
+    "task/*/tokens": "tokens: scored in these rows in the step, over all ranks",
     "divergence/forward_kl": "nats: KL(teacher || student), mean over the step's tokens that a term compares with it",
     "divergence/reverse_kl": "nats: KL(student || teacher), mean over the same tokens",
     "divergence/topk_forward_kl": "nats: KL(teacher || student) of K + 1 outcomes, the tokens of a teacher's top k and "

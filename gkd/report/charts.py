@@ -14,7 +14,7 @@ COLOURS = 8  # c0 to c7 in report.css; more lines than that take them in turn
 MAX_POINTS = 20_000  # of a line in the file: beyond, the least and the greatest of every few steps stand for them
 
 _SECTIONS: dict[str, tuple[str, ...]] = {  # heading -> what its metrics' names begin with
-    "Loss and divergence": ("loss", "objective", "divergence"),
+    "Loss and divergence": ("loss", "objective", "task", "divergence"),
     "Entropy and agreement": ("entropy", "agreement"),
     "Optimizer": ("lr", "grad_norm"),
     "Throughput": ("tokens",),
@@ -25,6 +25,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {  # heading -> what its metrics' names 
 _CHART_TITLES = {
     "loss": "Loss",
     "objective": "Terms of the objective",
+    "task": "Rows of each task",
     "divergence": "Divergence from the teacher",
     "heldout": "Held-out divergence from the teacher",
     "entropy": "Entropy of the next token",

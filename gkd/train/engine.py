@@ -65,13 +65,15 @@ class StudentEngine:
         sampler_applies_adapter: bool = False,
         mismatch: MismatchGuard | None = None,
         reference: Reference | None = None,
+        tasks: Sequence[str] = (),
         phase: Phase = lambda name: nullcontext(),
         watch: Watch = lambda metrics: None,
     ) -> None:
-        """`reference` is the student as it was, for terms that compare with it; None: below the adapter of this one."""
+        """`reference` is the student as it was, for terms that compare with it; None: below the adapter of this one.
+        `tasks`: what rows' tasks are called, where metrics are split by them."""
         import deepspeed
 
-        self._objective = training.objective
+        self._objective, self._tasks = training.objective, tasks
         self._reference = reference or self._below_adapter
         self._sampler_applies_adapter = sampler_applies_adapter
         self._device = compute_device(launch)
@@ -132,7 +134,7 @@ class StudentEngine:
         denominator, scored_tokens = sum_over_ranks(counts.double().to(self._device)).tolist()
         self._engine.train()
         lr = self._engine.get_lr()[0]  # the engine's step moves on to that of the next one
-        sums = StepSums(objective, self._device)
+        sums = StepSums(objective, self._device, self._tasks)
         gradients: Sequence[torch.Tensor | None] = [None] * len(micro_batches)
         if objective.batch_terms:
             with self._phase("forward_backward"):

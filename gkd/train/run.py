@@ -127,7 +127,8 @@ class Run:
         return parts.build_sampler(self.config, self.models, self.prompts, self.launch, self.placements.sampler)
 
     def build_student(self) -> StudentEngine:
-        return parts.build_student(self.config, self.models, self.launch, self.monitor.phase, self.watch.observe)
+        phase, watch = self.monitor.phase, self.watch.observe
+        return parts.build_student(self.config, self.models, self.prompts, self.launch, phase, watch)
 
     def build_teacher(self) -> Teacher:
         config, models, launch = self.config, self.models, self.launch

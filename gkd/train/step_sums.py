@@ -36,11 +36,16 @@ _NAMES = tuple(dict.fromkeys([*KL_MEASURES, *TOPK_MEASURES]))
 class StepSums:
     """No synchronisation until `metrics`."""
 
-    def __init__(self, objective: Objective, device: torch.device) -> None:
+    def __init__(self, objective: Objective, device: torch.device, tasks: Sequence[str] = ()) -> None:
+        """`tasks`: names of those that the loss is told apart by, the same on all ranks."""
+
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self._terms = [term.name for term in objective.terms]
+        self._term_weights = [term.weight for term in objective.terms]
+        self._tasks = list(tasks)
+        self._of_tasks = zeros(2, len(self._tasks))  # sums, and of how many tokens
         self.loss = zeros(1)
         self._measures = zeros(2, len(_NAMES))  # sums, and of how many tokens
         self._first = zeros(2, len(_FIRST))  # likewise, of the first tokens of completions
@@ -65,10 +70,25 @@ class StepSums:
                 self._first[1, _FIRST.index(name)] += is_measured[first].sum()
         self._values[0] += sums.values.double().sum(1)
         self._values[1] += sums.acts.sum(1)
+        if self._tasks:
+            self._add_tasks(sums.values, batch)
         if sums.state_values is not None:
             self._state_values += sums.state_values
         self._mismatch += sums.mismatch
         self._largest_log_ratio = torch.maximum(self._largest_log_ratio, sums.largest_log_ratio)
+
+    def _add_tasks(self, values: torch.Tensor, batch: TokenBatch) -> None:
+        """`values` [K, N]: each token's part of the loss, but for weights of rows and tokens, is its task's."""
+        weights = torch.tensor(self._term_weights, dtype=torch.float64, device=values.device)
+        losses = weights @ values.double()  # [N]
+        places = [self._tasks.index(name) if name in self._tasks else -1 for name in batch.tasks]
+        task = torch.tensor(places, dtype=torch.int64, device=values.device)[
+            batch.sequence_index.to(values.device)
+        ]  # [N]
+        for place in range(len(self._tasks)):
+            own = task == place
+            self._of_tasks[0, place] += losses[own].sum()
+            self._of_tasks[1, place] += own.sum()
 
     def add_batch(self, found: BatchGradients, share: float) -> None:
         """`share` is what this rank counts of the loss of the batch, which all ranks know."""
@@ -77,9 +97,11 @@ class StepSums:
 
     def metrics(self, denominator: float) -> dict[str, float]:
         """Of the global batch: collective."""
-        parts = [self.loss, self._measures, self._first, self._values, self._state_values, self._mismatch]
+        parts = [
+            self.loss, self._measures, self._first, self._values, self._state_values, self._mismatch, self._of_tasks
+        ]  # fmt: skip
         joined = sum_over_ranks(torch.cat([part.flatten() for part in parts])).cpu()
-        loss, measures, first, values, state_values, mismatch_sums = (
+        loss, measures, first, values, state_values, mismatch_sums, of_tasks = (
             part.reshape(like.shape).tolist()
             for part, like in zip(joined.split([part.numel() for part in parts]), parts, strict=True)
         )
@@ -94,6 +116,8 @@ class StepSums:
             **_means([f"objective/{name}/loss" for name in self._state_terms], *state_values),
             **{f"objective/{name}/loss": value for name, value in self._batch_values.items()},
             **{f"mismatch/{name}": value for name, value in mismatch.items()},
+            **_means([f"task/{name}/loss" for name in self._tasks], *of_tasks),
+            **{f"task/{name}/tokens": tokens for name, tokens in zip(self._tasks, of_tasks[1], strict=True)},
         }
 
 

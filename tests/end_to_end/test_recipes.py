@@ -97,7 +97,8 @@ def test_fine_tune_cot(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -
         assert rationale.startswith("First, ") and answer == gold[row["prompt"][0]["content"]]
     several = [question for question in gold if sum(row["prompt"][0]["content"] == question for row in rows) > 1]
     assert several, "several ways to one answer"
-    trained("fine_tune_cot", tmp_path / "rows.jsonl", tmp_path, tiny_teacher, tiny_student)
+    steps = trained("fine_tune_cot", tmp_path / "rows.jsonl", tmp_path, tiny_teacher, tiny_student)
+    assert steps[0]["task/rationale/loss"] == pytest.approx(steps[0]["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)

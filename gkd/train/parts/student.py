@@ -10,6 +10,7 @@ import torch
 from gkd.config import Config, Launch
 from gkd.config.deepspeed import deepspeed_config
 from gkd.config.training import TrainingSettings
+from gkd.data.tasks import named_tasks
 from gkd.errors import RunFolderError
 from gkd.models import (
     Quantization,
@@ -28,11 +29,14 @@ from gkd.train.checkpoint import Checkpointer, HasState, States, find_resume_ste
 from gkd.train.distributed import compute_device, from_main
 from gkd.train.engine import Phase, StudentEngine, Watch
 from gkd.train.guards import MismatchGuard
+from gkd.train.parts.data import Prompts
 from gkd.train.parts.models import Models, student_revision
 from gkd.train.reference import InitialStudent
 
 
-def build_student(config: Config, models: Models, launch: Launch, phase: Phase, watch: Watch) -> StudentEngine:
+def build_student(
+    config: Config, models: Models, prompts: Prompts, launch: Launch, phase: Phase, watch: Watch
+) -> StudentEngine:
     """Float32 master weights of what is trained; compute is in student.dtype, and so are frozen weights."""
     lora = config.student.lora
     dtype = "float32" if lora is None else config.student.dtype
@@ -55,6 +59,7 @@ def build_student(config: Config, models: Models, launch: Launch, phase: Phase, 
         sampler_applies_adapter=config.sampler_lora(device.type) is not None,
         reference=_reference(config, models, device),
         mismatch=MismatchGuard(config.rollout.max_mismatch, _less_mismatch(config)),
+        tasks=named_tasks(prompts.train.prompts, config.environment),
         phase=phase,
         watch=watch,
     )
