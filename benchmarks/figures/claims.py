@@ -30,6 +30,7 @@ RELIABILITY = ("docs/reliability.md",)
 SERVING, RECIPES = ("docs/serving.md",), ("docs/recipes.md",)
 QUICKSTART, VERSUS_TRL, PACKING = "quickstart.json", "versus_trl_cpu.json", "packing_cpu.json"
 DIVERGENCE, LINEAR, SCORING = "divergence_cpu.csv", "linear_divergence_cpu.csv", "teacher_scoring_cpu.json"
+AUTHOR, AUTHOR_PAGE = "author_cpu.json", ("docs/author.md",)
 OVERLAP, CUT = "overlap_cpu.json", "cut_cpu.json"
 NO_BOUND = float("inf")
 
@@ -321,6 +322,28 @@ OVERLAP_CLAIMS = [
     )
 ]
 
+STILL_BESIDE_HTTPX = Again("author", 0.3, NO_BOUND, "other work on the machine", floor=0.7)
+AUTHOR_CLAIMS = [
+    Claim(f"gkd author: {key}", says, of(AUTHOR, "medians", key), again, AUTHOR_PAGE)
+    for key, says, again in (
+        (
+            "rows_per_processor_s",
+            r"([\d,]+) rows a processor second",
+            Again("author", 0.3, NO_BOUND, "another machine, fewer rows", floor=500.0),
+        ),
+        ("resident_mib_after_1000_rows", r"([\d.]+) MiB after 1,000 rows", None),
+        (
+            "largest_change_after_percent",
+            r"changes by ([\d.]+) %",
+            Again("author", 0.0, 3.0, "fewer rows; 5 % are the limit"),
+        ),
+        ("rows_per_s", r"made (\d+) rows a second", None),
+        ("httpx_requests_per_s", r"httpx alone (\d+) requests", None),
+        ("share_of_httpx", r"median of ([\d.]+) rows a request", STILL_BESIDE_HTTPX),
+        ("share_of_httpx_by_processor_time", r"and of ([\d.]+) by processor time", STILL_BESIDE_HTTPX),
+    )
+]
+
 CLAIMS = [
     *QUICKSTART_CLAIMS,
     *QUICKSTART_TIMES,
@@ -330,6 +353,7 @@ CLAIMS = [
     *WHOLE_RUN_CLAIMS,
     *SERVING_CLAIMS,
     *OVERLAP_CLAIMS,
+    *AUTHOR_CLAIMS,
     *TABLE_CLAIMS,
 ]
 

@@ -112,6 +112,7 @@ def runs(results: Path, work: Path) -> list[Run]:
         small("gkd_table", "gkd_table_smoke.json", 300, "gkd bench table --size smoke --folder", work / "gkd_table"),
         small("gkd_additions", "gkd_additions_smoke.json", 240,
               "gkd bench table --part additions --size smoke --folder", work / "gkd_table"),
+        small("author", "author_cpu.json", 120, "benchmarks.runs.author --rows 2000"),
         small("scaling", "scaling_cpu.json", 300, "benchmarks.runs.scaling --quick --steps 3"),
         # a full-sized step: in a small one the sync is most of it
         small("overlap", "overlap_cpu.json", 480,

@@ -212,8 +212,9 @@ def test_sample_takes_the_best_or_draws(bench: Bench) -> None:
 
 def test_examples_are_of_other_rows(bench: Bench) -> None:
     data = bench.data(*ROWS)
+    worked = bench.data(*[{**row, "rationale": "because"} for row in ROWS], name="worked.jsonl")
     recipe = bench.recipe(
-        {"sample": {"examples": {"count": 2, "file": str(data)}}},
+        {"sample": {"examples": {"count": 2, "file": str(worked)}}},
         {"ask": {"prompt": "{% for e in examples %}{{ e.question }} -> {{ e.answer }}\n{% endfor %}{{ question }}"}},
         {"write": {"prompt": "{{ question }}"}},
     )

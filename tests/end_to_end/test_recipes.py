@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from author_runs import Server, dropped, question_of
@@ -26,13 +27,17 @@ def problems(count: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in PROBLEMS.read_text().splitlines()[:count]]
 
 
+def gold() -> dict[str, str]:
+    return {row["question"]: row["answer"] for row in problems(6)}
+
+
 def solver(rows: list[dict[str, Any]]) -> Callable[[dict[str, Any]], str]:
     """A teacher that finds the right answer two times out of three, and says so in words that its seed decides."""
-    gold = {row["question"]: row["answer"] for row in rows}
+    right = {row["question"]: row["answer"] for row in rows}
 
     def reply(body: dict[str, Any]) -> str:
         question = question_of(body)
-        answer = next(gold[asked] for asked in gold if asked in question)
+        answer = next(right[asked] for asked in right if asked in question)
         words = " ".join(f"thought {(body['seed'] >> place) % 97}" for place in range(6))
         return f"First, {words}.\nAnswer: {answer if body['seed'] % 3 else 'nothing'}"
 
@@ -52,22 +57,28 @@ def author(name: str, data: Path, out: Path, *overrides: str, server: Server | N
     return run
 
 
-def asked_of_a_server(name: str, tmp_path: Path) -> tuple[AuthorRun, list[dict[str, Any]]]:
+def asked_of_a_server(
+    name: str, tmp_path: Path, reply: Callable[[dict[str, Any]], Any] | None = None
+) -> tuple[AuthorRun, list[dict[str, Any]]]:
+    """The run, and the rows of six problems."""
     rows, data, out = problems(6), tmp_path / "problems.jsonl", tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     server = ["models.teacher={address: http://127.0.0.1:9, model: stub}"]
-    run = author(name, data, out, *server, server=Server(solver(rows)))
+    run = author(name, data, out, *server, server=Server(reply or solver(rows)))
     return run, [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def trained(name: str, data: Path, tmp_path: Path, teacher: Path, student: Path) -> list[dict[str, float]]:
+def trained(
+    name: str, data: Path, tmp_path: Path, teacher: Path, student: Path, batch_size: int = 4
+) -> list[dict[str, float]]:
     config = load_config(
         RECIPES / f"{name}.train.yaml",
         [
             f"run.dir={tmp_path / 'run'}", f"run.steps={STEPS}", f"teacher={{model: {teacher}, dtype: float32}}",
             f"student={{model: {student}, dtype: float32}}", f"data.train={data}", f"data.heldout={data}",
             "data.max_prompt_tokens=400", "rollout.max_new_tokens=112", "rollout.engine=transformers",
-            "optim.warmup_steps=0", "optim.batch_size=4", "optim.micro_batch_size=2", "eval={prompts: 2, samples: 1}",
+            "optim.warmup_steps=0", f"optim.batch_size={batch_size}", "optim.micro_batch_size=2",
+            "eval={prompts: 2, samples: 1}",
         ],
     )  # fmt: skip
     steps, _ = ran(Bare, config)
@@ -90,15 +101,92 @@ def test_seqkd(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> None:
 
 def test_fine_tune_cot(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> None:
     run, rows = asked_of_a_server("fine_tune_cot", tmp_path)
-    gold = {row["question"]: row["answer"] for row in problems(6)}
+    right = gold()
     assert len(rows) > 12 and run.made.tally.given[0] == 6 and dropped(run)["wrong answer"] > 0
     for row in rows:
         rationale, _, answer = row["completion"][0]["content"].partition("\nAnswer: ")
-        assert rationale.startswith("First, ") and answer == gold[row["prompt"][0]["content"]]
-    several = [question for question in gold if sum(row["prompt"][0]["content"] == question for row in rows) > 1]
+        assert rationale.startswith("First, ") and answer == right[row["prompt"][0]["content"]]
+    several = [question for question in right if sum(row["prompt"][0]["content"] == question for row in rows) > 1]
     assert several, "several ways to one answer"
     steps = trained("fine_tune_cot", tmp_path / "rows.jsonl", tmp_path, tiny_teacher, tiny_student)
     assert steps[0]["task/rationale/loss"] == pytest.approx(steps[0]["loss"], rel=1e-5)
+
+
+def by_task(rows: list[dict[str, Any]]) -> dict[str, list[tuple[str, str]]]:
+    """task -> (prompt, completion) of its rows."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for row in rows:
+        pair = row["prompt"][0]["content"], row["completion"][0]["content"]
+        found.setdefault(row["task"], []).append(pair)
+    return found
+
+
+def test_step_by_step(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> None:
+    asked: list[str] = []
+    solve = solver(problems(6))
+    _, rows = asked_of_a_server("step_by_step", tmp_path, lambda body: asked.append(question_of(body)) or solve(body))
+    assert all(question.count("Reasoning: ") == 3 and question.count("Question: ") == 4 for question in asked)
+    assert (
+        len(set(asked)) == 6 and len({question.partition("Question:")[2].partition("\n")[0] for question in asked}) > 1
+    )
+    tasks = by_task(rows)
+    assert [len(pairs) for pairs in tasks.values()] == [6, 6] and list(tasks) == ["label", "rationale"]
+    for (label, said), (why, because) in zip(tasks["label"], tasks["rationale"], strict=True):
+        assert label.removeprefix("[label] ") == why.removeprefix("[rationale] ") and said in {
+            *gold().values(),
+            "nothing",
+        }
+        assert because.startswith("First, ") and "Answer" not in because
+    assert {row["task"]: row.get("weight") for row in rows} == {"label": None, "rationale": 0.5}
+    steps = trained("step_by_step", tmp_path / "rows.jsonl", tmp_path, tiny_teacher, tiny_student)
+    tokens = [sum(step.get(f"task/{name}/tokens", 0.0) for step in steps) for name in tasks]
+    assert all(tokens) and sum(tokens) == sum(step["tokens/scored"] for step in steps)
+
+
+def test_mt_cot(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> None:
+    run, rows = asked_of_a_server("mt_cot", tmp_path)
+    tasks, right = by_task(rows), gold()
+    assert [said for _, said in tasks["label"]] == [row["answer"] for row in problems(6)]
+    assert 4 <= len(tasks["chain_of_thought"]) <= 6 and dropped(run)["comes to another answer"] > 0
+    for prompt, said in tasks["chain_of_thought"]:
+        assert said.startswith("First, ") and said.endswith(
+            f"So the answer is {right[prompt.partition(' Explain, and')[0]]}."
+        )
+    trained("mt_cot", tmp_path / "rows.jsonl", tmp_path, tiny_teacher, tiny_student)
+
+
+def test_specialize(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> None:
+    _, rows = asked_of_a_server("specialize", tmp_path)
+    tasks = by_task(rows)
+    assert list(tasks) == ["examples_rationale", "examples_answer", "alone_rationale", "alone_answer"]
+    assert len({len(pairs) for pairs in tasks.values()}) == 1 and len(rows) > 24
+    for name, pairs in tasks.items():
+        for prompt, said in pairs:
+            assert prompt.count("Question: ") == (3 if name.startswith("examples") else 1)
+            assert said.startswith("First, ") == name.endswith("rationale") and "Answer: " in said
+    short = tmp_path / "short.jsonl"  # the tiny models read 512 bytes
+    short.write_text("".join(json.dumps(row) + "\n" for row in rows if row["task"].startswith("alone")))
+    trained("specialize", short, tmp_path, tiny_teacher, tiny_student)
+
+
+def test_best_of_n(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> None:
+    right, said = gold(), dict[str, list[tuple[float, str]]]()
+
+    def reply(body: dict[str, Any]) -> httpx.Response:
+        question = question_of(body).partition("\nEnd with")[0]
+        logprob, is_right = -(body["seed"] % 1000) / 1000, body["seed"] % 3 > 0
+        text = f"Way {body['seed']}: <answer>{right[question] if is_right else '-1'}</answer>"
+        if is_right:
+            said.setdefault(question, []).append((logprob, text))
+        choice = {"message": {"content": text}, "logprobs": {"content": [{"logprob": logprob}]}}
+        return httpx.Response(200, json={"choices": [choice]})
+
+    _, rows = asked_of_a_server("best_of_n", tmp_path, reply)
+    assert len(said) >= 5 and max(map(len, said.values())) > 2
+    assert {row["prompt"][0]["content"]: row["completion"][0]["content"] for row in rows} == {
+        question: max(texts)[1] for question, texts in said.items()
+    }
+    trained("best_of_n", tmp_path / "rows.jsonl", tmp_path, tiny_teacher, tiny_student, batch_size=2)
 
 
 @pytest.mark.parametrize("name", NAMES)

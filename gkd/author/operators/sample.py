@@ -73,7 +73,7 @@ class Sample(Operator):
         for number in count():
             place = derive_seed(self._seed, "examples", self.index, row.index, number) % len(self._examples)
             example = self._examples[place]
-            if place not in drawn and any(row.records and row.records[0].get(key) != example[key] for key in example):
+            if place not in drawn and not any(_is_same(record, example) for record in row.records[:1]):
                 drawn[place] = example
             if len(drawn) == form.count or number > 64 * form.count:
                 return list(drawn.values())
@@ -85,3 +85,9 @@ def _read_examples(form: ExamplesForm, where: str) -> list[dict[str, Any]]:
     if len(examples) <= form.count:
         raise ConfigError(f"{where}.count: {form.file} has {len(examples)} rows, and {form.count} of others are drawn")
     return examples
+
+
+def _is_same(record: Record, example: Record) -> bool:
+    """Whether they agree in all columns that both have."""
+    shared = record.keys() & example.keys()
+    return bool(shared) and all(record[name] == example[name] for name in shared)
