@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:  # torch takes a second to import; these types must not
     import torch
@@ -109,6 +109,13 @@ class Conversation:
     end: ConversationEnd
 
 
+class RewardGroup(NamedTuple):
+    """Of the rewards of a prompt's samples in a step."""
+
+    mean: float
+    deviation: float
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """A completion that a step trains on: where it came from and, if sampled here, by which weights."""
@@ -120,7 +127,8 @@ class Rollout:
     weights_version: int | None = None  # student samples only
     teacher_share: float = 0.0  # the teacher's in the distribution that each token was drawn from, beside the student's
     conversation: Conversation | None = None  # with an environment; None: all of the completion is scored
-    reward: float | None = None  # of an environment or a verifier; None: nobody judged it
+    reward: float | None = None  # of an environment; None: nobody judged it
+    reward_group: RewardGroup | None = None  # of the student's samples in the step, where a term goes by it
 
     @property
     def sample_id(self) -> str:
@@ -328,12 +336,18 @@ class TokenBatch:
     sequence_lengths: tuple[int, ...] | None = None  # packed: tokens of each sequence in the row; None: padded rows
     teacher_share: torch.Tensor | None = None  # [N] float32: of each token's rollout; None: 0
     reference: HiddenScores | None = None  # of N tokens, by the initial student, where a term compares with it
+    rewards: torch.Tensor | None = None  # [S, 3] float64: of each sequence, and its group's mean and deviation; or NaN
     every_token: TokenView | None = None  # of prompts and scored tokens, where there are such; it weighs what those do
     tasks: tuple[str | None, ...] = ()  # of each sequence its prompt's `task_name`
 
     @property
     def scored_tokens(self) -> int:
         return self.labels.numel()
+
+    @property
+    def sequence_rewards(self) -> list[float] | None:
+        """Of each sequence, NaN of one that nobody judged; None: nobody judged any."""
+        return None if self.rewards is None else self.rewards[:, 0].tolist()
 
     def view(self, tokens: WhichTokens) -> TokenView:
         """Where states of such tokens are found."""

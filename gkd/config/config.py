@@ -76,6 +76,7 @@ class Config(Section):
         self.objective.check_sources(self.mixture.shares)
         if any(teacher.placement == "topk" for teacher in self.teachers.values()):
             self.objective.check_topk()
+        self.objective.check_rewards(self.environment is not None, rollout.samples_per_prompt)
         self.objective.check_states(self._without_states())
         self.objective.check_batch(bool(self.other_teachers))
         self._check_routes()

@@ -118,8 +118,27 @@ class ObjectiveConfig(Section):
         of_both = any(term.needs_sequences for term in self.terms)
         of_teacher = of_both or any(weight.needs_teacher_logprobs for weight in weights)
         has_rows = not all(isinstance(term, (StatesTerm, BatchTerm)) for term in self.terms)
-        student_products = has_rows + (of_both or bool(weights)) + self.needs_reference
+        of_student = of_both or bool(weights) or any(term.needs_own_sequences for term in self.terms)
+        student_products = has_rows + of_student + self.needs_reference
         return student_products, (has_rows and self.needs_teacher) + of_teacher
+
+    @property
+    def needs_groups(self) -> bool:
+        """Whether a term goes by what a prompt's samples earned together."""
+        return any(term.needs_groups for term in self.terms)
+
+    def check_rewards(self, has_judge: bool, samples_per_prompt: int) -> None:
+        """Raises ValueError for a term that goes by rewards where nobody gives any, or none to compare with."""
+        for index, term in enumerate(self.terms):
+            key = f"objective.terms.{index}"
+            if (term.goes_by_reward or term.needs_groups) and not has_judge:
+                by = ".advantage: reward" if term.needs_groups else f": {term.label}"
+                raise ValueError(f"{key}{by} goes by rewards, which nobody gives; set environment, which judges texts")
+            if term.needs_groups and samples_per_prompt < 2:
+                raise ValueError(
+                    f"{key}.advantage: reward compares a prompt's samples with one another, and there is one; set "
+                    "rollout.samples_per_prompt to 2 or more"
+                )
 
     @property
     def extra_forwards(self) -> int:

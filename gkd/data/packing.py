@@ -152,9 +152,22 @@ def _micro_batch(
         completion_lengths=tuple(len(rollout.scored_places) for rollout in rollouts),
         sequence_lengths=laid_out.sequence_lengths,
         teacher_share=torch.tensor(teacher_share, dtype=torch.float32) if any(teacher_share) else None,  # [N]
+        rewards=_rewards(rollouts),
         every_token=_every_token(rollouts, laid_out.starts, reduction),
         tasks=tuple(rollout.draw.prompt.task_name for rollout in rollouts),
     )
+
+
+def _rewards(rollouts: Sequence[Rollout]) -> torch.Tensor | None:
+    """[S, 3], if any was judged."""
+    if all(rollout.reward is None for rollout in rollouts):
+        return None
+    unknown = (math.nan, math.nan)
+    rows = [
+        (math.nan if rollout.reward is None else rollout.reward, *(rollout.reward_group or unknown))
+        for rollout in rollouts
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def _every_token(rollouts: Sequence[Rollout], starts: Sequence[int], reduction: str) -> TokenView:

@@ -9,6 +9,7 @@ from gkd.registry import Registry
 ENVIRONMENTS: Registry[type[EnvironmentKind]] = Registry(
     "environment",
     {
+        "answer": "gkd.environments.answer:AnswerKind",
         "calculator": "gkd.environments.calculator:CalculatorKind",
         "text_game": "gkd.environments.text_game:TextGameKind",
         "http": "gkd.environments.http:HttpKind",

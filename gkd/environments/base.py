@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -61,6 +61,11 @@ class Environment(ABC):
     def step(self, turn: str) -> Observed:
         """`turn` is the student's text, without special tokens. It may be anything."""
 
+    def unfinished(self) -> float | None:
+        """What a conversation earns, beside its turns, that ends before this says that it is done; None: nothing, and
+        it is not judged if no turn was."""
+        return None
+
     def close(self) -> None:  # noqa: B027  (most hold nothing)
         """After the last turn, however the conversation ended."""
 
@@ -68,9 +73,7 @@ class Environment(ABC):
 class EnvironmentKind(Section):
     """One kind, with its options as fields, as a config names it."""
 
-    judges: ClassVar[bool] = True  # it may give rewards
-
-    kind: str = Field(description="which environment: calculator, text_game, http, or a plugin's")
+    kind: str = Field(description="which environment: answer, calculator, text_game, http, or a plugin's")
     max_turns: CountSchedule = Field(4, description="turns that the student has; a number or a schedule")
     turn_tokens: int | None = Field(None, ge=1, description="longest turn; null = what rollout.max_new_tokens leaves")
     max_observation_tokens: int = Field(64, ge=1, description="what is read of an observation; the rest is cut off")

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import ast
 import json
-import math
 import operator
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from gkd.environments.answer import answer_of, last_number_is
 from gkd.environments.base import Environment, EnvironmentKind, Observed, Task
 from gkd.seeding import derive_seed
 
 Number = int | float
 
 _CALL = re.compile(r"<calc>(.*?)</calc>", re.DOTALL)
-_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
 _LONGEST_EXPRESSION, _LARGEST = 200, 1e15
 _LARGEST_EXPONENT = 64
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Number]] = {
@@ -37,18 +36,23 @@ class CalculatorKind(EnvironmentKind):
         return Calculator()
 
     def check_task(self, data: Any) -> None:
-        _answer_of(data)
+        if data is not None:
+            answer_of(data, float)
 
 
 class Calculator(Environment):
     def reset(self, task: Task) -> None:
-        self._answer = _answer_of(task.data)
+        self._answer = None if task.data is None else answer_of(task.data, float)
 
     def step(self, turn: str) -> Observed:
         calls = _CALL.findall(turn)
         if calls:
             return Observed("; ".join(computed(call) for call in calls))
-        return Observed("", done=True, reward=None if self._answer is None else float(_says(turn, self._answer)))
+        reward = None if self._answer is None else float(last_number_is(turn, self._answer))
+        return Observed("", done=True, reward=reward)
+
+    def unfinished(self) -> float | None:
+        return None if self._answer is None else 0.0
 
 
 _RULES = (
@@ -102,18 +106,3 @@ def _value(node: ast.expr) -> Number:
     if not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:  # a root of a negative number; NaN
         raise ValueError("too large" if isinstance(value, (int, float)) else "not a real number")
     return value
-
-
-def _says(turn: str, answer: float) -> bool:
-    numbers = _NUMBER.findall(turn)
-    return bool(numbers) and math.isclose(float(numbers[-1]), answer, rel_tol=1e-9, abs_tol=1e-9)
-
-
-def _answer_of(data: Any) -> float | None:
-    """Raises ValueError for a task without a number."""
-    if data is None:
-        return None
-    answer = data.get("answer") if isinstance(data, dict) else None
-    if isinstance(answer, bool) or not isinstance(answer, (int, float)):
-        raise ValueError('expected {"answer": a number}')
-    return float(answer)

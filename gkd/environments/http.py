@@ -23,6 +23,10 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class HttpKind(EnvironmentKind):
     address: str = Field(description="http: where it listens on this machine, e.g. http://127.0.0.1:8500")
 
+    unfinished_reward: float | None = Field(
+        None, description="http: what a conversation earns that ends before the environment is done; null = nothing"
+    )
+
     @field_validator("address")
     @classmethod
     def _is_of_this_machine(cls, address: str) -> str:
@@ -40,7 +44,7 @@ class HttpKind(EnvironmentKind):
     def open(self) -> Environment:
         from gkd.environments.http_client import HttpEnvironment  # httpx loads here, not with a config
 
-        return HttpEnvironment(self.address, self.timeout_s)
+        return HttpEnvironment(self.address, self.timeout_s, self.unfinished_reward)
 
     def check_ready(self) -> None:
         from gkd.environments.http_client import check_listens

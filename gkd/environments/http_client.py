@@ -29,8 +29,8 @@ class _Answer(BaseModel):
 
 
 class HttpEnvironment(Environment):
-    def __init__(self, address: str, timeout_s: float) -> None:
-        self._address, self._timeout_s = address, timeout_s
+    def __init__(self, address: str, timeout_s: float, unfinished_reward: float | None = None) -> None:
+        self._address, self._timeout_s, self._unfinished_reward = address, timeout_s, unfinished_reward
         self._conversation = uuid.uuid4().hex  # no other run's, whatever its seed is
 
     def reset(self, task: Task) -> None:
@@ -48,6 +48,9 @@ class HttpEnvironment(Environment):
                 f"({place + ': ' if place else ''}{first['msg']})"
             ) from None
         return Observed(answer.observation, answer.done, answer.reward)
+
+    def unfinished(self) -> float | None:
+        return self._unfinished_reward
 
     def close(self) -> None:
         """Whether it hears that or not."""

@@ -81,6 +81,9 @@ class TextGame(Environment):
             return Observed("The chest opens: you have won.", done=True, reward=1.0)
         return Observed(self._after(command), reward=0.0)
 
+    def unfinished(self) -> float | None:
+        return 0.0
+
     def _after(self, command: str) -> str:
         if command == "take key":
             if self._place != self._house.key or self._has_key:

@@ -61,6 +61,8 @@ METRICS: dict[str, str] = {  # name -> "unit: meaning"
     "environment/done_share": "fraction: conversations that their environment ended",
     "environment/timeout_share": "fraction: conversations that ended because an observation took too long",
     "reward/mean": "reward: sum over its turns of a conversation's, mean over those of the step that were judged",
+    "reward/flat_share": "fraction: prompts of the step whose samples all earned the same, of those with several; "
+    "they have no advantage over one another",
     "grad_norm": "norm: of the whole gradient, before clipping",
     "lr": "rate: learning rate of the step",
     "weights_version": "count: optimizer steps behind the weights that the step's completions were sampled from",

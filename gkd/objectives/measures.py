@@ -35,3 +35,4 @@ class SequenceMeasures:
     sequence_index: Tensor  # [N] int64 below S
     sequences: int  # S
     teacher_share: Tensor | None = None  # [N] of `TokenBatch`
+    rewards: Tensor | None = None  # [S, 3] of `TokenBatch`

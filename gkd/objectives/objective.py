@@ -5,6 +5,7 @@ Legend: N scored tokens of a micro-batch, K terms.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,17 @@ from gkd.schedules import MetricMemory
 
 
 @dataclass(frozen=True)
+class RewardRange:
+    """Texts by what they earned; one that nobody judged is in none."""
+
+    start: float
+    below: float
+
+    def holds(self, reward: float) -> bool:
+        return self.start <= reward < self.below
+
+
+@dataclass(frozen=True)
 class ActiveTerm:
     """A term whose weight is above 0."""
 
@@ -33,6 +45,7 @@ class ActiveTerm:
     on: frozenset[str] | None  # sources of the texts that it acts on; None is all
     row_weights: tuple[RowWeight, ...] = ()
     sequence_weights: tuple[OfSequences, ...] = ()
+    rewarded: RewardRange | None = None
 
     @property
     def of_sequences(self) -> list[OfSequences]:
@@ -48,6 +61,7 @@ class ActiveStateTerm:
     loss: StateLoss
     weight: float
     on: frozenset[str] | None
+    rewarded: RewardRange | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,7 @@ class ActiveBatchTerm:
     loss: BatchLoss
     weight: float
     on: frozenset[str] | None
+    rewarded: RewardRange | None = None
 
 
 @dataclass(frozen=True)
@@ -79,16 +94,33 @@ class Objective:
         """The initial student's distribution, at this step."""
         return any(isinstance(part.loss, ReferenceLoss) for term in self.terms for part in term.parts)
 
-    def acts(self, sources: Sequence[str], lengths: Sequence[int]) -> Tensor:
-        """[K, N] bool on the CPU: which terms act on which tokens of sequences with these sources and lengths."""
-        rows = [acts_on(term.on, sources, lengths) for term in self.terms]
+    def acts(self, sources: Sequence[str], lengths: Sequence[int], rewards: Sequence[float] | None = None) -> Tensor:
+        """[K, N] bool on the CPU: which terms act on which tokens of sequences with these sources, lengths and
+        rewards."""
+        rows = [acts_on(term, sources, lengths, rewards) for term in self.terms]
         return torch.stack(rows) if rows else torch.zeros(0, sum(lengths), dtype=torch.bool)
 
 
-def acts_on(on: frozenset[str] | None, sources: Sequence[str], lengths: Sequence[int]) -> Tensor:
-    """[N] bool on the CPU: which tokens of sequences with these sources and lengths a term is for."""
-    per_sequence = torch.tensor([on is None or source in on for source in sources], dtype=torch.bool)
+def acts_on(
+    term: ActiveTerm | ActiveStateTerm | ActiveBatchTerm,
+    sources: Sequence[str],
+    lengths: Sequence[int],
+    rewards: Sequence[float] | None,
+) -> Tensor:
+    """[N] bool on the CPU: which tokens of sequences with these sources, lengths and rewards a term is for."""
+    per_sequence = torch.tensor(takes(term, sources, rewards), dtype=torch.bool)
     return per_sequence.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+
+
+def takes(
+    term: ActiveTerm | ActiveStateTerm | ActiveBatchTerm, sources: Sequence[str], rewards: Sequence[float] | None
+) -> list[bool]:
+    """Which sequences a term is for. `rewards` are NaN where nobody judged; None: nowhere."""
+    chosen = [term.on is None or source in term.on for source in sources]
+    if term.rewarded is None:
+        return chosen
+    earned = [math.nan] * len(sources) if rewards is None else rewards
+    return [is_chosen and term.rewarded.holds(reward) for is_chosen, reward in zip(chosen, earned, strict=True)]
 
 
 def objective_at(
@@ -115,10 +147,14 @@ def _active(
     term: Term, weight: float, values: Mapping[str, float], temperature: float
 ) -> ActiveTerm | ActiveStateTerm | ActiveBatchTerm:
     on = None if term.on is None else frozenset(term.on)
+    rewarded = None
+    if term.goes_by_reward:
+        start = -math.inf if term.reward_from is None else term.reward_from
+        rewarded = RewardRange(start, math.inf if term.reward_below is None else term.reward_below)
     if isinstance(term, StatesTerm):
-        return ActiveStateTerm(term.label, term.state_loss(values), weight, on)
+        return ActiveStateTerm(term.label, term.state_loss(values), weight, on, rewarded)
     if isinstance(term, BatchTerm):
-        return ActiveBatchTerm(term.label, term.batch_loss(values), weight, on)
+        return ActiveBatchTerm(term.label, term.batch_loss(values), weight, on, rewarded)
     return ActiveTerm(
         term.label,
         term.kind,
@@ -127,6 +163,7 @@ def _active(
         on,
         tuple(weight for weight in term.token_weight.values() if isinstance(weight, RowWeight)),
         term.sequence_weights(),
+        rewarded,
     )
 
 

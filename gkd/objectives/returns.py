@@ -25,6 +25,8 @@ from torch import Tensor
 from gkd.objectives.measures import SequenceMeasures
 from gkd.objectives.mismatch import log_ratios
 
+_LEAST_DEVIATION = 1e-6  # added to that of a group's rewards
+
 
 @dataclass(frozen=True)
 class MixedImportance:
@@ -71,6 +73,32 @@ class CostToGo:
         totals = values.new_zeros(sequences.sequences).index_add_(0, index, values)  # [S]
         later = totals.cumsum(0)[index] - values.cumsum(0)
         return later + values if self.includes_own else later
+
+
+@dataclass(frozen=True)
+class RewardCost:
+    """Minus the advantage of a text among its prompt's samples, the same at each of its tokens: a factor of
+    log Q(token). 0 where nobody judged it.
+
+    The advantage is (r - mean) / (deviation + 1e-6) (GRPO, arXiv 2402.03300), or r - mean (Dr. GRPO, 2503.20783).
+    """
+
+    needs_teacher_logprobs: ClassVar[bool] = False
+
+    is_normalized: bool  # by the deviation
+    clip_range: float | None  # of `clipped`; None: there is no ratio
+
+    def of_sequences(self, sequences: SequenceMeasures) -> Tensor:
+        """[N], in the log-probabilities' dtype."""
+        own = sequences.student_logprobs
+        if sequences.rewards is None:
+            return torch.zeros_like(own)
+        reward, mean, deviation = sequences.rewards.unbind(1)  # [S]
+        cost = (mean - reward) / (deviation + _LEAST_DEVIATION if self.is_normalized else 1.0)
+        cost = cost.nan_to_num(0.0)[sequences.sequence_index]  # [N]
+        if self.clip_range is not None:
+            cost = clipped(cost, log_ratios(own, sequences.sampler_logprobs).exp(), self.clip_range)
+        return cost.to(own.dtype)
 
 
 def clipped(cost: Tensor, ratio: Tensor, clip_range: float) -> Tensor:

@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol, TypeVar
 from gkd.data.turns import Transcript, TurnEncoder
 from gkd.environments import Environment, EnvironmentFailedError, EnvironmentKind, Observed, Task
 from gkd.errors import ConversationError
+from gkd.registry import SOURCES
 from gkd.seeding import derive_seed
 from gkd.serving.threads import in_thread, map_in_threads
 from gkd.types import Completion, Conversation, ConversationEnd, PromptDraw, Rollout, SampleRequest, SamplingSettings
@@ -77,6 +78,10 @@ class _Talk:
         if completion.finish_reason == "length" and not self.room:
             self.end = "tokens"
 
+    def earn(self, reward: float | None) -> None:
+        if reward is not None:
+            self.reward = (self.reward or 0.0) + reward
+
     def read(self, ids: tuple[int, ...]) -> None:
         """Unless no turn could follow."""
         if len(ids) >= self.room:
@@ -124,6 +129,7 @@ class Conversations:
                 for talk, completion in zip(going, sampler.generate(turns, settings), strict=True):
                     talk.take(completion)
                 self._observe([talk for talk in going if talk.end is None], self._kind.turns_at(step))
+            self._of_each([talk for talk in talks if talk.end != "done"], self._leave)
         finally:
             for talk in talks:
                 talk.environment.close()
@@ -134,8 +140,7 @@ class Conversations:
             if observed is None:
                 talk.end = "timeout"
                 continue
-            if observed.reward is not None:
-                talk.reward = (talk.reward or 0.0) + observed.reward
+            talk.earn(observed.reward)
             if observed.done or talk.turns >= most_turns:
                 talk.end = "done" if observed.done else "turns"
                 continue
@@ -159,6 +164,10 @@ class Conversations:
                 "environment.timeout_s too short?",
                 is_temporary=True,
             )
+
+    def _leave(self, talk: _Talk) -> None:
+        """Of one that ended before its environment was done."""
+        talk.earn(talk.environment.unfinished())
 
     def _step(self, talk: _Talk) -> Observed | None:
         """None: it took too long."""
@@ -188,7 +197,7 @@ _LATE = object()
 
 
 class ConversationCounts(NamedTuple):
-    """Of a step's conversations: sums, over one rank or all."""
+    """Of the conversations that the student held in a step: sums, over one rank or all."""
 
     conversations: float
     turns: float
@@ -200,7 +209,8 @@ class ConversationCounts(NamedTuple):
 
 
 def conversation_counts(rollouts: Sequence[Rollout]) -> ConversationCounts:
-    held = [(rollout, rollout.conversation) for rollout in rollouts if rollout.conversation is not None]
+    own = [rollout for rollout in rollouts if SOURCES.drawn(rollout.source).in_step]
+    held = [(rollout, rollout.conversation) for rollout in own if rollout.conversation is not None]
     rewards = [rollout.reward for rollout, _ in held if rollout.reward is not None]
     return ConversationCounts(
         len(held),

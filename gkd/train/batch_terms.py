@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from gkd.objectives.objective import ActiveBatchTerm, Objective
+from gkd.objectives.objective import ActiveBatchTerm, Objective, takes
 from gkd.train.distributed import all_ranks_rows
 from gkd.types import HiddenScores, TokenBatch
 
@@ -59,8 +58,6 @@ def _teacher_vectors(batch: TokenBatch, device: torch.device) -> torch.Tensor:
 
 def _has_vector(term: ActiveBatchTerm, batch: TokenBatch) -> torch.Tensor:
     """[S] bool."""
-    acts: list[Any] = [
-        length > 0 and (term.on is None or source in term.on)
-        for source, length in zip(batch.sources, batch.completion_lengths, strict=True)
-    ]
+    chosen = takes(term, batch.sources, batch.sequence_rewards)
+    acts = [length > 0 and is_for for is_for, length in zip(chosen, batch.completion_lengths, strict=True)]
     return torch.tensor(acts, dtype=torch.bool)

@@ -70,7 +70,7 @@ class ObjectiveHead(nn.Module):
         if objective is None:
             return self._logprobs(hidden, batch.labels, dtype)
         assert batch.teacher is not None
-        acts = objective.acts(batch.sources, batch.completion_lengths)
+        acts = objective.acts(batch.sources, batch.completion_lengths, batch.sequence_rewards)
         parts = self._weighted_parts(hidden, batch, objective)
         scores = linear_terms(
             hidden,
@@ -110,6 +110,7 @@ class ObjectiveHead(nn.Module):
             sequence_index=batch.sequence_index,
             sequences=len(batch.sample_ids),
             teacher_share=batch.teacher_share,
+            rewards=batch.rewards,
         )
 
     def own_head(self) -> OutputHead:

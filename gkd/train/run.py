@@ -104,7 +104,7 @@ class Run:
         self.student = self.build_student()
         self.means = parts.build_means(config, models, launch, self.student)
         self.teacher = self.build_teacher()
-        self.pack = parts.packer(config, models, config.objective.reduction)
+        self.pack = parts.step_packer(config, models)
         self.rollouts = parts.build_mixture(
             config, models, self.prompts, self.sampler, self.texts, self.teacher, self.conversations
         )

@@ -53,7 +53,7 @@ class StateTerms(nn.Module):
         for term in objective.state_terms:
             view = batch.view(term.loss.tokens)
             values = self._values(term, states, batch)  # [M]
-            acts = acts_on(term.on, batch.sources, view.counts).to(values.device)
+            acts = acts_on(term, batch.sources, view.counts, batch.sequence_rewards).to(values.device)
             values = torch.where(acts, values, 0.0)
             losses.append(term.weight * (view.weights * values).sum())
             sums.append(torch.stack([values.detach().double().sum(), acts.double().sum()]))

@@ -180,3 +180,62 @@ def change_template(tiny_student: Path, tmp_path: Path) -> Callable[[str], Path]
         return folder
 
     return change
+
+
+JUDGE = """
+from gkd.environments import Environment, EnvironmentKind, Observed
+from gkd.plugins import register_environment
+
+
+class Counts(Environment):
+    def reset(self, task): pass
+
+    def step(self, turn):
+        return Observed("", done=True, reward=float(len(turn) % 3))
+
+
+class CountsKind(EnvironmentKind):
+    def open(self): return Counts()
+
+
+register_environment("counts", CountsKind)
+"""
+
+
+@pytest.mark.slow
+def test_rewards_of_one_turn_are_compared_over_ranks(
+    make_run_config: MakeConfig, data_folder: Path, tmp_path: Path
+) -> None:
+    """A prompt's samples are on both ranks, and some are the teacher's."""
+    package = tmp_path / "installed"
+    package.mkdir()
+    (package / "my_judges.py").write_text(JUDGE)
+    sections: dict[str, Any] = {
+        "run": {"steps": 2},
+        "environment": {"kind": "counts"},
+        "rollout": {"samples_per_prompt": 4, "max_new_tokens": 12, "stop_token_ids": list(range(3, 60))},
+        "mixture": {"student": 0.6, "teacher": 0.4, "dataset": 0.0},
+        "objective": {
+            "terms": [
+                {"kind": "policy_gradient", "advantage": "reward", "clip_range": 0.2, "on": ["student"]},
+                {"kind": "forward_kl", "on": ["teacher"]},
+                {"kind": "reverse_kl", "on": ["student"], "reward_below": 1.0, "weight": 0.5},
+            ]
+        },
+        "eval": {"prompts": 2, "samples": 1},
+    }
+    for name in ("one", "two"):
+        config = make_run_config(name, **sections, **({"deepspeed": {"zero_stage": 3}} if name == "two" else {}))
+        config.write_text(f"plugins: [my_judges]\n{config.read_text()}")
+        command = ["train", config]
+        started = run_gkd(command, PYTHONPATH=str(package)) if name == "one" else torchrun(
+            2, ["-m", "gkd", *command], PYTHONPATH=str(package)
+        )  # fmt: skip
+        check(started)
+    one, two = (read_metrics(tmp_path / name)[0] for name in ("one", "two"))
+    for name in ("loss", "grad_norm", "objective/policy_gradient/loss", "objective/reverse_kl/loss"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-7), name
+    for name in ("reward/mean", "reward/flat_share", "tokens/scored", "environment/done_share", "mixture/teacher"):
+        assert two[name] == one[name], name
+    assert 0 < one["reward/mean"] < 2 and one["reward/flat_share"] < 1 and one["mixture/teacher"] > 0
+    assert abs(one["objective/policy_gradient/loss"]) > 1e-3 and one["environment/turns"] == 1

@@ -13,7 +13,7 @@ from tiny import save_tiny_model
 from gkd.config import Config, load_config
 
 METHODS = sorted((REPOSITORY / "configs" / "methods").glob("*.yaml"))
-TASKS = {"text_game": {"rooms": 2, "seed": 1}, "calculator": {"answer": 3}}
+TASKS = {"text_game": {"rooms": 2, "seed": 1}, "calculator": {"answer": 3}, "answer": {"answer": 3}}
 pytestmark = pytest.mark.usefixtures("sampling_here")
 
 

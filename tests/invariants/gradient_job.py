@@ -41,6 +41,7 @@ from gkd.teacher.local import LocalTeacher
 from gkd.train import distributed
 from gkd.train.engine import StudentEngine
 from gkd.train.reference import InitialStudent
+from gkd.train.reward_groups import with_reward_groups
 from gkd.types import Conversation, Prompt, PromptDraw, Rollout
 
 BATCH = 8
@@ -80,9 +81,23 @@ def own_places(rollout: Rollout) -> list[int]:
     return [i for i in range(len(rollout.completion_ids)) if not any(start <= i < end for start, end in observed)]
 
 
+REWARDS = {0: 1.0, 1: 0.0, 3: 0.5, 4: 2.0, 6: 0.25}  # of which completions; those of a prompt are on several ranks
+
+
+def judged(rollouts: list[Rollout]) -> list[Rollout]:
+    """As if they were samples of three prompts, and some had been judged."""
+    return [
+        replace(
+            rollout, draw=PromptDraw(replace(rollout.draw.prompt, index=index % 3), index), reward=REWARDS.get(index)
+        )
+        for index, rollout in enumerate(rollouts)
+    ]
+
+
 def rollouts_for(objective: str) -> list[Rollout]:
     rollouts = weighed(ragged_rollouts())
-    return in_turns(rollouts) if objective.startswith("conversations") else rollouts
+    rollouts = in_turns(rollouts) if objective.startswith("conversations") else rollouts
+    return judged(rollouts) if "judged" in objective else rollouts
 
 
 def weighed(rollouts: list[Rollout]) -> list[Rollout]:
@@ -159,6 +174,7 @@ def run_split(
         )
     )
     mine = rollouts[launch.rank :: launch.world_size]
+    mine = with_reward_groups(mine)
     scores = teacher.score(mine)
     batches = pack(
         mine,

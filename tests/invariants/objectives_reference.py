@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gradient_job import own_places, rollouts_for, shaken, with_sampler_logprobs
+from gradient_job import REWARDS, own_places, rollouts_for, shaken, with_sampler_logprobs
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -143,6 +143,31 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
             {"kind": "rkd", "weight": 0.3},
         ]
     },
+    "conversations, judged": {
+        "terms": [
+            {"kind": "policy_gradient", "advantage": "reward", "clip_range": 0.2, "on": ["student"]},
+            {
+                "kind": "policy_gradient",
+                "name": "plain",
+                "advantage": "reward",
+                "normalize_std": False,
+                "token_weight": {"importance": {"level": "token"}},
+                "on": ["student"],
+                "weight": 0.5,
+            },
+            {"kind": "forward_kl", "reward_below": 1.0},
+            {"kind": "jsd", "reward_from": 0.5, "reward_below": 2.0, "weight": 0.3},
+            {"kind": "hidden_states", "reward_from": 1.0},
+            {"kind": "rkd", "reward_from": 0.25, "weight": 0.3},
+        ]
+    },
+    "judged, by sequence": {
+        "reduction": "sequence_mean",
+        "terms": [
+            {"kind": "reverse_kl", "on": ["student"], "reward_below": 0.5},
+            {"kind": "policy_gradient", "advantage": "reward", "on": ["student"], "reward_from": 0.5},
+        ],
+    },
     "conversations by sequence": {
         "reduction": "sequence_mean",
         "terms": [{"kind": "reverse_kl"}, {"kind": "cross_entropy", "weight": 0.1}],
@@ -204,6 +229,7 @@ def reference(
             if (
                 rollout.source not in term.get("on", DEFAULT_ON.get(term["kind"], [rollout.source]))
                 or term.get("weight", 1.0) == 0
+                or not earned_enough(term, rollout)
             ):
                 continue
             if term["kind"] == "rkd":
@@ -357,6 +383,8 @@ def term_value(term: dict[str, Any], student: Tensor, teacher: Tensor, rollout: 
     own = student.log_softmax(-1).gather(-1, own_ids(rollout)[:, None])[:, 0]
     if kind == "cross_entropy":
         return -own
+    if kind == "policy_gradient" and term.get("advantage") == "reward":
+        return grpo(term, own, rollout)
     if kind == "policy_gradient" and "advantage" in term:
         return minillm(term, student, teacher, rollout)
     if kind == "policy_gradient":
@@ -375,6 +403,31 @@ def term_value(term: dict[str, Any], student: Tensor, teacher: Tensor, rollout: 
         "skew_reverse_kl": lambda: kl(q, (1 - alpha) * p + alpha * q),
         "tvd": lambda: 0.5 * (p - q).abs().sum(-1),
     }[kind]()
+
+
+def earned_enough(term: dict[str, Any], rollout: Rollout) -> bool:
+    if "reward_from" not in term and "reward_below" not in term:
+        return True
+    start, below = term.get("reward_from", -math.inf), term.get("reward_below", math.inf)
+    return rollout.reward is not None and start <= rollout.reward < below
+
+
+def grpo(term: dict[str, Any], own: Tensor, rollout: Rollout) -> Tensor:
+    """[n]: -A log Q of each token, with the gradient of PPO's ratio; prompts are the completions' numbers modulo 3."""
+    group = [reward for index, reward in REWARDS.items() if index % 3 == rollout.draw.prompt.index]
+    if rollout.reward is None:
+        return own * 0.0
+    advantage = rollout.reward - sum(group) / len(group)
+    if term.get("normalize_std", True):
+        advantage /= torch.tensor(group, dtype=torch.float64).std().item() + 1e-6
+    if "clip_range" not in term:
+        return -advantage * own
+    assert rollout.logprobs is not None
+    leaf = own.detach().requires_grad_()
+    ratio = (leaf - torch.tensor(rollout.logprobs, dtype=torch.float64)).exp()
+    low, high = 1 - term["clip_range"], 1 + term["clip_range"]
+    surrogate = -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    return torch.autograd.grad(surrogate.sum(), leaf)[0] * own
 
 
 def minillm(term: dict[str, Any], student: Tensor, teacher: Tensor, rollout: Rollout) -> Tensor:

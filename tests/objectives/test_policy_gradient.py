@@ -141,6 +141,24 @@ def test_the_ratio_is_clipped_as_by_ppo() -> None:
         ({"objective": {"temperature": 2.0}}, r"objective\.temperature: must be 1, and stay so, for policy_gradient"),
         ({"objective": {"constant": 2.0}}, r"constant: has no meaning with advantage: teacher"),
         ({"objective": {"advantage": "constant", "clip_range": 0.2}}, r"clip_range: has no meaning with"),
+        ({"objective": {"advantage": "reward", "single_step": "sampled"}}, r"single_step: has no meaning with"),
+        ({"objective": {"normalize_std": False}}, r"normalize_std: has no meaning with advantage: teacher"),
+        ({"objective": {"advantage": "reward"}}, r"advantage: reward goes by rewards, which nobody gives; set environ"),
+        ({"objective": {"reward_from": 1.0}}, r"policy_gradient goes by rewards, which nobody gives; set environment"),
+        ({"objective": {"reward_from": 1.0, "reward_below": 1.0}}, r"reward_below: 1 is not above reward_from = 1"),
+        (
+            {"objective": {"advantage": "reward"}, "environment": {"kind": "answer"}},
+            r"advantage: reward compares a prompt's samples with one another, and there is one; set rollout\.samples",
+        ),
+        (
+            {
+                "objective": {"advantage": "reward", "on": ["student", "teacher"]},
+                "environment": {"kind": "answer"},
+                "rollout": {"samples_per_prompt": 2},
+                "mixture": {"student": 0.5, "teacher": 0.5},
+            },
+            r"policy_gradient is for the student's own samples, not for teacher",
+        ),
         ({"teacher": {"placement": "topk", "model": "t", "addresses": ["http://a"]}}, r"needs the teacher.s whole"),
     ],
 )  # fmt: skip

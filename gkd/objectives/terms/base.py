@@ -55,7 +55,7 @@ def _token_weight(name: str, options: Any) -> TokenWeight:
         raise ValidationError.from_exception_data(name, details) from None
 
 
-_SHARED = {"kind", "name", "weight", "on", "token_weight"}
+_SHARED = {"kind", "name", "weight", "on", "token_weight", "reward_from", "reward_below"}
 
 
 class Term(Section):
@@ -69,6 +69,8 @@ class Term(Section):
     on_policy_only: ClassVar[bool] = False  # means nothing for tokens that the student did not sample
     weighs_mixed: ClassVar[bool] = False  # it makes up for tokens that the teacher drew among the student's
     needs_sequences: ClassVar[bool] = False  # both sides' log-probabilities of whole sequences, before the loss
+    needs_own_sequences: ClassVar[bool] = False  # the student's alone
+    needs_groups: ClassVar[bool] = False  # what a prompt's samples earned together
     at_temperature_one: ClassVar[bool] = False  # means nothing at another temperature of the objective
 
     kind: str = Field(
@@ -77,6 +79,8 @@ class Term(Section):
     name: str = Field("", description="its name in metrics; required where a kind repeats", pattern=r"^(\w[\w.-]*)?$")
     weight: WeightSchedule = Field(1.0, description="of the whole term; a number or a schedule")
     on: list[str] | None = Field(None, description="whose completions it is for: sources of the mixture; null = all")
+    reward_from: float | None = Field(None, description="only texts that earned so much or more; null = whatever")
+    reward_below: float | None = Field(None, description="only texts that earned less; null = whatever")
     token_weight: Annotated[dict[str, SerializeAsAny[TokenWeight]], WrapValidator(_token_weights)] = Field(
         {}, description="weights of single tokens by name, multiplied"
     )
@@ -89,6 +93,18 @@ class Term(Section):
                 raise ValueError(f"token_weight.{key}: {fault}")
         return self
 
+    @model_validator(mode="after")
+    def _some_reward_is_meant(self) -> Term:
+        start, below = self.reward_from, self.reward_below
+        if start is not None and below is not None and not start < below:
+            raise ValueError(f"reward_below: {below:g} is not above reward_from = {start:g}; no text would be left")
+        return self
+
+    @property
+    def goes_by_reward(self) -> bool:
+        """Whether it is for some texts only, by what they earned."""
+        return self.reward_from is not None or self.reward_below is not None
+
     @property
     def label(self) -> str:
         """Its name in metrics."""
@@ -100,7 +116,9 @@ class Term(Section):
         text = self.kind + (f" ({', '.join(options)})" if options else "")
         if self.weight != 1.0:
             text = f"{describe_schedule(self.weight)} x {text}"
-        return text if self.on is None else f"{text} on {' and '.join(self.on)}"
+        text = text if self.on is None else f"{text} on {' and '.join(self.on)}"
+        text += "" if self.reward_from is None else f", reward from {self.reward_from:g}"
+        return text + ("" if self.reward_below is None else f", reward below {self.reward_below:g}")
 
     def options(self) -> dict[str, Any]:
         """What was set besides name, weight and rows."""

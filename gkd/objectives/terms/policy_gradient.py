@@ -14,6 +14,10 @@ the later tokens' rewards. What the token itself is worth need not be sampled: i
 The published form takes for R_t the mean of the later rewards (`length_normalize`), so that long texts weigh no more,
 and clips the ratio to the sampler. Texts that student and teacher drew together (the source `mixed`) are weighed token
 by token (`gkd.objectives.returns`). Its regulariser is a `cross_entropy` on the data set's rows, a term beside it.
+
+With rewards it is GRPO's (arXiv 2402.03300): A is what a text earned beside its prompt's other samples,
+(r - mean) / (std + 1e-6), the same for all of its tokens, and the ratio to the sampler is clipped. Without the division
+(`normalize_std: false`), as Dr. GRPO has it (2503.20783), prompts whose samples all but agree weigh no more.
 """
 
 from __future__ import annotations
@@ -28,7 +32,11 @@ from gkd.objectives.terms.base import Term
 if TYPE_CHECKING:
     from gkd.objectives.row_losses import LabelLoss, OfSequences, Part
 
-_OF_TEACHER = ("single_step", "length_normalize", "clip_range")
+_OPTIONS = {
+    "constant": {"constant"},
+    "teacher": {"single_step", "length_normalize", "clip_range"},
+    "reward": {"normalize_std", "clip_range"},
+}
 
 
 class PolicyGradient(Term):
@@ -41,19 +49,24 @@ class PolicyGradient(Term):
     on_policy_only: ClassVar[bool] = True
     is_nonnegative: ClassVar[bool] = False
 
-    advantage: Literal["constant", "teacher"] = Field("constant", description="where a token's advantage comes from")
+    advantage: Literal["constant", "teacher", "reward"] = Field(
+        "constant", description="where a token's advantage comes from"
+    )
     constant: float = Field(-1.0, description="advantage: constant: that of every token")
     single_step: Literal["exact", "sampled"] = Field(
         "exact", description="advantage: teacher: a token's own reward as its mean, the reverse KL, or as sampled"
     )
     length_normalize: bool = Field(True, description="advantage: teacher: the mean of the later rewards, not their sum")
+    normalize_std: bool = Field(
+        True, description="advantage: reward: divided by the deviation of the prompt's samples' rewards"
+    )
     clip_range: float | None = Field(
-        None, gt=0.0, lt=1.0, description="advantage: teacher: clips the ratio to the sampler at 1 - and 1 + this"
+        None, gt=0.0, lt=1.0, description="teacher, reward: clips the ratio to the sampler at 1 - and 1 + this"
     )
 
     @model_validator(mode="after")
     def _options_are_of_the_advantage(self) -> PolicyGradient:
-        for key in ("constant",) if self._is_by_teacher else _OF_TEACHER:
+        for key in sorted(set().union(*_OPTIONS.values()) - _OPTIONS[self.advantage]):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key}: has no meaning with advantage: {self.advantage}; leave it out")
         return self
@@ -61,6 +74,18 @@ class PolicyGradient(Term):
     @property
     def _is_by_teacher(self) -> bool:
         return self.advantage == "teacher"
+
+    @property
+    def _is_by_reward(self) -> bool:
+        return self.advantage == "reward"
+
+    @property
+    def needs_own_sequences(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._is_by_reward
+
+    @property
+    def needs_groups(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._is_by_reward
 
     @property
     def needs_teacher(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # an option decides
@@ -95,9 +120,11 @@ class PolicyGradient(Term):
 
     def parts(self, values: Mapping[str, float], temperature: float) -> tuple[Part, ...]:
         from gkd.objectives.divergence import Divergence
-        from gkd.objectives.returns import CostToGo
+        from gkd.objectives.returns import CostToGo, RewardCost
         from gkd.objectives.row_losses import LabelLoss, Part
 
+        if self._is_by_reward:
+            return (Part(LabelLoss(-1.0), RewardCost(self.normalize_std, self.clip_range)),)
         if not self._is_by_teacher:
             return super().parts(values, temperature)
         is_sampled = self.single_step == "sampled"

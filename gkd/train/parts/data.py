@@ -15,6 +15,7 @@ from gkd.errors import DataError
 from gkd.measures.heldout import Pack
 from gkd.train.distributed import largest_count
 from gkd.train.parts.models import Models
+from gkd.train.reward_groups import with_reward_groups
 
 Reduction = Literal["token_mean", "sequence_mean"]
 
@@ -96,3 +97,11 @@ def packer(config: Config, models: Models, reduction: Reduction) -> Pack:
         pad_token_id=models.pad_token_id,
         reduction=reduction,
     )
+
+
+def step_packer(config: Config, models: Models) -> Pack:
+    """Of a step's rollouts, which are all ranks' together where a term compares a prompt's samples."""
+    into_batches = packer(config, models, config.objective.reduction)
+    if not config.objective.needs_groups:
+        return into_batches
+    return lambda rollouts, scores: into_batches(with_reward_groups(rollouts), scores)

@@ -20,6 +20,7 @@ from gkd.train.parts.data import Prompts, packer
 from gkd.train.parts.models import Models
 from gkd.train.parts.settings import sampling_settings
 from gkd.train.parts.texts import TeacherTexts
+from gkd.train.reward_groups import flat_share
 from gkd.train.snapshots import Snapshots
 from gkd.types import Prompt, Rollout
 
@@ -119,4 +120,5 @@ def describe_samples(rollouts: Sequence[Rollout], mixture: MixtureConfig, end_id
         **{f"mixture/{source}": count / total for source, count in zip(counts, realised, strict=True)},
         **leakage_metrics(copied),
         **conversation_metrics(held),
+        **(flat_share(rollouts) if held.judged else {}),
     }
