@@ -66,7 +66,8 @@ class PolicyGradient(Term):
 
     @model_validator(mode="after")
     def _options_are_of_the_advantage(self) -> PolicyGradient:
-        for key in sorted(set().union(*_OPTIONS.values()) - _OPTIONS[self.advantage]):
+        others = {key for options in _OPTIONS.values() for key in options} - _OPTIONS[self.advantage]
+        for key in sorted(others):
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key}: has no meaning with advantage: {self.advantage}; leave it out")
         return self
