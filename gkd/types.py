@@ -347,7 +347,7 @@ class TokenBatch:
     @property
     def sequence_rewards(self) -> list[float] | None:
         """Of each sequence, NaN of one that nobody judged; None: nobody judged any."""
-        return None if self.rewards is None else self.rewards[:, 0].tolist()
+        return None if self.rewards is None else [float(reward) for reward in self.rewards[:, 0]]
 
     def view(self, tokens: WhichTokens) -> TokenView:
         """Where states of such tokens are found."""

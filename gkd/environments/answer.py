@@ -50,7 +50,7 @@ class AnswerKind(EnvironmentKind):
         return Judge(self.match)
 
     def check_task(self, data: Any) -> None:
-        answer_of(data, str if self.match != "number" else float)
+        _READS[self.match](data)
 
 
 class Judge(Environment):
@@ -58,7 +58,7 @@ class Judge(Environment):
         self._match = match
 
     def reset(self, task: Task) -> None:
-        self._answer = answer_of(task.data, str if self._match != "number" else float)
+        self._answer = _READS[self._match](task.data)
 
     def step(self, turn: str) -> Observed:
         return Observed("", done=True, reward=float(MATCHES[self._match](turn, self._answer)))
@@ -67,10 +67,20 @@ class Judge(Environment):
         return 0.0
 
 
-def answer_of(data: Any, kind: type) -> Any:
-    """The `answer` of a task. Raises ValueError for one that is missing, or of another kind."""
+def number_of(data: Any) -> float:
+    """The `answer` of a task. Raises ValueError where it is no number."""
     answer = data.get("answer") if isinstance(data, dict) else None
-    is_number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
-    if not (is_number if kind is float else isinstance(answer, str) and answer.strip()):
-        raise ValueError(f'expected {{"answer": {"a number" if kind is float else "text"}}}')
-    return kind(answer)
+    if isinstance(answer, bool) or not isinstance(answer, (int, float)):
+        raise ValueError('expected {"answer": a number}')
+    return float(answer)
+
+
+def text_of(data: Any) -> str:
+    """The `answer` of a task. Raises ValueError where it is no text."""
+    answer = data.get("answer") if isinstance(data, dict) else None
+    if not isinstance(answer, str) or not answer.strip():
+        raise ValueError('expected {"answer": text}')
+    return answer
+
+
+_READS: dict[str, Callable[[Any], Any]] = {"number": number_of, "exact": text_of, "contains": text_of}

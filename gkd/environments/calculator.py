@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from gkd.environments.answer import answer_of, last_number_is
+from gkd.environments.answer import last_number_is, number_of
 from gkd.environments.base import Environment, EnvironmentKind, Observed, Task
 from gkd.seeding import derive_seed
 
@@ -37,12 +37,12 @@ class CalculatorKind(EnvironmentKind):
 
     def check_task(self, data: Any) -> None:
         if data is not None:
-            answer_of(data, float)
+            number_of(data)
 
 
 class Calculator(Environment):
     def reset(self, task: Task) -> None:
-        self._answer = None if task.data is None else answer_of(task.data, float)
+        self._answer = None if task.data is None else number_of(task.data)
 
     def step(self, turn: str) -> Observed:
         calls = _CALL.findall(turn)
