@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # torch takes a second to import; these types must not
 
 FinishReason = Literal["stop", "length"]
 ConversationEnd = Literal["done", "stopped", "turns", "tokens", "timeout"]
+AlignmentKind = Literal["shared"]
 LayerOutput = Literal["hidden", "query", "key", "value"]  # the last three: of a projection, before norms and rotary
 WhichTokens = Literal["scored", "all"]  # of a sequence; all: of the prompt, and the scored ones
 _NAME_IN_JSON = re.compile(r'"([A-Za-z0-9][\w.-]{0,63})"', re.ASCII)
@@ -35,6 +36,7 @@ class Prompt:
     teacher_ids: tuple[int, ...] | None = None  # its view: read in the place of `token_ids`; None: it reads these
     messages: tuple[tuple[str, str], ...] | None = None  # (role, content) of a conversation; None: raw text
     task: str | None = None  # JSON, of what an environment or a verifier has to know, or of a name
+    is_translated: bool = False  # `teacher_ids` are tokens of a tokenizer of the teacher's own
 
     @property
     def task_name(self) -> str | None:
@@ -176,6 +178,10 @@ class OutputHead:
     logit_scale: float = 1.0
     softcap: float | None = None  # logits -> softcap * tanh(logits / softcap)
 
+    def first(self, count: int) -> OutputHead:
+        """Of so many tokens."""
+        return replace(self, weight=self.weight[:count], bias=None if self.bias is None else self.bias[:count])
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
@@ -290,13 +296,58 @@ class NoScores:
         return self
 
 
-# What a teacher says of one rollout's completion, or of the scored tokens of a micro-batch: row j is of token j.
-TeacherScores: TypeAlias = HiddenScores | TopkScores | NoScores
+@dataclass(frozen=True, eq=False)  # one object a teacher, known by itself
+class Alignment:
+    """How a teacher with another tokenizer is compared, and which ids of the two sides stand for the same."""
+
+    kind: AlignmentKind
+    student_ids: tuple[int, ...]
+    teacher_ids: tuple[int, ...]  # the same, one by one
+
+
+@dataclass(frozen=True)
+class AlignedScores:
+    """What a teacher with another tokenizer says of N tokens: its whole distribution of M of its own, which spell them.
+
+    A span holds tokens of both that spell the same bytes: those with its number. -1 is in none. What is not of the
+    model's width stays on the CPU.
+    """
+
+    states: torch.Tensor  # [M, H_teacher]
+    head: OutputHead
+    labels: torch.Tensor  # [M] int64: the teacher's tokens
+    spans: torch.Tensor  # [M] int64: the span of each, from 0
+    student_spans: torch.Tensor  # [N] int64
+    alignment: Alignment
+
+    def __len__(self) -> int:
+        return len(self.student_spans)
+
+    @property
+    def span_count(self) -> int:
+        return int(self.spans[-1]) + 1 if len(self.spans) else 0
+
+    def to(self, device: torch.device) -> AlignedScores:
+        return replace(self, states=self.states.to(device))
+
+    def first(self, count: int) -> AlignedScores:
+        """Of so many tokens, and of the spans that end among them."""
+        cut, kept = self.student_spans[count:], self.student_spans[:count]
+        spans = min(cut[cut >= 0].tolist(), default=self.span_count)
+        rows, kept = int((self.spans < spans).sum()), kept.masked_fill(kept >= spans, -1)
+        return replace(
+            self, states=self.states[:rows], labels=self.labels[:rows], spans=self.spans[:rows], student_spans=kept
+        )
+
+
+# What a teacher says of one rollout's completion, or of the scored tokens of a micro-batch: row j is of token j, but of
+# AlignedScores.
+TeacherScores: TypeAlias = HiddenScores | AlignedScores | TopkScores | NoScores
 
 
 def first_rows(scores: TeacherScores, count: int) -> TeacherScores:
     """What the same teacher says of the first `count` tokens."""
-    if isinstance(scores, HiddenScores):
+    if isinstance(scores, HiddenScores | AlignedScores):
         return scores.first(count)
     if isinstance(scores, NoScores):
         return NoScores(min(scores.tokens, count))

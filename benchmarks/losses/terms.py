@@ -27,7 +27,7 @@ from gkd.files import write_json
 from gkd.objectives.objective import Objective
 from gkd.ops.linear_terms import linear_terms
 from gkd.ops.matmul import HeadProduct
-from gkd.ops.vocabulary_pass import WeightedLoss
+from gkd.ops.pass_job import WeightedLoss
 from gkd.types import HiddenScores, OutputHead
 
 SOURCES = ("student", "teacher", "dataset")  # a third of the rows each

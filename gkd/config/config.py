@@ -28,6 +28,7 @@ from gkd.registry import REPLAY
 from gkd.schema import Section
 
 _ROUNDING = 1e-6  # of fractions that add up
+_TOKENS_OF_ANOTHER = 2  # of another tokenizer's, in the place of one: at most, unless the config says otherwise
 MAIN_TEACHER = "main"  # name of `teacher`, beside those of `other_teachers`
 PROBE_TOKENS = 160  # of the text that proves a sync: more than a block of vLLM's prefix cache, 128 at most by default
 
@@ -81,6 +82,7 @@ class Config(Section):
         self.objective.check_batch(bool(self.other_teachers))
         self._check_routes()
         self._check_views()
+        self._check_aligned()
         self._check_student_teachers()
         for metric in sorted(self.objective.followed_metrics):
             if metric.startswith("heldout/") and not (self.data.heldout and self.eval.every):
@@ -173,6 +175,8 @@ class Config(Section):
             return "which teacher.cache_gib does not keep; set that to 0"
         if self.other_teachers:
             return "of one teacher; leave out other_teachers, or the term"
+        if self.teacher.alignment is not None:
+            return "token by token, which another tokenizer's (teacher.alignment) are not; leave out the term"
         if not self.has_weights_of_its_own(MAIN_TEACHER):
             return "which the student does not tell of itself; leave the term out, or set teacher.weights to ema"
         return None
@@ -215,6 +219,24 @@ class Config(Section):
                 raise ValueError(
                     f"{key}: {term.kind} compares the positions of one text, and a conversation is trained in parts; "
                     "leave out the term, or environment"
+                )
+
+    def _check_aligned(self) -> None:
+        """Teachers with another tokenizer say what their own tokens are worth, and not those of the student."""
+        for name, teacher in self.teachers.items():
+            if teacher.alignment is None:
+                continue
+            key = f"{self.teacher_key(name)}.alignment"
+            self.objective.check_aligned(key)
+            if self.environment is not None:
+                raise ValueError(
+                    f"environment: a conversation is scored token by token, and with {key} a text is not; leave out one "
+                    "of the two"
+                )
+            for source in self.mixture.with_teacher:
+                raise ValueError(
+                    f"mixture.{source}: student and teacher draw together from one vocabulary, and {key} says that "
+                    "theirs differ; set one of the two to 0 or null"
                 )
 
     def _check_views(self) -> None:
@@ -321,9 +343,16 @@ class Config(Section):
             return self.data.max_prompt_tokens, "data.max_prompt_tokens"
         return own, f"{self.teacher_key(name)}.max_prompt_tokens"
 
+    def longest_completion_of(self, name: str) -> int:
+        """Tokens that a teacher may read of a completion, in its own tokenizer."""
+        teacher, most = self.teachers[name], self.rollout.most_new_tokens
+        if teacher.alignment is None:
+            return most
+        return teacher.max_completion_tokens or _TOKENS_OF_ANOTHER * most
+
     def longest_read_by(self, name: str) -> int:
         """Tokens of what a teacher reads, the completion with it."""
-        return self.longest_prompt_of(name)[0] + self.rollout.most_new_tokens
+        return self.longest_prompt_of(name)[0] + self.longest_completion_of(name)
 
     @property
     def longest_sampled(self) -> int:

@@ -220,6 +220,23 @@ class ObjectiveConfig(Section):
                         "out, or use hidden states (placement: served)"
                     )
 
+    def check_aligned(self, key: str) -> None:
+        """Raises ValueError where a teacher with another tokenizer cannot serve a term; `key` says that it has one."""
+        for index, term in enumerate(self.terms):
+            place = f"objective.terms.{index}"
+            is_known = term.is_divergence or isinstance(term, StatesTerm)  # which `check_states` refuses
+            if term.needs_sequences or (term.needs_teacher and not is_known):
+                raise ValueError(
+                    f"{place}: {term.kind} needs what the teacher says of the student's own tokens, and {key} is of "
+                    "another tokenizer; leave it out"
+                )
+            for name, weight in term.token_weight.items():
+                if weight.needs_teacher:
+                    raise ValueError(
+                        f"{place}.token_weight.{name}: needs what the teacher says of the student's own tokens, and "
+                        f"{key} is of another tokenizer; leave it out"
+                    )
+
     def check_states(self, fault: str | None) -> None:
         """Raises ValueError if a term compares states of layers where that is at fault."""
         for key, term in self.state_terms.items():

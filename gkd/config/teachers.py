@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from gkd.config.addresses import ENDPOINT_PORT, TEACHER_PORT, check_addresses, refuse_server_keys
 from gkd.config.sections import DtypeOrAuto, PathText, check_template_arguments
 from gkd.schema import Fraction, Section
+from gkd.types import AlignmentKind
 
 STUDENT = "student"  # as a teacher's model: the student itself
 StudentWeights = Literal["initial", "live", "ema"]
@@ -58,6 +59,22 @@ class TeacherConfig(Section):
         description="longest of what it reads before a completion; null = data.max_prompt_tokens. Rows beyond go as "
         "data.long_prompts says",
     )
+    alignment: AlignmentKind | None = Field(
+        None,
+        description="of a teacher with another tokenizer, whose texts are compared by their bytes: shared = the ids of "
+        "equal bytes and one bucket a side for all others; null = its tokenizer has to be the student's",
+    )
+    min_shared_mass: Fraction = Field(
+        0.5,
+        description="alignment: least share of the teacher's tokens of the held-out texts that are tokens of the "
+        "student, too; a pair below it is refused",
+    )
+    max_completion_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="alignment: longest of what it reads of a completion, in its own tokens; what is beyond is "
+        "compared with nothing; null = twice rollout.max_new_tokens",
+    )
     addresses: list[str] | None = Field(
         None,
         description=f"served: where `gkd serve-teacher` listens, e.g. [http://127.0.0.1:{TEACHER_PORT}]; topk: servers "
@@ -81,11 +98,25 @@ class TeacherConfig(Section):
             raise ValueError("cache_gib: all ranks of a sharded teacher score together, found or not; set it to 0")
         check_template_arguments(self.chat_template_kwargs or {})
         self._check_student()
+        self._check_alignment()
         if self.has_servers:
             check_addresses(self.addresses, "teacher", TEACHER_PORT if self.placement == "served" else ENDPOINT_PORT)
         else:
             refuse_server_keys(self, "teacher.placement: served or topk")
         return self
+
+    def _check_alignment(self) -> None:
+        if self.alignment is None:
+            for key in ("min_shared_mass", "max_completion_tokens"):
+                if key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key}: is of a teacher with another tokenizer; set alignment, or leave it out")
+        elif self.is_student:
+            raise ValueError("alignment: the student's tokenizer is its own; leave it out")
+        elif self.placement == "topk":
+            raise ValueError(
+                "alignment: needs the teacher's whole distribution, not a top k; set placement to local, sharded or "
+                "served"
+            )
 
     def _check_student(self) -> None:
         if not self.is_student:

@@ -18,7 +18,17 @@ from torch.nn.functional import pad as pad_columns
 
 from gkd.data.order import longest_first
 from gkd.errors import SamplerError
-from gkd.types import HiddenScores, NoScores, Rollout, TeacherScores, TokenBatch, TokenView, TopkScores, first_rows
+from gkd.types import (
+    AlignedScores,
+    HiddenScores,
+    NoScores,
+    Rollout,
+    TeacherScores,
+    TokenBatch,
+    TokenView,
+    TopkScores,
+    first_rows,
+)
 
 
 def pack(
@@ -72,7 +82,7 @@ def _by_teacher(order: Sequence[int], scores: Sequence[TeacherScores] | None) ->
     groups: dict[int | None, list[int]] = {}
     for i in order:
         one = scores[i]
-        groups.setdefault(id(one.head) if isinstance(one, HiddenScores) else None, []).append(i)
+        groups.setdefault(id(one.head) if isinstance(one, HiddenScores | AlignedScores) else None, []).append(i)
     return list(groups.values())
 
 
@@ -207,6 +217,8 @@ def _joined(parts: Sequence[TeacherScores]) -> TeacherScores:
         whole = [part for part in parts if isinstance(part, HiddenScores)]
         layers = {place: torch.cat([part.layer_states[place] for part in whole]) for place in first.layer_states}
         return HiddenScores(torch.cat([part.states for part in whole]), first.head, layers)
+    if isinstance(first, AlignedScores):
+        return _joined_spans([part for part in parts if isinstance(part, AlignedScores)])
     known = [part for part in parts if isinstance(part, TopkScores)]
     slots = max(part.ids.shape[1] for part in known)
     missing = [(0, slots - part.ids.shape[1]) for part in known]  # -1 is an empty slot, and the least likely one
@@ -215,3 +227,20 @@ def _joined(parts: Sequence[TeacherScores]) -> TeacherScores:
         pad_columns(part.log_probs, spare, value=-math.inf) for part, spare in zip(known, missing, strict=True)
     ]
     return TopkScores(torch.cat(ids), torch.cat(log_probs))
+
+
+def _joined_spans(parts: Sequence[AlignedScores]) -> AlignedScores:
+    """The spans of each behind those of the parts before it."""
+    starts = [0, *accumulate(part.span_count for part in parts)]
+    student_spans = [
+        torch.where(part.student_spans >= 0, part.student_spans + start, -1)
+        for part, start in zip(parts, starts, strict=False)
+    ]
+    return AlignedScores(
+        torch.cat([part.states for part in parts]),
+        parts[0].head,
+        torch.cat([part.labels for part in parts]),
+        torch.cat([part.spans + start for part, start in zip(parts, starts, strict=False)]),
+        torch.cat(student_spans),
+        parts[0].alignment,
+    )

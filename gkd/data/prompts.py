@@ -112,7 +112,9 @@ def _read_row(
     teacher = readers.teacher_of(index, row)
     view = readers.views[teacher]
     teacher_ids = view.ids(row)
-    prompt = replace(prompt, teacher=teacher, teacher_ids=None if teacher_ids == prompt.token_ids else teacher_ids)
+    if teacher_ids == prompt.token_ids and not view.is_translated:
+        teacher_ids = None
+    prompt = replace(prompt, teacher=teacher, teacher_ids=teacher_ids, is_translated=view.is_translated)
     return view.refusal(len(prompt.read_by_teacher)) or prompt
 
 
@@ -134,7 +136,10 @@ def render_message(
     if not ids:
         raise DataError(f"message: {text!r} is empty")
     _check_left_out(encoder, (), "message")
-    return Prompt(0, tuple(ids), text, origin="message", teacher_ids=None if view is None else view.ids(row))
+    prompt = Prompt(0, tuple(ids), text, origin="message")
+    if view is None:
+        return prompt
+    return replace(prompt, teacher_ids=view.ids(row), is_translated=view.is_translated)
 
 
 def _tell_split_tokens(encoder: RowEncoder, key: str) -> None:
@@ -185,6 +190,12 @@ def _is_blank(row: Row) -> bool:
     if row.messages is None:
         return not (row.prompt_text or "").strip()
     return not row.messages or not row.messages[-1]["content"].strip()
+
+
+def texts_of(row: Row) -> list[str]:
+    """What people wrote: what was asked, and the answer if there is one."""
+    answer = row.completion_text or (row.completion_messages[0]["content"] if row.completion_messages else "")
+    return [_shown_text(row), answer]
 
 
 def _shown_text(row: Row) -> str:

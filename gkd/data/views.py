@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from gkd.config import Config
@@ -26,12 +27,23 @@ if TYPE_CHECKING:
 class TeacherView:
     """One teacher's."""
 
-    def __init__(self, config: Config, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises ConfigError for a template that cannot be read, or does not know an argument."""
+    def __init__(
+        self,
+        config: Config,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        own_tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """`tokenizer` is the student's, `own_tokenizer` that of a teacher which is aligned with it: what it reads is
+        rendered and tokenised by its own. Raises ConfigError for a template that cannot be read, or does not know an
+        argument."""
         self.section, self._fault = config.teacher_key(name), config.without_views()
+        self.is_translated = own_tokenizer is not None
         self._teacher = config.teachers[name]
         self.limit, self.limit_key = config.longest_prompt_of(name)
         arguments, key = config.data.chat_template_kwargs, "data.chat_template_kwargs"
+        if own_tokenizer is not None:  # whose template knows arguments of its own
+            tokenizer, arguments = own_tokenizer, {}
         if self._teacher.chat_template_kwargs is not None:
             arguments, key = self._teacher.chat_template_kwargs, f"{self.section}.chat_template_kwargs"
         template = ChatTemplate(tokenizer, arguments, template=self._own_template(), key=key)
@@ -40,7 +52,7 @@ class TeacherView:
     def ids(self, row: Row) -> tuple[int, ...] | None:
         """None: what the student reads. Raises DataError for a row that cannot be read so."""
         check_row_views([row], self._fault)
-        if not (row.has_view or self._teacher.view_keys):
+        if not (row.has_view or self._teacher.view_keys or self.is_translated):
             return None
         return tuple(self.encoder.prompt_ids(self._as_read(row)))
 
@@ -90,8 +102,17 @@ class TeacherView:
 class RowReaders:
     """Whose each row is of a config's teachers, and what that one reads."""
 
-    def __init__(self, config: Config, split: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.views: Mapping[str, TeacherView] = {name: TeacherView(config, name, tokenizer) for name in config.teachers}
+    def __init__(
+        self,
+        config: Config,
+        split: str,
+        tokenizer: PreTrainedTokenizerBase,
+        own_tokenizers: Mapping[str, PreTrainedTokenizerBase] = MappingProxyType({}),
+    ) -> None:
+        """`own_tokenizers`: of the teachers that have one, by name."""
+        self.views: Mapping[str, TeacherView] = {
+            name: TeacherView(config, name, tokenizer, own_tokenizers.get(name)) for name in config.teachers
+        }
         self.teacher_of: Callable[[int, Row], str] = row_teachers(config, split)
 
 

@@ -214,7 +214,8 @@ def _task_axis(contest: _Contest) -> Axis:
     rollouts = heldout_rollouts(prompts, texts["teacher"].sampled)
     references = [Rollout(PromptDraw(p, 0), "dataset", p.completion_ids) for p in prompts if p.completion_ids]
     scores = _score(contest, rollouts, references)
-    source = f"the teacher's sampled completions: {_amount(rollouts)}"
+    aligned = ", compared by bytes: aligned divergences" if contest.pair.pairs else ""
+    source = f"the teacher's sampled completions: {_amount(rollouts)}{aligned}"
     reference_source = f"completions of data.heldout: {_amount(references)}" if references else source
     return Axis(
         rows=(
@@ -253,7 +254,7 @@ def _written(contest: _Contest, column: str) -> _Texts:
 
 def _task_prompts(verified: VerifiedTask, contest: _Contest) -> list[Prompt]:
     tokenizer, arguments = contest.pair.tokenizer, contest.config.data.chat_template_kwargs
-    view = TeacherView(contest.config, MAIN_TEACHER, tokenizer)
+    view = TeacherView(contest.config, MAIN_TEACHER, tokenizer, contest.pair.own_tokenizers.get(MAIN_TEACHER))
     rendered = (render_message(question, tokenizer, arguments, view) for question in verified.questions)
     return [replace(prompt, index=index) for index, prompt in enumerate(rendered)]
 
@@ -264,10 +265,18 @@ def _complete(
     spec, fingerprint = contest.sampler_spec(column), contest.fingerprint(column)
     longest = max(len(r.prompt_ids) + settings.max_new_tokens for settings, requests in jobs for r in requests)
     spec = replace(spec, max_model_tokens=max(contest.pair.max_model_tokens, longest))
+    pair = contest.pair.pairs.get(MAIN_TEACHER) if column == "teacher" else None
+    if pair is not None:  # it writes in tokens of its own
+        spec = parts.as_teacher(pair, spec)
+        jobs = [(parts.as_teacher_ends(pair, settings), requests) for settings, requests in jobs]
     caches = [cache_for(cache_folder(), spec, fingerprint, settings) for settings, _ in jobs]
     cached = [(cache, *job) for cache, job in zip(caches, jobs, strict=True)]
     complete(spec, cached, _log.info, COLUMNS[column])
-    return [[cache.get(request) for request in requests] for cache, _, requests in cached]
+    written = [[cache.get(request) for request in requests] for cache, _, requests in cached]
+    if pair is None:
+        return written
+    most = contest.config.rollout.most_new_tokens
+    return [[parts.for_student(pair, completion, most) for completion in own] for own in written]
 
 
 def _score(contest: _Contest, rollouts: Sequence[Rollout], references: Sequence[Rollout]) -> _Scores:
@@ -352,7 +361,7 @@ def _efficiency_axis(contest: _Contest) -> Axis:
         completion_tokens=config.rollout.most_new_tokens,
         batch_size=config.eval.timing_batch_size,
         repeats=config.eval.timing_repeats,
-        vocabulary=min(pair.valid_vocab for pair in contest.pairs.values()),
+        vocabulary=min(_vocabulary(models) for models in contest.pairs.values()),
         seed=config.run.seed,
     )
     specs = {
@@ -360,6 +369,11 @@ def _efficiency_axis(contest: _Contest) -> Axis:
         for engine in config.eval.engines
     }
     return efficiency_axis(contest.folders, specs, workload, _flops, _log.info)
+
+
+def _vocabulary(models: Models) -> int:
+    """Ids that all sides have."""
+    return min([models.valid_vocab, *(len(tokenizer) for tokenizer in models.own_tokenizers.values())])
 
 
 def _flops(folder: Path, context_tokens: float) -> float:

@@ -15,15 +15,16 @@ import torch
 from gkd.data import pack
 from gkd.data.order import longest_first
 from gkd.measures.heldout import COMPARED
+from gkd.ops.pass_job import LABEL_LOGPROB
 from gkd.ops.token_logprobs import token_logprobs
-from gkd.ops.vocabulary_pass import LABEL_LOGPROB
 from gkd.train.module import StudentModule, token_measures
-from gkd.types import HiddenScores, Rollout, TeacherScores, TokenBatch
+from gkd.types import AlignedScores, HiddenScores, Rollout, TeacherScores, TokenBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "top1_agreement")
+_ALIGNED = {"top1_agreement": "aligned_top1"} | {name: f"aligned_{name}" for name in DIVERGENCES[:3]}
 NLL = "nll"
 
 TokenScores = dict[str, np.ndarray]  # name -> [n_i] float64, in nats
@@ -54,7 +55,8 @@ def student_scores(
 ) -> list[TokenScores]:
     """Of each rollout NLL and, if the teacher scored the rollouts, DIVERGENCES; all at temperature 1.
 
-    The teacher's scores are whole distributions, with one head.
+    The teacher's scores are whole distributions, with one head. Of one with another tokenizer the divergences are those
+    of the outcomes that both have; a token that it has nothing for has 0.
     """
     module = StudentModule(model, settings.valid_vocab, settings.dtype)
     results: list[TokenScores] = [{}] * len(rollouts)
@@ -79,11 +81,22 @@ def teacher_nll(
     """NLL of each rollout under the teacher, from what it said of them."""
     results: list[TokenScores] = []
     for rollout, said in zip(rollouts, scores, strict=True):
-        assert isinstance(said, HiddenScores)
-        labels = torch.tensor(rollout.completion_ids, dtype=torch.int64, device=said.states.device)  # [n_i]
+        assert isinstance(said, HiddenScores | AlignedScores)
+        labels = said.labels if isinstance(said, AlignedScores) else torch.tensor(rollout.completion_ids)
+        labels = labels.to(said.states.device, torch.int64)
         logprobs = token_logprobs(said.states, said.head, labels, chunk_bytes=settings.chunk_bytes)
+        if isinstance(said, AlignedScores):
+            logprobs = _by_students_tokens(said, logprobs)
         results.append({NLL: _as_array(-logprobs)})
     return results
+
+
+def _by_students_tokens(scores: AlignedScores, logprobs: torch.Tensor) -> torch.Tensor:
+    """[n_i] of what the teacher says of its own tokens: each span's shared out evenly."""
+    spans = scores.student_spans
+    totals = torch.zeros(scores.span_count).index_add_(0, scores.spans, logprobs.float().cpu())
+    lengths = torch.bincount(spans[spans >= 0], minlength=scores.span_count)
+    return torch.where(spans >= 0, torch.cat([totals / lengths, torch.zeros(1)])[spans], 0.0)
 
 
 def _score_batch(module: StudentModule, batch: TokenBatch, settings: ScoringSettings) -> TokenScores:
@@ -92,7 +105,8 @@ def _score_batch(module: StudentModule, batch: TokenBatch, settings: ScoringSett
         return {NLL: _as_array(-module(batch.to(settings.device), None))}
     objective = replace(COMPARED, chunk_bytes=settings.chunk_bytes)
     (measured,) = token_measures(module, [batch], objective, settings.device)
-    return {name: _as_array(measured[name]) for name in DIVERGENCES} | {NLL: _as_array(-measured[LABEL_LOGPROB])}
+    names = _ALIGNED if isinstance(batch.teacher, AlignedScores) else {name: name for name in DIVERGENCES}
+    return {name: _as_array(measured[own]) for name, own in names.items()} | {NLL: _as_array(-measured[LABEL_LOGPROB])}
 
 
 def _as_array(values: torch.Tensor) -> np.ndarray:

@@ -15,13 +15,14 @@ import torch
 from gkd.files import finite
 from gkd.measures.answer_tokens import Alternative, Answer, AnswerToken, AnswerTokens
 from gkd.measures.heldout import COMPARED, DIVERGENCES, MeasuresDivergence, Pack
+from gkd.ops.span_rows import SpanRows
 from gkd.ops.token_logprobs import token_logprobs, top_logprobs
 from gkd.seeding import derive_seed
 from gkd.teacher.base import Teacher
 from gkd.types import (
+    AlignedScores,
     Decode,
     HiddenScores,
-    OutputHead,
     Prompt,
     PromptDraw,
     Rollout,
@@ -84,7 +85,9 @@ class AnswerScoring:
         """`scores` are of the n_i scored tokens, `measured` is the student's side. Of what was observed nothing is."""
         ids = rollout.scored_ids
         labels = torch.tensor(ids).clamp(max=self._valid_vocab - 1)  # [n_i]
-        if isinstance(scores, HiddenScores):
+        if isinstance(scores, AlignedScores):
+            teacher = _aligned_view(scores)
+        elif isinstance(scores, HiddenScores):
             teacher = _whole_view(scores, self._valid_vocab, labels.to(scores.states.device))
         else:
             assert isinstance(scores, TopkScores)
@@ -115,6 +118,8 @@ class AnswerScoring:
         for token_id, probability in zip(ids, probabilities, strict=True):
             if math.isnan(probability):
                 return  # a teacher whose states are no numbers finds nothing likely
+            if token_id < 0:
+                continue  # one of another tokenizer's, which the student has not
             yield Alternative(id=token_id, text=self._text(before, token_id), probability=probability)
 
     def _text(self, before: Sequence[int], token_id: int) -> str:
@@ -133,9 +138,24 @@ class _TeacherView(NamedTuple):
 
 
 def _whole_view(scores: HiddenScores, valid_vocab: int, labels: torch.Tensor) -> _TeacherView:
-    head = _first_rows(scores.head, valid_vocab)
+    head = scores.head.first(valid_vocab)
     best, best_ids = top_logprobs(scores.states, head, ALTERNATIVES)
     return _TeacherView(token_logprobs(scores.states, head, labels).exp(), best_ids, best.exp())
+
+
+def _aligned_view(scores: AlignedScores) -> _TeacherView:
+    """With another tokenizer: where a token stands beside one of the teacher's; what only the teacher has is -1."""
+    spans, count = SpanRows.of(scores), len(scores)
+    states = scores.states[spans.teacher_ones.to(scores.states.device)]
+    labels = scores.labels[spans.teacher_ones].to(states.device)
+    best, ids = top_logprobs(states, scores.head, ALTERNATIVES)
+    to_student = torch.full((scores.head.weight.shape[0],), -1)
+    to_student[list(scores.alignment.teacher_ids)] = torch.tensor(scores.alignment.student_ids)
+    probability, best_probabilities = torch.full((count,), math.nan), torch.full((count, best.shape[1]), math.nan)
+    best_ids = torch.full((count, best.shape[1]), -1)
+    probability[spans.ones] = token_logprobs(states, scores.head, labels).exp().cpu().float()
+    best_ids[spans.ones], best_probabilities[spans.ones] = to_student[ids.cpu()], best.exp().cpu().float()
+    return _TeacherView(probability, best_ids, best_probabilities)
 
 
 def _topk_view(scores: TopkScores, labels: torch.Tensor) -> _TeacherView:
@@ -144,10 +164,6 @@ def _topk_view(scores: TopkScores, labels: torch.Tensor) -> _TeacherView:
     probability = torch.where(is_label, scores.log_probs.exp(), 0.0).sum(-1)
     probability = torch.where(is_label.any(-1), probability, math.nan)
     return _TeacherView(probability, scores.ids.gather(-1, slots), best.exp())
-
-
-def _first_rows(head: OutputHead, count: int) -> OutputHead:
-    return replace(head, weight=head.weight[:count], bias=None if head.bias is None else head.bias[:count])
 
 
 def _by_sequence(micro_batches: Sequence[TokenBatch], measured: Sequence[ByToken]) -> dict[str, ByToken]:

@@ -14,12 +14,13 @@ import torch
 from gkd.objectives.objective import Objective, divergence_objective
 from gkd.seeding import derive_seed
 from gkd.teacher.base import Teacher
-from gkd.types import Completion, Prompt, PromptDraw, Rollout, SampleRequest, TeacherScores, TokenBatch
+from gkd.types import AlignedScores, Completion, Prompt, PromptDraw, Rollout, SampleRequest, TeacherScores, TokenBatch
 
 # JSD(1/2) is the loss of the pass, both KLs are its by-products: one pass measures all three.
 COMPARED = divergence_objective("jsd", beta=0.5)
 DIVERGENCES: tuple[str, ...] = ("forward_kl", "reverse_kl", "jsd")
 TOPK_DIVERGENCES = ("topk_forward_kl", "topk_reverse_kl", "topk_jsd")  # where a teacher gives its top k only
+ALIGNED_DIVERGENCES = ("aligned_forward_kl", "aligned_reverse_kl", "aligned_jsd")  # with another tokenizer
 _MOST_BUCKETS = 64  # of positions: as many as a picture can show
 
 Pack = Callable[[Sequence[Rollout], Sequence[TeacherScores]], list[TokenBatch]]
@@ -41,7 +42,8 @@ class HeldoutFigures:
     """Mean divergences a token, in nats: over everything, and by position in the completion.
 
     Bucket i holds the tokens i * bucket_tokens + 1 to (i + 1) * bucket_tokens of the completions. What was measured
-    from a teacher's top k has means of its own, `heldout/topk_...`, and no part in the positions.
+    from a teacher's top k, or with another tokenizer than the student's, has means of its own, `heldout/topk_...` and
+    `heldout/aligned_...`, and no part in the positions.
     """
 
     means: dict[str, float]  # by metric: heldout/forward_kl and so on
@@ -99,14 +101,13 @@ class HeldoutEvaluation:
         """Collective."""
         micro_batches = self._pack(self._rollouts, self._teacher.score(self._rollouts))
         measured = self._student.token_measures(micro_batches, COMPARED)
-        sums, topk_sums = (
-            self._sum_over_ranks(self._bucket_sums(micro_batches, measured, columns)).cpu()
-            for columns in (DIVERGENCES, TOPK_DIVERGENCES)
-        )
+        kinds = (DIVERGENCES, TOPK_DIVERGENCES, ALIGNED_DIVERGENCES)
+        by_kind = [self._sum_over_ranks(self._bucket_sums(micro_batches, measured, columns)).cpu() for columns in kinds]
+        sums = by_kind[0]
         tokens = sums[0]
         by_position = dict(zip(DIVERGENCES, (sums[1:] / tokens.clamp(min=1.0)).tolist(), strict=True))
         return HeldoutFigures(
-            means=_means(sums, DIVERGENCES) | _means(topk_sums, TOPK_DIVERGENCES),
+            means={name: mean for found in map(_means, by_kind, kinds) for name, mean in found.items()},
             bucket_tokens=self._bucket_tokens,
             tokens=[round(count) for count in tokens.tolist()],
             by_position=by_position,
@@ -127,7 +128,7 @@ class HeldoutEvaluation:
                 continue
             bucket = (completion_positions(batch) // self._bucket_tokens).to(device)  # [N]
             rows = [values[name] for name in columns]
-            sums.index_add_(1, bucket, torch.stack([torch.ones_like(rows[0]), *rows]).double())
+            sums.index_add_(1, bucket, torch.stack([_counted(batch).to(rows[0]), *rows]).double())
         return sums
 
 
@@ -135,6 +136,13 @@ def _means(sums: torch.Tensor, columns: Iterable[str]) -> dict[str, float]:
     """By metric, from `_bucket_sums`; none where nothing was measured."""
     tokens, *totals = sums.sum(1).tolist()
     return {f"heldout/{name}": total / tokens for name, total in zip(columns, totals, strict=True) if tokens}
+
+
+def _counted(batch: TokenBatch) -> torch.Tensor:
+    """[N] bool: the tokens that something was measured of."""
+    if isinstance(batch.teacher, AlignedScores):
+        return batch.teacher.student_spans >= 0
+    return torch.ones(batch.scored_tokens, dtype=torch.bool)
 
 
 def completion_positions(batch: TokenBatch) -> torch.Tensor:

@@ -40,7 +40,10 @@ def leakage_metrics(counts: CopiedCounts) -> dict[str, float]:
 
 
 def _may_leak(rollout: Rollout) -> bool:
-    return rollout.draw.prompt.teacher_ids is not None and SOURCES.drawn(rollout.source).in_step
+    """Tokens of two tokenizers cannot be looked for in one another."""
+    prompt = rollout.draw.prompt
+    has_view = prompt.teacher_ids is not None and not prompt.is_translated
+    return has_view and SOURCES.drawn(rollout.source).in_step
 
 
 def _of_one(rollout: Rollout) -> CopiedCounts:

@@ -37,9 +37,12 @@ if TYPE_CHECKING:
     from gkd.models.proof import Probe
     from gkd.models.quantization import Quantization, quantization_targets, quantize_linear
     from gkd.models.resolve import local_folder, resolve_model
+    from gkd.models.shared_mass import SharedMass
     from gkd.models.sides import Side, describe_sides, union_of_ends
     from gkd.models.subset import choose_layers, config_of_layers, make_student_from_layers, recorded_choice
+    from gkd.models.token_bytes import TokenBytes
     from gkd.models.tokenizer_pair import check_tokenizer_pair
+    from gkd.models.tokens_between import TokenizerPair, Translation
     from gkd.models.weights import file_tensors
     from gkd.models.width import (
         WidthChoice,
@@ -75,9 +78,12 @@ _HOMES = {
     "quantization": ("Quantization", "quantization_targets", "quantize_linear"),
     "resolve": ("local_folder", "resolve_model"),
     "cut_config": ("student_config",),
+    "shared_mass": ("SharedMass",),
     "sides": ("Side", "describe_sides", "union_of_ends"),
     "subset": ("choose_layers", "config_of_layers", "make_student_from_layers", "recorded_choice"),
+    "token_bytes": ("TokenBytes",),
     "tokenizer_pair": ("check_tokenizer_pair",),
+    "tokens_between": ("TokenizerPair", "Translation"),
     "weights": ("file_tensors",),
     "calibration": ("forward_kl",),
     "width": (
@@ -92,8 +98,12 @@ __all__ = [
     "ModelCard",
     "Probe",
     "Quantization",
+    "SharedMass",
     "Side",
     "StateReader",
+    "TokenBytes",
+    "TokenizerPair",
+    "Translation",
     "WidthChoice",
     "adapter_parameters",
     "adapter_weights",

@@ -64,8 +64,9 @@ def _mismatch(student_vocab: dict[str, int], teacher_vocab: dict[str, int]) -> s
         for index in differing[:_SHOWN]
     )
     return (
-        f"{_KEY}: its tokenizer differs from that of teacher.model: {shown}{_more(differing)}. Distillation across "
-        "tokenizers is not supported: take a student of the teacher's family, or make one with student.init.layers"
+        f"{_KEY}: its tokenizer differs from that of teacher.model: {shown}{_more(differing)}. Set "
+        "teacher.alignment: shared to compare their texts by bytes, take a student of the teacher's family, or make "
+        "one with student.init.layers"
     )
 
 

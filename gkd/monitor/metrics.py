@@ -27,11 +27,16 @@ METRICS: dict[str, str] = {  # name -> "unit: meaning"
     "divergence/topk_forward_kl": "nats: KL(teacher || student) of K + 1 outcomes, the tokens of a teacher's top k and "
     "all others as one: at most the KL over the vocabulary; mean over the step's tokens that such a teacher scored",
     "divergence/topk_reverse_kl": "nats: KL(student || teacher) of the same outcomes, mean over the same tokens",
+    "divergence/aligned_forward_kl": "nats: KL(teacher || student) of what the vocabularies of a teacher with another "
+    "tokenizer and of the student have in common; mean over the step's tokens that such a teacher has a span for",
+    "divergence/aligned_reverse_kl": "nats: KL(student || teacher) of the same outcomes, mean over the same tokens",
     "divergence/first_token_*": "nats: one of these, of the first token of each completion alone; far above the mean "
     "where what student and teacher read ends differently",
     "entropy/student": "nats: entropy of the student's next-token distribution, mean over scored tokens",
     "entropy/teacher": "nats: entropy of the teacher's next-token distribution, mean over scored tokens",
     "agreement/top1": "fraction: scored tokens where student and teacher have the same most likely token",
+    "agreement/aligned_top1": "fraction: tokens with a span of a teacher with another tokenizer where both sides have "
+    "the same likeliest outcome",
     "tokens/scored": "tokens: scored in the step, over all ranks",
     "tokens/generated": "tokens: sampled from the student in the step, over all ranks",
     "tokens/scored_per_s": "tokens/s: `tokens/scored` by `time/step_s`, the speed of the whole run",
@@ -76,6 +81,11 @@ METRICS: dict[str, str] = {  # name -> "unit: meaning"
     "heldout/topk_forward_kl": "nats: as `divergence/topk_forward_kl`, mean over the held-out prompts' scored tokens",
     "heldout/topk_reverse_kl": "nats: as `divergence/topk_reverse_kl`, mean over the held-out prompts' scored tokens",
     "heldout/topk_jsd": "nats: Jensen-Shannon divergence at beta 0.5 of the same outcomes, mean over the same tokens",
+    "heldout/aligned_forward_kl": "nats: as `divergence/aligned_forward_kl`, mean over the held-out prompts' scored "
+    "tokens with a span",
+    "heldout/aligned_reverse_kl": "nats: as `divergence/aligned_reverse_kl`, mean over the same tokens",
+    "heldout/aligned_jsd": "nats: Jensen-Shannon divergence at beta 0.5 of the same outcomes, mean over the same "
+    "tokens",
 }
 
 

@@ -8,6 +8,9 @@ DIVERGENCE_TITLES = {
     "topk_forward_kl": "top-k forward KL",
     "topk_reverse_kl": "top-k reverse KL",
     "topk_jsd": "top-k JSD",
+    "aligned_forward_kl": "aligned forward KL",
+    "aligned_reverse_kl": "aligned reverse KL",
+    "aligned_jsd": "aligned JSD",
 }
 PHASE_TITLES = {  # in the order of a step
     "sample": "sample",

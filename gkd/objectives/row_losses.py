@@ -17,12 +17,14 @@ from gkd.objectives.measures import SequenceMeasures
 
 @dataclass(frozen=True)
 class LabelLoss:
-    """-factor log Q(label) at temperature 1; 0 in a row without a label. A factor below 0 is allowed.
+    """-factor log Q(label); 0 in a row without a label. A factor below 0 is allowed.
 
-    With a factor of 1 it shares the call of a divergence of the same rows, and no row's weight may be below 0.
+    With a factor of 1 at temperature 1 it shares the call of a divergence of the same rows, and no row's weight may be
+    below 0.
     """
 
     factor: float = 1.0
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)

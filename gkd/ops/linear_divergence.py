@@ -19,7 +19,8 @@ from gkd.objectives.reduction import check_reduction, check_weights, reduce_rows
 from gkd.objectives.row_losses import LabelLoss
 from gkd.ops.common import times
 from gkd.ops.heads import Head, common_columns
-from gkd.ops.vocabulary_pass import Group, PassJob, WeightedLoss, run_pass
+from gkd.ops.pass_job import Group, PassJob, WeightedLoss
+from gkd.ops.vocabulary_pass import run_pass
 from gkd.types import OutputHead
 
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from gkd.chunks import loss_chunk_bytes
+from gkd.objectives.outcomes import Outcomes
 from gkd.objectives.reduction import weigh
 from gkd.ops.common import times, valid_columns
 from gkd.ops.heads import Head, common_columns
-from gkd.ops.vocabulary_pass import Group, PassJob, WeightedLoss, run_pass
+from gkd.ops.pass_job import Group, PassJob, WeightedLoss
+from gkd.ops.vocabulary_pass import run_pass
 from gkd.types import HiddenScores, OutputHead, TeacherScores, TopkScores
 
 
@@ -39,8 +41,9 @@ def linear_terms(
     losses: Sequence[WeightedLoss],
     *,
     acts: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     valid_vocab: int,
+    outcomes: Outcomes | None = None,
     temperature: float = 1.0,
     reference: HiddenScores | None = None,
     compute_dtype: torch.dtype | None = None,
@@ -49,9 +52,10 @@ def linear_terms(
     """Sum over losses and rows of weight x value, from hidden states [N, H] and what the teacher says of the rows.
 
     acts [K, N] bool, on the CPU: which losses act on which rows; the others are not computed there, and a row without
-    any costs nothing. labels [N] int64, -1 for none. Columns from `valid_vocab` on are padding, on both sides; of a
-    top k, ids from there on are empty slots. `temperature` is that of the divergences among the losses. `reference` is
-    what the initial student says of the rows, for losses that compare with it.
+    any costs nothing. labels [N] int64, -1 for none; None: no loss looks at them, and `label_logprob` is not measured.
+    `outcomes`: what is compared where the heads' columns are of two vocabularies. Columns from `valid_vocab` on are
+    padding, on both sides; of a top k, ids from there on are empty slots. `temperature` is that of the divergences
+    among the losses. `reference` is what the initial student says of the rows, for losses that compare with it.
     compute_dtype, chunk_bytes: as in `gkd.linear_divergence`.
 
     Differentiable once, in student_hidden and the head's weight and bias; gradients are computed in the forward pass.
@@ -69,15 +73,16 @@ def linear_terms(
     job = PassJob(
         student,
         side,
-        _columns(student, side, valid_vocab),
+        _columns(student, side, valid_vocab, outcomes),
         temperature,
         tuple(loss if loss.weights is None else replace(loss, weights=_rows(loss.weights, chosen)) for loss in losses),
         groups,
-        _rows(labels, chosen),
+        None if labels is None else _rows(labels, chosen),
         True,
         compute_dtype,
         loss_chunk_bytes(device.type) if chunk_bytes is None else chunk_bytes,
         reference=_reference_side(reference, chosen),
+        outcomes=outcomes,
     )
     apply = cast("Callable[..., Sequence[Tensor]]", _LinearTerms.apply)  # pyright: ignore[reportUnknownMemberType]
     loss, values, weights, *measured = apply(student.hidden, head.weight, head.bias, job)
@@ -113,8 +118,12 @@ def _reference_side(reference: HiddenScores | None, chosen: Tensor | None) -> He
     return Head.of("reference", _rows(reference.states, chosen), reference.head).detached()
 
 
-def _columns(student: Head, teacher: Head | TopkScores | None, valid_vocab: int) -> int:
+def _columns(student: Head, teacher: Head | TopkScores | None, valid_vocab: int, outcomes: Outcomes | None) -> int:
     """How many are compared. Raises InputError for sides that do not fit."""
+    if isinstance(teacher, Head) and outcomes is not None:
+        teacher.check()
+        student.check()
+        return outcomes.count
     if isinstance(teacher, Head):
         return common_columns(student, teacher, valid_vocab)
     student.check()

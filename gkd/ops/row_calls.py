@@ -187,8 +187,8 @@ class LabelCall:
     """-factor log Q(label) of each loss, without a teacher. A label is a top k of one token that has all the mass."""
 
     factors: Mapping[int, float]  # of each loss
+    temperature: float = 1.0
     overwrites = False
-    _cross_entropy = Divergence("forward_kl")
 
     def score(
         self, rows: Rows, weights: Weights, gradient: Tensor | None, wanted: Wanted, memory: RowMemory | None
@@ -201,7 +201,7 @@ class LabelCall:
             rows.student,
             labels,
             certain,
-            self._cross_entropy,
+            Divergence("forward_kl", temperature=self.temperature),
             "truncated",
             gradient=gradient,
             gradient_scale=torch.stack(scaled).sum(0),
@@ -235,16 +235,17 @@ def plan_calls(losses: Mapping[int, RowLoss], whole_teacher: bool) -> list[Call]
     """The calls that score `losses`, by number, of the same rows."""
     by_divergence = _numbers_by_divergence({n: loss for n, loss in losses.items() if isinstance(loss, Divergence)})
     by_reference = {n: loss.divergence for n, loss in losses.items() if isinstance(loss, ReferenceLoss)}
-    labels = {number: loss.factor for number, loss in losses.items() if isinstance(loss, LabelLoss)}
+    labels = {number: loss for number, loss in losses.items() if isinstance(loss, LabelLoss)}
     calls: list[Call] = []
     if whole_teacher and by_divergence:
-        fused = tuple(number for number, factor in labels.items() if factor == 1.0)
+        fused = tuple(number for number, loss in labels.items() if loss == LabelLoss())
         calls += _whole_calls(by_divergence, fused)
-        labels = {number: factor for number, factor in labels.items() if number not in fused}
+        labels = {number: loss for number, loss in labels.items() if number not in fused}
     else:
         calls += [TopkCall(divergence, numbers) for divergence, numbers in by_divergence.items()]
-    if labels:
-        calls.append(LabelCall(labels))
+    for temperature in dict.fromkeys(loss.temperature for loss in labels.values()):
+        own = {number: loss.factor for number, loss in labels.items() if loss.temperature == temperature}
+        calls.append(LabelCall(own, temperature))
     calls += [FunctionCall(loss, number) for number, loss in losses.items() if isinstance(loss, RowFunction)]
     references = _numbers_by_divergence(by_reference)
     return calls + [ReferenceCall(DivergenceCall(divergence, numbers)) for divergence, numbers in references.items()]

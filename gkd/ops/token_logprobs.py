@@ -25,18 +25,19 @@ def token_logprobs(
     labels: Tensor,
     compute_dtype: torch.dtype | None = None,
     *,
+    temperature: float = 1.0,
     chunk_bytes: int | None = None,
 ) -> Tensor:
-    """log softmax(logits)[label] at temperature 1, [N], float32 (float64 for float64 inputs).
+    """log softmax(logits / temperature)[label], [N], float32 (float64 for float64 inputs).
 
     hidden [N, H], labels [N] int64 below V. `compute_dtype` rounds hidden states and head before the products, as
     autocast would. `chunk_bytes` is the memory for logits, by default 64 MiB. Raises InputError for shapes that do
     not fit.
     """
-    found = [
-        logits.gather(1, labels[rows, None])[:, 0] - logits.logsumexp(-1)
-        for rows, logits in _logit_chunks(hidden, head, compute_dtype, chunk_bytes)
-    ]
+    found: list[Tensor] = []
+    for rows, logits in _logit_chunks(hidden, head, compute_dtype, chunk_bytes):
+        scaled = logits if temperature == 1.0 else logits.div_(temperature)
+        found.append(scaled.gather(1, labels[rows, None])[:, 0] - scaled.logsumexp(-1))
     return torch.cat(found)
 
 

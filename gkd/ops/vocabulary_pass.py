@@ -9,121 +9,26 @@ holds of a group is a segment.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from gkd.objectives.divergence import Divergence, working_dtype
+from gkd.objectives.divergence import Divergence
 from gkd.objectives.measures import RowMeasures
-from gkd.objectives.row_losses import ReferenceLoss, RowFunction, RowLoss
 from gkd.objectives.tiles import row_tiles
 from gkd.ops import scratch
-from gkd.ops.heads import Head, HeadGradients
-from gkd.ops.row_calls import (
-    KL_MEASURES,
-    Call,
-    DivergenceCall,
-    Rows,
-    Scored,
-    TopkCall,
-    Values,
-    Wanted,
-    Weights,
-    plan_calls,
-)
+from gkd.ops.chunk_logits import chunk_logits
+from gkd.ops.heads import HeadGradients
+from gkd.ops.pass_job import LABEL_LOGPROB, Group, PassJob
+from gkd.ops.row_calls import Call, DivergenceCall, Rows, Scored, TopkCall, Values, Wanted, Weights
 from gkd.ops.rows import RowMemory
 from gkd.types import TopkScores
 
-LABEL_LOGPROB = "label_logprob"  # a by-product: log Q(label) at temperature 1, 0 without a label
-TOPK_MEASURES = ("student_entropy", "top1_agreement", "topk_forward_kl", "topk_reverse_kl")
-"""From a top k: the first two are of the student's whole distribution, the last two of K tokens and one bucket."""
-
 _SHARED_BYTES = 2 << 20  # on a CPU, of the gradient that several calls for the same rows add up in
 _SHARED_BYTES_ELSEWHERE = 128 << 20
-
-
-@dataclass(frozen=True)
-class WeightedLoss:
-    """One loss of the rows, and what its gradient is multiplied by."""
-
-    loss: RowLoss
-    weights: Tensor | None = None  # [N]; None is 1
-    row_weights: tuple[Callable[[RowMeasures], Tensor], ...] = ()  # each [n], of a segment's rows
-    kind: str = ""  # for `row_weights`
-
-    @property
-    def needs_teacher(self) -> bool:
-        if self.row_weights or isinstance(self.loss, Divergence):
-            return True
-        return isinstance(self.loss, RowFunction) and self.loss.needs_teacher
-
-
-@dataclass(frozen=True)
-class Group:
-    """Consecutive rows that have the same losses, by number."""
-
-    rows: slice
-    losses: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class PassJob:
-    """Everything that a pass needs. Groups with a teacher come first."""
-
-    student: Head
-    teacher: Head | TopkScores | None
-    columns: int
-    temperature: float
-    losses: tuple[WeightedLoss, ...]
-    groups: tuple[Group, ...]
-    labels: Tensor | None  # [N]
-    measures: bool
-    compute_dtype: torch.dtype | None
-    chunk_bytes: int
-    ignored: Tensor | None = None  # [N] weights whose zeros must not be looked at
-    reference: Head | None = None  # the initial student, for losses that compare with it
-
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        if self.compute_dtype == torch.float64:
-            return torch.float64
-        sides = [side for side in (self.student, self.teacher, self.reference) if isinstance(side, Head)]
-        return working_dtype(*(tensor for head in sides for tensor in (head.hidden, head.weight)))
-
-    @cached_property
-    def measure_names(self) -> tuple[str, ...]:
-        if not self.measures:
-            return ()
-        of_teacher = KL_MEASURES if isinstance(self.teacher, Head) else TOPK_MEASURES if self.teacher else ()
-        return of_teacher if self.labels is None else (*of_teacher, LABEL_LOGPROB)
-
-    @cached_property
-    def teacher_rows(self) -> int:
-        """How many rows, from the first on, are compared with the teacher."""
-        return max((g.rows.stop for g in self.groups if any(self.losses[i].needs_teacher for i in g.losses)), default=0)
-
-    @cached_property
-    def reference_rows(self) -> list[slice]:
-        """The rows that are compared with the initial student."""
-        return [g.rows for g in self.groups if any(isinstance(self.losses[i].loss, ReferenceLoss) for i in g.losses)]
-
-    @cached_property
-    def calls(self) -> tuple[list[Call], ...]:
-        """Of each group."""
-        whole = isinstance(self.teacher, Head)
-        return tuple(plan_calls({i: self.losses[i].loss for i in group.losses}, whole) for group in self.groups)
-
-    def chunks(self) -> Iterator[slice]:
-        """As few chunks as chunk_bytes allows, of about equal size."""
-        n_rows = self.student.hidden.shape[0]
-        at_most = max(1, self.chunk_bytes // (self.columns * self.dtype.itemsize))
-        n_chunks = -(-n_rows // at_most)
-        for index in range(n_chunks):
-            yield slice(index * n_rows // n_chunks, (index + 1) * n_rows // n_chunks)
 
 
 @dataclass(frozen=True)
@@ -145,8 +50,8 @@ def run_pass(job: PassJob, needs: tuple[bool, bool, bool]) -> PassResult:
     weights = torch.zeros_like(values)
     measures = {name: torch.zeros(n_rows, dtype=job.dtype, device=device) for name in job.measure_names}
     with torch.autocast(device.type, enabled=False):
-        logits = _Logits(job, any(needs))
-        gradients = HeadGradients(student, logits.student_product, job.columns, needs)
+        logits = chunk_logits(job, any(needs))
+        gradients = HeadGradients(student, logits.student_product, job.student_columns, needs)
         for chunk in job.chunks():
             whole, gradient = logits.of(chunk)
             for group, calls in zip(job.groups, job.calls, strict=True):
@@ -161,68 +66,9 @@ def run_pass(job: PassJob, needs: tuple[bool, bool, bool]) -> PassResult:
                 for name, found in scored.measures.items():
                     measures[name][segment] = found
             if gradient is not None:
-                student.pull_back_(gradient, whole.student)
-                gradients.add(chunk, gradient)
+                gradients.add(chunk, logits.pull_back(gradient))
         logits.give_back()
     return PassResult(values, weights, measures, gradients.results())
-
-
-class _Logits:
-    """The [n, V] matrices of a pass, made once. A gradient overwrites the student's logits where it can."""
-
-    def __init__(self, job: PassJob, with_gradient: bool) -> None:
-        self._job = job
-        teacher = job.teacher if isinstance(job.teacher, Head) else None
-        self.student_product = job.student.product(job.columns, job.ignored, job.compute_dtype, job.dtype)
-        self._teacher_product = (
-            teacher.product(job.columns, job.ignored, job.compute_dtype, job.dtype) if teacher else None
-        )
-        self._alive = None if job.ignored is None else job.ignored != 0
-        largest, device = max((rows.stop - rows.start for rows in job.chunks()), default=0), job.student.hidden.device
-        self._reference_product = (
-            job.reference.product(job.columns, job.ignored, job.compute_dtype, job.dtype) if job.reference else None
-        )
-        sides = 1 + (teacher is not None) + (job.reference is not None)
-        self._logits = [scratch.take((largest, job.columns), job.dtype, device) for _ in range(sides)]
-        self._gradient: Tensor | None = None
-        if not with_gradient:
-            return
-        if job.student.softcap is None:  # a row's gradient lies where its logits were, be it in half of the memory
-            dtype = self.student_product.gradient_dtype
-            self._gradient = self._logits[0].view(dtype)[:, : job.columns]
-        else:  # the cap's derivative needs the logits afterwards
-            self._gradient = torch.empty_like(self._logits[0])
-
-    def of(self, chunk: slice) -> tuple[Rows, Tensor | None]:
-        job, n = self._job, chunk.stop - chunk.start
-        student = job.student.logits(self.student_product, chunk, self._logits[0][:n])
-        teacher: Tensor | TopkScores | None = None
-        if isinstance(job.teacher, TopkScores):
-            teacher = TopkScores(job.teacher.ids[chunk], job.teacher.log_probs[chunk])
-        elif job.teacher is not None and self._teacher_product is not None:
-            teacher = self._logits[1][:n]
-            compared = slice(chunk.start, min(chunk.stop, max(chunk.start, job.teacher_rows)))
-            if compared.stop > compared.start:
-                job.teacher.logits(self._teacher_product, compared, teacher[: compared.stop - compared.start])
-        labels, alive = (None if of_row is None else of_row[chunk] for of_row in (job.labels, self._alive))
-        rows = Rows(student, teacher, labels, alive, self._reference(chunk))
-        return rows, None if self._gradient is None else self._gradient[:n]
-
-    def _reference(self, chunk: slice) -> Tensor | None:
-        """Only the rows that are compared with it are filled."""
-        job = self._job
-        if job.reference is None or self._reference_product is None:
-            return None
-        logits = self._logits[-1][: chunk.stop - chunk.start]
-        for rows in job.reference_rows:
-            compared = slice(max(chunk.start, rows.start), min(chunk.stop, rows.stop))
-            if compared.stop > compared.start:
-                here = slice(compared.start - chunk.start, compared.stop - chunk.start)
-                job.reference.logits(self._reference_product, compared, logits[here])
-        return logits
-
-    def give_back(self) -> None:
-        scratch.give_back(*self._logits)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gkd.config import Config, Launch, Settled, advice, advice_on_share, load_config, make_config
 from gkd.data.encoding import RowEncoder
 from gkd.data.formats import Row, read_rows
+from gkd.data.prompts import texts_of
 from gkd.data.routing import check_teacher_names, row_teachers
 from gkd.data.sources import JSON_SUFFIXES
 from gkd.data.tasks import check_tasks
@@ -32,6 +33,8 @@ from gkd.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from gkd.models import Side, TokenizerPair
 
 
 class Distiller:
@@ -109,7 +112,7 @@ class Distiller:
         Raises MissingPackageError, DataError with file:line, ConfigError, MachineError, or ModelError.
         """
         self._check_packages()
-        train_rows = self._check_data()
+        train_rows, heldout_rows = self._check_data()
         config, notes, warnings = self.settle(resume=resume)
         from gkd.config.training import TrainingSettings
         from gkd.train.deepspeed_check import check_deepspeed
@@ -123,14 +126,13 @@ class Distiller:
             f"mixture.{source}: student and teacher draw together; the teacher reads a text again at each of its turns"
             for source in config.mixture.with_teacher
         ]
-        return [*notes, *warnings, *advice(config), *together, *self._describe_models(train_rows)]
+        return [*notes, *warnings, *advice(config), *together, *self._describe_models(train_rows, heldout_rows)]
 
-    def _describe_models(self, train_rows: Sequence[Row]) -> list[str]:
+    def _describe_models(self, train_rows: Sequence[Row], heldout_rows: Sequence[Row]) -> list[str]:
         """Nothing of models on the hub, which are not asked for here."""
         from gkd.models import (
             Side,
             check_covers,
-            describe_sides,
             empty_model,
             lora_targets,
             model_shape,
@@ -161,7 +163,8 @@ class Distiller:
         if paths.keys() != names.keys():
             return []
         sides = {key: Side.of(path, key=key) for key, path in paths.items()}
-        lines = describe_sides(sides, self.config.rollout.stop_token_ids)
+        rows = {key: read_config(path, key=key).get_text_config().vocab_size for key, path in paths.items()}
+        pairs, lines = self._pair_tokenizers(sides, rows, heldout_rows or train_rows)
         student = student_config(paths["student.model"], self.config.student.init)  # raises for what does not fit
         if (init := self.config.student.init) is not None:
             available = read_config(paths["student.model"]).get_text_config().num_hidden_layers
@@ -180,7 +183,7 @@ class Distiller:
             targets = quantization_targets(empty_model(student), quantize)
             lines.append(f"student.quantize: {len(targets)} matrices as {quantize.describe()}")
         tokenizer = sides["student.model"].tokenizer
-        return [*lines, *self._show_view(train_rows, tokenizer), *self._show_turn(train_rows, tokenizer)]
+        return [*lines, *self._show_view(train_rows, tokenizer, pairs), *self._show_turn(train_rows, tokenizer)]
 
     def _show_turn(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """What the student reads behind a turn of its own."""
@@ -193,17 +196,42 @@ class Distiller:
         behind = TurnEncoder(tokenizer, template, kind, ()).probe(Prompt(0, (), "", origin=row.origin, messages=said))
         return [f"environment: {kind.describe()}; after a turn the student reads {behind!r}"]
 
-    def _show_view(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    def _pair_tokenizers(
+        self, sides: Mapping[str, Side], vocabulary_rows: Mapping[str, int], rows: Sequence[Row]
+    ) -> tuple[Mapping[str, TokenizerPair], list[str]]:
+        """Of teachers with another tokenizer the pairs, by name; and how texts begin and end for all of them."""
+        from gkd.models import check_tokenizer_pair, describe_sides, union_of_ends
+        from gkd.train.other_tokenizers import audit, tokenizer_pairs
+
+        config = self.config
+        keys = {name: f"{config.teacher_key(name)}.model" for name, t in config.teachers.items() if t.alignment}
+        same = {key: side for key, side in sides.items() if key not in keys.values()}
+        own = sides["student.model"].tokenizer
+        for key, side in same.items():
+            check_tokenizer_pair(own, side.tokenizer, vocabulary_rows["student.model"], vocabulary_rows[key])
+        chosen = config.rollout.stop_token_ids
+        others = {name: sides[key] for name, key in keys.items()}
+        ends = union_of_ends(same) if chosen is None else chosen
+        pairs = tokenizer_pairs(config, sides["student.model"], others, ends)
+        texts = [text for row in rows for text in texts_of(row)]
+        audited = [audit(config, name, pair, texts) for name, pair in pairs.items()]
+        return pairs, [*describe_sides(same, chosen), *audited]
+
+    def _show_view(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, pairs: Mapping[str, TokenizerPair]
+    ) -> list[str]:
         """The first of the rows whose teacher reads another context, as both sides read it."""
         if not rows:
             return []
         data = self.config.data
-        readers = RowReaders(self.config, "train", tokenizer)
+        own = {name: pair.teacher.tokenizer for name, pair in pairs.items()}
+        readers = RowReaders(self.config, "train", tokenizer, own)
         for index, row in enumerate(rows):
-            view = readers.views[readers.teacher_of(index, row)]
+            name = readers.teacher_of(index, row)
+            view = readers.views[name]
             if (teacher_ids := view.ids(row)) is not None:
                 ids = RowEncoder(tokenizer, ChatTemplate(tokenizer, data.chat_template_kwargs)).prompt_ids(row)
-                read, other = str(tokenizer.decode(ids)), str(tokenizer.decode([*teacher_ids]))
+                read, other = str(tokenizer.decode(ids)), str(own.get(name, tokenizer).decode([*teacher_ids]))
                 titles = (f"student: {len(ids)} tokens", f"{view.section}: {len(teacher_ids)} tokens")
                 return [
                     f"{row.origin}, as both sides read it before the completion:",
@@ -233,9 +261,9 @@ class Distiller:
         if (fault := write_fault(self.config.run.folder)) is not None:
             raise fault
 
-    def _check_data(self) -> Sequence[Row]:
-        """Returns the rows of data.train; none of a file that is not read here."""
-        data, train_rows = self.config.data, list[Row]()
+    def _check_data(self) -> tuple[Sequence[Row], Sequence[Row]]:
+        """Returns the rows of data.train and data.heldout; none of a file that is not read here."""
+        data, found = self.config.data, {"data.train": list[Row](), "data.heldout": list[Row]()}
         for key, path, split in (
             ("data.train", data.train, data.train_split),
             ("data.heldout", data.heldout, data.heldout_split),
@@ -247,5 +275,5 @@ class Distiller:
                 check_tasks(rows, self.config.environment)
                 if key == "data.train":
                     self._check_teaches(rows)
-                    train_rows = rows
-        return train_rows
+                found[key] = rows
+        return found["data.train"], found["data.heldout"]

@@ -19,13 +19,14 @@ from gkd.objectives.measures import SequenceMeasures
 from gkd.objectives.mismatch import log_ratios, mismatch_sums
 from gkd.objectives.objective import ActiveTerm, Objective
 from gkd.objectives.reduction import weigh
+from gkd.ops.aligned_terms import aligned_terms
 from gkd.ops.linear_terms import TermScores, linear_terms
+from gkd.ops.pass_job import ALIGNED_MEASURES, KL_MEASURES, LABEL_LOGPROB, TOPK_MEASURES, WeightedLoss
 from gkd.ops.token_logprobs import token_logprobs
-from gkd.ops.vocabulary_pass import KL_MEASURES, LABEL_LOGPROB, TOPK_MEASURES, WeightedLoss
 from gkd.registry import SOURCES
 from gkd.train.batch_terms import sequence_vectors
 from gkd.train.state_terms import StateTerms
-from gkd.types import HiddenScores, NoScores, OutputHead, TeacherScores, TokenBatch, TopkScores
+from gkd.types import AlignedScores, HiddenScores, NoScores, OutputHead, TeacherScores, TokenBatch, TopkScores
 
 
 class ObjectiveSums(NamedTuple):
@@ -42,10 +43,16 @@ class ObjectiveSums(NamedTuple):
 
 
 def measure_names(teacher: TeacherScores) -> tuple[str, ...]:
-    """Of the rows of `ObjectiveSums.measures`. A teacher's top k allow other measures than all of it."""
-    if isinstance(teacher, NoScores):
-        return (LABEL_LOGPROB,)
-    return (*(KL_MEASURES if isinstance(teacher, HiddenScores) else TOPK_MEASURES), LABEL_LOGPROB)
+    """Of the rows of `ObjectiveSums.measures`. What is known of a teacher decides which there are."""
+    return (*_MEASURES[type(teacher)], LABEL_LOGPROB)
+
+
+_MEASURES: dict[type[TeacherScores], tuple[str, ...]] = {
+    HiddenScores: KL_MEASURES,
+    AlignedScores: ALIGNED_MEASURES,
+    TopkScores: TOPK_MEASURES,
+    NoScores: (),
+}
 
 
 class ObjectiveHead(nn.Module):
@@ -72,19 +79,9 @@ class ObjectiveHead(nn.Module):
         assert batch.teacher is not None
         acts = objective.acts(batch.sources, batch.completion_lengths, batch.sequence_rewards)
         parts = self._weighted_parts(hidden, batch, objective)
-        scores = linear_terms(
-            hidden,
-            self.own_head(),
-            batch.teacher,
-            [part.loss for part in parts],
-            acts=acts[[part.term for part in parts]],
-            labels=torch.where(batch.labels < self.valid_vocab, batch.labels, -1),  # -1: from the padding
-            valid_vocab=self.valid_vocab,
-            temperature=objective.temperature,
-            reference=batch.reference,
-            compute_dtype=self._dtype,
-            chunk_bytes=objective.chunk_bytes,
-        )
+        if isinstance(batch.teacher, AlignedScores):
+            acts = _where_aligned(acts, parts, batch.teacher)
+        scores = self._terms(hidden, batch, objective, parts, acts)
         return ObjectiveSums(
             scores.loss,
             _term_values(scores, parts, len(objective.terms)),
@@ -92,6 +89,30 @@ class ObjectiveHead(nn.Module):
             *_stacked(scores, measure_names(batch.teacher)),
             *_mismatch(scores, batch),
         )
+
+    def _terms(
+        self,
+        hidden: torch.Tensor,
+        batch: TokenBatch,
+        objective: Objective,
+        parts: Sequence[_WeightedPart],
+        acts: torch.Tensor,
+    ) -> TermScores:
+        """`acts` [K, N] of the objective's terms."""
+        losses = [part.loss for part in parts]
+        options: dict[str, Any] = {
+            "acts": acts[[part.term for part in parts]],
+            "labels": torch.where(batch.labels < self.valid_vocab, batch.labels, -1),  # -1: from the padding
+            "valid_vocab": self.valid_vocab,
+            "temperature": objective.temperature,
+            "reference": batch.reference,
+            "compute_dtype": self._dtype,
+            "chunk_bytes": objective.chunk_bytes,
+        }
+        assert batch.teacher is not None
+        if isinstance(batch.teacher, AlignedScores):
+            return aligned_terms(hidden, self.own_head(), batch.teacher, losses, **options)
+        return linear_terms(hidden, self.own_head(), batch.teacher, losses, **options)
 
     def _weighted_parts(self, hidden: torch.Tensor, batch: TokenBatch, objective: Objective) -> list[_WeightedPart]:
         sequences = self._sequence_measures(hidden, batch, objective) if objective.of_sequences else None
@@ -147,6 +168,13 @@ def _parts_of(
         own = weights if factor is None else weights * factor
         parts.append(_WeightedPart(index, WeightedLoss(part.loss, own, row_weights, term.kind), factor))
     return parts
+
+
+def _where_aligned(acts: torch.Tensor, parts: Sequence[_WeightedPart], teacher: AlignedScores) -> torch.Tensor:
+    """Of terms that compare with the teacher, only tokens that it has something for."""
+    acts = acts.clone()
+    acts[[part.term for part in parts if part.loss.needs_teacher]] &= teacher.student_spans >= 0
+    return acts
 
 
 def _term_values(scores: TermScores, parts: Sequence[_WeightedPart], terms: int) -> torch.Tensor:
@@ -250,19 +278,22 @@ class StudentModule(nn.Module):
         return last.flatten(0, 1)[batch.score_index], last, states
 
 
+_PREFIXES: dict[type, str] = {TopkScores: "topk_", AlignedScores: "aligned_"}  # of what is no divergence of tokens
+
+
 def token_measures(
     forward: Callable[..., Any], micro_batches: Sequence[TokenBatch], objective: Objective, device: torch.device
 ) -> list[dict[str, torch.Tensor]]:
     """For each micro-batch {name: [N]} of its `measure_names` and of the objective's terms, on `device`.
 
     `forward` is a StudentModule, or what wraps it. From a teacher's top k a term is that of K + 1 outcomes, and its
-    name begins with "topk_".
+    name begins with "topk_"; against another tokenizer it begins with "aligned_".
     """
     measured = []
     for micro_batch in micro_batches:
         assert micro_batch.teacher is not None
         result: ObjectiveSums = forward(micro_batch.to(device), objective)
-        names = [f"topk_{t.name}" if isinstance(micro_batch.teacher, TopkScores) else t.name for t in objective.terms]
+        names = [f"{_PREFIXES.get(type(micro_batch.teacher), '')}{term.name}" for term in objective.terms]
         terms = dict(zip(names, result.values, strict=True))
         measured.append(terms | dict(zip(measure_names(micro_batch.teacher), result.measures, strict=True)))
     return measured

@@ -66,6 +66,8 @@ class Run:
         self.steps_done = self.start_step
         self.models = parts.locate_models(config, folder, launch, placements)
         self.prompts = parts.load_data(config, self.models)
+        for line in parts.audit_tokenizers(config, self.models, self.prompts):
+            _log.info(line)
         self.conversations = parts.build_conversations(config, self.models, self.prompts)
         parts.take_sampler(config, folder, launch, placements.sampler, run_id)
         begin()

@@ -12,7 +12,7 @@ import torch
 
 from gkd.objectives.mismatch import MismatchSums, mismatch_means
 from gkd.objectives.objective import Objective
-from gkd.ops.vocabulary_pass import KL_MEASURES, TOPK_MEASURES
+from gkd.ops.pass_job import ALIGNED_MEASURES, KL_MEASURES, TOPK_MEASURES
 from gkd.train.batch_terms import BatchGradients
 from gkd.train.distributed import max_over_ranks, sum_over_ranks
 from gkd.train.module import ObjectiveSums, measure_names
@@ -25,12 +25,15 @@ _METRICS = {
     "reverse_kl": "divergence/reverse_kl",
     "topk_forward_kl": "divergence/topk_forward_kl",
     "topk_reverse_kl": "divergence/topk_reverse_kl",
+    "aligned_forward_kl": "divergence/aligned_forward_kl",
+    "aligned_reverse_kl": "divergence/aligned_reverse_kl",
+    "aligned_top1": "agreement/aligned_top1",
     "student_entropy": "entropy/student",
     "teacher_entropy": "entropy/teacher",
     "top1_agreement": "agreement/top1",
 }
 _FIRST = tuple(name for name in _METRICS if name.endswith("_kl"))  # also of first tokens alone
-_NAMES = tuple(dict.fromkeys([*KL_MEASURES, *TOPK_MEASURES]))
+_NAMES = tuple(dict.fromkeys([*KL_MEASURES, *TOPK_MEASURES, *ALIGNED_MEASURES]))
 
 
 class StepSums:

@@ -39,7 +39,7 @@ def test_runs_and_resumes_bitwise(
             path,
             [
                 f"run.dir={tmp_path / name}", f"run.steps={STEPS}", "run.save_every=1",
-                "teacher.dtype=auto" if is_own_teacher else f"teacher={{model: {wide_teacher}, dtype: float32}}",
+                *([] if is_own_teacher else [f"teacher.model={wide_teacher}", "teacher.dtype=float32"]),
                 f"student={{model: {tiny_student}, dtype: float32}}",
                 f"data={{train: {told / 'train.jsonl'}, heldout: {told / 'heldout.jsonl'}, "
                 "max_prompt_tokens: 64}",

@@ -75,12 +75,17 @@ def local(folder: str) -> LocalTeacher:
 
 
 def run_split(
-    student_folder: str, teacher: Teacher, split: int | str, stage: int, launch: Launch
+    student_folder: str,
+    teacher: Teacher,
+    rollouts: list[Rollout],
+    measured: Sequence[str],
+    split: int | str,
+    stage: int,
+    launch: Launch,
 ) -> dict[str, torch.Tensor]:
     sgd = Path(sys.argv[1]).parent / f"sgd{launch.rank}.json"
     sgd.write_text(json.dumps({"optimizer": {"type": "SGD", "params": {"lr": LR}}}))
     size = {"micro_batch_size": split} if isinstance(split, int) else {"micro_batch_tokens": int(split.split()[0])}
-    rollouts = routed_rollouts()
     training = TrainingSettings.model_validate(
         {
             "objective": {"kind": "jsd"},
@@ -105,7 +110,7 @@ def run_split(
     )
     stats = engine.step(batches, step=0)
     results = {name: ((old[name] - tensor) / LR).contiguous() for name, tensor in engine.whole_weights()}
-    for name in MEASURED:
+    for name in measured:
         results[name] = torch.tensor(stats[name], dtype=torch.float64)
     return results
 
@@ -118,7 +123,7 @@ def main() -> None:
     teacher = WithViews(RoutedTeacher(dict(zip(NAMES, (narrow, wide, FewTokens(few)), strict=True))))
     results: dict[str, torch.Tensor] = {}
     for split, stage in json.loads(splits):
-        found = run_split(student, teacher, split, stage, launch)
+        found = run_split(student, teacher, routed_rollouts(), MEASURED, split, stage, launch)
         results |= {f"{split}/{stage}/{name}": tensor for name, tensor in found.items()}
     if launch.is_main:
         save_file(results, out)

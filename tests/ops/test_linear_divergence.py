@@ -20,8 +20,9 @@ from gkd.errors import ConfigError, InputError
 from gkd.objectives import BYPRODUCTS, KINDS, Divergence, divergence_value, reduce_rows, score_rows
 from gkd.objectives.divergence import RowScores
 from gkd.ops import divergence, linear_divergence
+from gkd.ops.pass_job import PassJob
 from gkd.ops.rows import score_rows as score_rows_natively
-from gkd.ops.vocabulary_pass import PassJob, PassResult, run_pass
+from gkd.ops.vocabulary_pass import PassResult, run_pass
 
 N, HS, HT, V = 23, 12, 20, 61
 DOUBLE = torch.float64

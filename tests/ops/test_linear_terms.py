@@ -18,7 +18,7 @@ from gkd.objectives.row_losses import LabelLoss, ReferenceLoss, RowFunction, Row
 from gkd.ops.heads import HeadGradients
 from gkd.ops.linear_terms import TermScores, linear_terms
 from gkd.ops.matmul import HeadProduct
-from gkd.ops.vocabulary_pass import WeightedLoss
+from gkd.ops.pass_job import WeightedLoss
 from gkd.types import HiddenScores, NoScores, OutputHead, TeacherScores, TopkScores
 
 N, H, H_TEACHER, V, VALID = 23, 12, 9, 61, 57

@@ -16,7 +16,7 @@ from gkd.errors import InputError
 from gkd.objectives import KINDS, Divergence, divergence_value
 from gkd.ops import linear_divergence
 from gkd.ops.linear_terms import linear_terms
-from gkd.ops.vocabulary_pass import TOPK_MEASURES, WeightedLoss
+from gkd.ops.pass_job import TOPK_MEASURES, WeightedLoss
 from gkd.types import OutputHead, TopkScores
 
 N, H, V, K = 23, 12, 61, 5

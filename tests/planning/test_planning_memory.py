@@ -17,7 +17,7 @@ from gkd.errors import ConfigError
 from gkd.objectives.divergence import Divergence
 from gkd.ops import linear_divergence, scratch
 from gkd.ops.linear_terms import linear_terms
-from gkd.ops.vocabulary_pass import WeightedLoss
+from gkd.ops.pass_job import WeightedLoss
 from gkd.planning.devices import device_named
 from gkd.planning.memory import memory_plan, student_state
 from gkd.planning.models import architectures

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -16,6 +17,7 @@ import pytest
 import torch
 import yaml
 from launching import check, read_metrics, run_gkd
+from other_tokenizers import byte_level
 from scores import whole
 from teacher_servers import TOKEN, Relay, rollout, start_server, total_rows, with_view
 from tiny import save_tiny_model
@@ -23,12 +25,12 @@ from tiny import save_tiny_model
 import gkd
 from gkd.config import TeacherConfig
 from gkd.errors import ConfigError, TeacherError
-from gkd.models import load_causal_lm
+from gkd.models import TokenBytes, TokenizerPair, load_causal_lm, load_tokenizer
 from gkd.teacher.local import LocalTeacher
 from gkd.teacher.replicas import Replicas
 from gkd.teacher.served import ServedTeacher
-from gkd.teacher.views import WithViews
-from gkd.types import HiddenScores, Prompt, PromptDraw, Rollout
+from gkd.teacher.views import OtherTokenizer, WithViews
+from gkd.types import AlignedScores, HiddenScores, Prompt, PromptDraw, Rollout
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 CPU = torch.device("cpu")
@@ -337,3 +339,29 @@ def test_another_model_than_teacher_model_is_refused(servers: Servers, tmp_path:
     *notes, error = result.stderr.splitlines()
     assert result.returncode == 2 and all("by auto" in note for note in notes), result.stderr
     assert "teacher.addresses: " in error and "is not teacher.model" in error
+
+
+def test_another_tokenizer_is_served_as_it_is_local(servers: Servers) -> None:
+    """The student's tokens are others: what goes to the server is the teacher's reading of their bytes."""
+    own = TokenBytes(byte_level(), "student.model")
+    theirs = TokenBytes(load_tokenizer(str(servers.exact_model)), "teacher.model")
+    pair = TokenizerPair.of(own, theirs, (own.tokenizer.eos_token_id,), (theirs.tokenizer.eos_token_id,))  # pyright: ignore
+    other = OtherTokenizer(pair, pair.alignment, 30)
+    texts = ("the cat sat on the mat", "", "你好 🤖", "the quick brown fox jumps over the lazy dog and the mat")
+    rollouts = []
+    for one, text in zip(ROLLOUTS, texts, strict=False):
+        ids = (*own.encode(text.encode()), *([own.tokenizer.eos_token_id] if text else []))
+        rollouts.append(replace(with_view(one, one.draw.prompt.token_ids), completion_ids=ids))  # pyright: ignore
+    loaded = load_causal_lm(str(servers.exact_model), "float32", key="teacher.model")
+    local = LocalTeacher(loaded, device=CPU, micro_batch_size=2, pad_token_id=0)
+    both = [
+        WithViews(teacher, {"main": other}).score(rollouts)
+        for teacher in (servers.teacher(servers.exact.address), local)
+    ]
+    for served, here, one in zip(*both, rollouts, strict=True):
+        assert isinstance(served, AlignedScores) and isinstance(here, AlignedScores)
+        assert len(served) == len(here) == len(one.completion_ids)
+        torch.testing.assert_close(served.states, here.states, atol=1e-5, rtol=1e-5)
+        assert served.labels.tolist() == here.labels.tolist()
+        assert served.student_spans.tolist() == here.student_spans.tolist()
+    assert len(both[0][3].labels) <= 30 and -1 in both[0][3].student_spans.tolist(), "a text that is too long is cut"

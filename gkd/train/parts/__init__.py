@@ -3,7 +3,7 @@
 from gkd.train.deepspeed_check import check_deepspeed
 from gkd.train.parts.agreed import check_same_settings
 from gkd.train.parts.cut import make_student
-from gkd.train.parts.data import Pack, Prompts, Reduction, load_data, load_split, packer, prompt_data, step_packer
+from gkd.train.parts.data import Pack, Prompts, Reduction, audit_tokenizers, load_data, load_split, packer, prompt_data, step_packer
 from gkd.train.parts.inputs import run_inputs
 from gkd.train.parts.measures import build_heldout, build_snapshots, describe_samples, shown_texts
 from gkd.train.parts.models import Models, locate_models
@@ -21,6 +21,7 @@ from gkd.train.parts.student import build_checkpoints, build_student, checkpoint
 from gkd.train.parts.teachers import build_means, build_teacher
 from gkd.train.parts.texts import TeacherTexts, teacher_texts
 from gkd.train.parts.together import SharedRollouts
+from gkd.train.parts.translated import as_teacher, as_teacher_ends, for_student
 
 __all__ = [
     "Models",
@@ -31,6 +32,9 @@ __all__ = [
     "SourceStates",
     "TeacherTexts",
     "ahead_of_training",
+    "as_teacher",
+    "as_teacher_ends",
+    "audit_tokenizers",
     "build_checkpoints",
     "build_conversations",
     "build_heldout",
@@ -44,6 +48,7 @@ __all__ = [
     "check_same_settings",
     "checkpoint_layout",
     "describe_samples",
+    "for_student",
     "load_data",
     "load_split",
     "locate_models",

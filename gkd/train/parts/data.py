@@ -14,6 +14,7 @@ from gkd.data.views import RowReaders, check_teaches
 from gkd.errors import DataError
 from gkd.measures.heldout import Pack
 from gkd.train.distributed import largest_count
+from gkd.train.other_tokenizers import audit
 from gkd.train.parts.models import Models
 from gkd.train.reward_groups import with_reward_groups
 
@@ -72,8 +73,19 @@ def load_split(
         config.data,
         key=f"data.{split}",
         max_completion_tokens=max_completion_tokens,
-        readers=RowReaders(config, split, models.tokenizer),
+        readers=RowReaders(config, split, models.tokenizer, models.own_tokenizers),
     )
+
+
+def audit_tokenizers(config: Config, models: Models, prompts: Prompts) -> list[str]:
+    """A line for each teacher with another tokenizer. Raises ConfigError for one that has too little in common."""
+    measured = prompts.heldout or prompts.train
+    texts = [
+        text
+        for prompt in measured.prompts
+        for text in (prompt.text, models.decode(prompt.completion_ids or (), skip_special_tokens=True))
+    ]
+    return [audit(config, name, pair, texts) for name, pair in models.pairs.items()]
 
 
 def prompt_data(config: Config, prompts: Prompts, launch: Launch) -> PromptData:

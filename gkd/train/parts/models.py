@@ -11,6 +11,7 @@ from gkd.config import MAIN_TEACHER, Config, Launch
 from gkd.errors import ConfigError
 from gkd.models import (
     Side,
+    TokenizerPair,
     check_covers,
     check_tokenizer_pair,
     describe_sides,
@@ -26,6 +27,7 @@ from gkd.models import (
 )
 from gkd.run_files import RunFiles
 from gkd.train.distributed import from_main
+from gkd.train.other_tokenizers import tokenizer_pairs
 from gkd.train.placements import Placements
 from gkd.types import StatePairs
 
@@ -49,11 +51,17 @@ class Models:
     valid_vocab: int
     max_model_tokens: int  # prompt and completion together
     other_teacher_paths: Mapping[str, str] = field(default_factory=dict)  # by name
+    pairs: Mapping[str, TokenizerPair] = field(default_factory=dict)  # of teachers with another tokenizer, by name
     state_pairs: StatePairs = field(default_factory=dict)  # of the terms that compare some
 
     @property
     def teacher_paths(self) -> dict[str, str]:
         return {MAIN_TEACHER: self.teacher_path, **self.other_teacher_paths}
+
+    @property
+    def own_tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
+        """Of teachers with another tokenizer than the student's, by name."""
+        return {name: pair.teacher.tokenizer for name, pair in self.pairs.items()}
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)  # pyright: ignore
@@ -90,16 +98,21 @@ def locate_models(
     tokenizer = sides["student.model"].tokenizer
     _check_context("student.model", student, config.longest_sequence, "data.max_prompt_tokens")
     rows = _vocabulary_rows(student)
-    shared: list[int] = []
+    shared, others = [rows], dict[str, Side]()
     for name, teacher in config.teachers.items():
         key = f"{config.teacher_key(name)}.model"
         if teacher.is_student:  # its tokenizer is, too
             _check_context(key, student, config.longest_read_by(name), config.longest_prompt_of(name)[1])
-            shared.append(rows)
             continue
-        path = teacher_paths[name]
-        sides[key] = Side.of(path, revision=config.teachers[name].revision, key=key)
-        shared.append(_check_teacher(config, name, path, tokenizer, sides[key].tokenizer, rows))
+        teacher_rows = _check_teacher(config, name, teacher_paths[name])
+        side = Side.of(teacher_paths[name], revision=teacher.revision, key=key)
+        if teacher.alignment is not None:
+            others[name] = side
+            continue
+        sides[key] = side
+        shared.append(check_tokenizer_pair(tokenizer, side.tokenizer, rows, teacher_rows))
+    ends = union_of_ends(sides) if config.rollout.stop_token_ids is None else tuple(config.rollout.stop_token_ids)
+    pairs = tokenizer_pairs(config, sides["student.model"], others, ends)
     student_path = source if init is None else str(folder.student_init)
     paths = {name: teacher_paths.get(name, student_path) for name in config.teachers}
     chosen = config.rollout.stop_token_ids
@@ -111,10 +124,11 @@ def locate_models(
         student_path=student_path,
         tokenizer=tokenizer,
         pad_token_id=pad_token_id(tokenizer),
-        stop_token_ids=union_of_ends(sides) if chosen is None else tuple(chosen),
+        stop_token_ids=ends,
         valid_vocab=min(shared),
         max_model_tokens=config.longest_sampled,
         other_teacher_paths=paths,
+        pairs=pairs,
         state_pairs=_state_pairs(config, student, teacher_paths.get(MAIN_TEACHER)),
     )
 
@@ -134,19 +148,12 @@ def _state_pairs(config: Config, student_config: PreTrainedConfig, teacher_path:
     )
 
 
-def _check_teacher(
-    config: Config,
-    name: str,
-    path: str,
-    student_tokenizer: PreTrainedTokenizerBase,
-    teacher_tokenizer: PreTrainedTokenizerBase,
-    student_rows: int,
-) -> int:
-    """How many columns of the vocabulary the student shares with a teacher. Raises ModelError or ConfigError."""
+def _check_teacher(config: Config, name: str, path: str) -> int:
+    """How many rows its output head has. Raises ModelError or ConfigError."""
     revision, key = config.teachers[name].revision, f"{config.teacher_key(name)}.model"
     teacher_config = read_config(path, revision=revision, key=key)
     _check_context(key, teacher_config, config.longest_read_by(name), config.longest_prompt_of(name)[1])
-    return check_tokenizer_pair(student_tokenizer, teacher_tokenizer, student_rows, _vocabulary_rows(teacher_config))
+    return _vocabulary_rows(teacher_config)
 
 
 def _student_source(config: Config, teacher_path: str, *, may_be_packed: bool) -> str:

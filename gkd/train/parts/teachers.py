@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from gkd.config import MAIN_TEACHER, Config, Launch, cache_folder
-from gkd.models import load_causal_lm, use_short_attention
+from gkd.models import load_causal_lm, pad_token_id, use_short_attention
 from gkd.teacher.base import Teacher
 from gkd.teacher.cache import CachedTeacher
 from gkd.teacher.conversations import OfTurns
 from gkd.teacher.placements import Site
 from gkd.teacher.routed import RoutedTeacher
-from gkd.teacher.views import WithViews
+from gkd.teacher.views import OtherTokenizer, WithViews
 from gkd.train.distributed import compute_device, from_main, largest_count
 from gkd.train.engine import StudentEngine
 from gkd.train.mean_weights import MeanWeights
@@ -63,6 +63,8 @@ def build_teacher(
     for name, teacher in config.teachers.items():
         placement, path = placements.teachers[name], models.teacher_paths[name]
         site = replace(at, mean=means[name].model if name in means else None)
+        if name in models.pairs:
+            site = replace(site, pad_token_id=pad_token_id(models.pairs[name].teacher.tokenizer))
         make = partial(placement.build, path, site)
         if teacher.cache_gib == 0:
             scorer = make()
@@ -73,4 +75,8 @@ def build_teacher(
                 make, cache_folder() / "scores" / folder, limit_bytes=limit_bytes, device=site.device
             )
         teachers[name] = SharedTeacher(scorer) if teacher.has_servers else scorer
-    return OfTurns(WithViews(RoutedTeacher(teachers) if config.other_teachers else teachers[MAIN_TEACHER]))
+    others = {
+        name: OtherTokenizer(pair, pair.alignment, config.longest_completion_of(name))
+        for name, pair in models.pairs.items()
+    }
+    return OfTurns(WithViews(RoutedTeacher(teachers) if config.other_teachers else teachers[MAIN_TEACHER], others))

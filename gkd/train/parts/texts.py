@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from gkd.config import MAIN_TEACHER, Config, Launch, cache_folder
 from gkd.data import PromptData
@@ -18,11 +17,8 @@ from gkd.train.distributed import from_main
 from gkd.train.parts.data import Prompts
 from gkd.train.parts.models import Models, teacher_revision
 from gkd.train.parts.settings import sampler_spec, sampling_settings
+from gkd.train.parts.translated import CachedForStudent, Texts, as_teacher, as_teacher_ends
 from gkd.types import Completion, Prompt, SampleRequest
-
-
-class Texts(Protocol):
-    def get(self, request: SampleRequest) -> Completion: ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class TeacherTexts:
 class _TextsByTeacher:
     """Implements `Texts`: a request names its prompt by its seed, and so its teacher."""
 
-    caches: Mapping[SampleRequest, CompletionCache]
+    caches: Mapping[SampleRequest, Texts]
 
     def get(self, request: SampleRequest) -> Completion:
         return self.caches[request].get(request)
@@ -55,11 +51,14 @@ def teacher_texts(
     config: Config, models: Models, prompts: Prompts, data: PromptData, launch: Launch, note: Callable[[str], None]
 ) -> TeacherTexts:
     """Samples what the caches lack of everything that this run will ask for; collective."""
-    sampled: dict[SampleRequest, CompletionCache] = {}
-    greedy: dict[SampleRequest, CompletionCache] = {}
+    sampled: dict[SampleRequest, Texts] = {}
+    greedy: dict[SampleRequest, Texts] = {}
     for name in config.teachers:
         requests = _text_requests(config, prompts, data, name)
-        caches = _complete_texts(config, models, name, requests, launch, note)
+        caches: Sequence[Texts] = _complete_texts(config, models, name, requests, launch, note)
+        if name in models.pairs:
+            most = config.rollout.most_new_tokens
+            caches = [CachedForStudent(cache, models.pairs[name], most) for cache in caches]
         sampled |= dict.fromkeys(requests.sampled, caches[0])
         greedy |= dict.fromkeys(requests.greedy, caches[1])
     return TeacherTexts(_TextsByTeacher(sampled), _TextsByTeacher(greedy))
@@ -92,6 +91,8 @@ def _complete_texts(
     spec = sampler_spec(config, models, path, teacher.dtype, revision, key=key)
     spec = replace(spec, max_model_tokens=max(models.max_model_tokens, config.longest_read_by(name)))
     settings = sampling_settings(config, models)
+    if (pair := models.pairs.get(name)) is not None:
+        spec, settings = as_teacher(pair, spec), as_teacher_ends(pair, settings)
     fingerprint = from_main(model_fingerprint(path, revision) if launch.is_main else None)
     sampled = cache_for(cache_folder(), spec, fingerprint, settings)
     greedy = cache_for(cache_folder(), spec, fingerprint, greedy_settings(settings))
