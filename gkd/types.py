@@ -332,12 +332,12 @@ class AlignedScores:
 
     def first(self, count: int) -> AlignedScores:
         """Of so many tokens, and of the spans that end among them."""
-        cut, kept = self.student_spans[count:], self.student_spans[:count]
-        spans = min(cut[cut >= 0].tolist(), default=self.span_count)
-        rows, kept = int((self.spans < spans).sum()), kept.masked_fill(kept >= spans, -1)
-        return replace(
-            self, states=self.states[:rows], labels=self.labels[:rows], spans=self.spans[:rows], student_spans=kept
-        )
+        cut: list[int] = self.student_spans[count:].tolist()  # pyright: ignore[reportUnknownMemberType]
+        spans = min((span for span in cut if span >= 0), default=self.span_count)
+        rows, of_student = int((self.spans < spans).sum()), self.student_spans[:count]
+        of_student = of_student.masked_fill(of_student >= spans, -1)
+        labels, numbers = self.labels[:rows], self.spans[:rows]
+        return AlignedScores(self.states[:rows], self.head, labels, numbers, of_student, self.alignment)
 
 
 # What a teacher says of one rollout's completion, or of the scored tokens of a micro-batch: row j is of token j, but of

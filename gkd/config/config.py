@@ -230,8 +230,8 @@ class Config(Section):
             self.objective.check_aligned(key)
             if self.environment is not None:
                 raise ValueError(
-                    f"environment: a conversation is scored token by token, and with {key} a text is not; leave out one "
-                    "of the two"
+                    f"environment: a conversation is scored token by token, and with {key} a text is not; leave out "
+                    "one of the two"
                 )
             for source in self.mixture.with_teacher:
                 raise ValueError(
