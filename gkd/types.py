@@ -332,8 +332,8 @@ class AlignedScores:
 
     def first(self, count: int) -> AlignedScores:
         """Of so many tokens, and of the spans that end among them."""
-        cut: list[int] = self.student_spans[count:].tolist()  # pyright: ignore[reportUnknownMemberType]
-        spans = min((span for span in cut if span >= 0), default=self.span_count)
+        cut = self.student_spans[count:]
+        spans = int(cut[cut >= 0].min()) if bool((cut >= 0).any()) else self.span_count
         rows, of_student = int((self.spans < spans).sum()), self.student_spans[:count]
         of_student = of_student.masked_fill(of_student >= spans, -1)
         labels, numbers = self.labels[:rows], self.spans[:rows]
