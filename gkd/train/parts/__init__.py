@@ -3,7 +3,17 @@
 from gkd.train.deepspeed_check import check_deepspeed
 from gkd.train.parts.agreed import check_same_settings
 from gkd.train.parts.cut import make_student
-from gkd.train.parts.data import Pack, Prompts, Reduction, audit_tokenizers, load_data, load_split, packer, prompt_data, step_packer
+from gkd.train.parts.data import (
+    Pack,
+    Prompts,
+    Reduction,
+    audit_tokenizers,
+    load_data,
+    load_split,
+    packer,
+    prompt_data,
+    step_packer,
+)
 from gkd.train.parts.inputs import run_inputs
 from gkd.train.parts.measures import build_heldout, build_snapshots, describe_samples, shown_texts
 from gkd.train.parts.models import Models, locate_models
