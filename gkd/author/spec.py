@@ -10,13 +10,13 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from gkd.config import DtypeOrAuto, make_section, read_mapping
-from gkd.config.sections import PathText
+from gkd.config.sections import PathText, check_template_arguments
 from gkd.schema import Fraction, Section
 
 _FIELD = re.compile(r"[A-Za-z_]\w*")
 _ADDRESS = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[\w.-]+)(:\d{1,5})?(/[\w./~-]*)?")
-_OF_SERVERS = ("token_file", "token_variable", "prices")
-_HERE = ("revision", "max_model_tokens")
+_OF_SERVERS = ("token_file", "token_variable", "prices", "extra")
+_HERE = ("revision", "max_model_tokens", "chat_template_kwargs")
 
 
 class PricesForm(Section):
@@ -36,6 +36,7 @@ class ModelForm(Section):
     max_model_tokens: int | None = Field(
         None, ge=2, description="in this process: longest prompt and answer; null = the model's context, at most 8192"
     )
+    chat_template_kwargs: dict[str, Any] = Field({}, description="in this process: handed to its chat template")
     address: str | None = Field(
         None, description="of an OpenAI-compatible server, e.g. https://api.openai.com/v1 or http://127.0.0.1:8000"
     )
@@ -50,15 +51,18 @@ class ModelForm(Section):
         300.0, ge=0.0, description="with address: how long one request that fails is asked again; then the command ends"
     )
     prices: PricesForm | None = Field(None, description="with address: what it costs, in the currency of budget.money")
-    extra: dict[str, Any] = Field({}, description="with address: further keys of every request's body")
+    extra: dict[str, Any] = Field(
+        {}, description="with address: further keys of every request's body; null leaves one out"
+    )
 
     @model_validator(mode="after")
     def _keys_fit(self) -> ModelForm:
         if self.address is not None and not _ADDRESS.fullmatch(self.address):
             raise ValueError(f"address: {self.address!r} is not of the form https://HOST:PORT/PATH")
+        check_template_arguments(self.chat_template_kwargs)
         wrong = _HERE if self.address else _OF_SERVERS
         for key in wrong:
-            if getattr(self, key) is not None:
+            if getattr(self, key) not in (None, {}):
                 kind = "a model in this process; leave it out, or address" if self.address else "a server; give address"
                 raise ValueError(f"{key}: is for {kind}")
         return self

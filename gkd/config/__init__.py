@@ -13,7 +13,7 @@ from gkd.config.mixture import MixtureConfig
 from gkd.config.objective import ObjectiveConfig, ObjectiveSection, default_objective
 from gkd.config.precision import dtypes_of, fastest_here, settled_option
 from gkd.config.process import Launch, cache_folder, exit_copy, instruction_limits
-from gkd.config.sampler_choices import served_choices
+from gkd.config.sampler_choices import lone_choices, served_choices
 from gkd.config.sections import (
     DROPPABLE,
     CollapseConfig,
@@ -73,6 +73,7 @@ __all__ = [
     "instruction_limits",
     "known",
     "load_config",
+    "lone_choices",
     "make_config",
     "make_section",
     "read_mapping",

@@ -67,6 +67,11 @@ def memory_on_cpu(config: Config) -> Mapping[str, Choice]:
     return plain_memory(_CPU)
 
 
+def lone_choices(is_gpu: bool) -> ServedChoices:
+    """Of a sampler in a process that does nothing else, and of whose batches nothing is known."""
+    return ServedChoices(SERVED_SEQUENCES if is_gpu else LEAST_SEQUENCES, not is_gpu)
+
+
 def served_choices(
     is_gpu: bool, max_num_seqs: int | Literal["auto"], enforce_eager: bool | Literal["auto"]
 ) -> ServedChoices:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from gkd.author.authors.kept import AnswerStore, Spent
 from gkd.author.progress import Progress
 from gkd.author.questions import Answer, AskSettings, Question, answer_key, question_digest
 from gkd.author.records import Drop, Tally
-from gkd.errors import MachineError
+from gkd.errors import InputError, MachineError
 
 STEPS = {"ask": {"prompt": "{{ question }}"}}, {"write": {"prompt": "{{ question }}"}}
 
@@ -163,6 +164,29 @@ def test_with_transformers_a_killed_run_ends_with_the_same_bytes(tmp_path: Path,
     )
     assert f"{256 - kept} asked, {kept} kept from before" in second.stderr
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_what_a_template_leaves_out_is_a_counted_row(tmp_path: Path, tiny_teacher: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_teacher, folder)
+    template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}{{ tone }}"
+    file = folder / "tokenizer_config.json"
+    (folder / "chat_template.jinja").write_text(template)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": template}))
+    bench = Bench(tmp_path)
+    ask = {
+        "messages": [{"role": "system", "content": "{{ answer }}"}, {"content": "{{ question }}"}],
+        "max_new_tokens": 4,
+    }
+    here = {"engine": "transformers", "dtype": "float32", "address": None, "model": str(folder)}
+    keys = {"chat_template_kwargs": {"tone": "!"}, "max_model_tokens": 64}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"models": {"teacher": {**here, **keys}}, "steps": [{"ask": ask}, STEPS[1]]}))
+    run, made = bench.run(recipe, bench.data(*rows(2)), question_of)
+    assert made == [] and dropped(run) == {"the chat template leaves messages out": 2}
+    recipe.write_text(recipe.read_text().replace("tone", "tune"))
+    with pytest.raises(InputError, match=r"models\.teacher\.chat_template_kwargs: .* does not know 'tune'"):
+        bench.run(recipe, bench.data(*rows(2)), question_of, out="other.jsonl")
 
 
 @pytest.mark.vllm

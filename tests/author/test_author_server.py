@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -306,5 +305,36 @@ def test_log_probabilities_come_from_either_route(bench: Bench) -> None:
 
 def test_further_keys_of_a_body(bench: Bench) -> None:
     server = Server(question_of)
-    bench.run(bench.recipe(*STEPS, teacher={"extra": {"reasoning_effort": "low"}}), bench.data(*rows(1)), server)
-    assert json.loads(json.dumps(server.asked[0]))["reasoning_effort"] == "low"
+    extra = {"max_tokens": None, "max_completion_tokens": 9, "seed": None}
+    bench.run(bench.recipe(*STEPS, teacher={"extra": extra}), bench.data(*rows(1)), server)
+    (body,) = server.asked
+    assert body["max_completion_tokens"] == 9 and not {"max_tokens", "seed"} & body.keys()
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_an_answer_that_comes_drop_by_drop_is_not_waited_for(bench: Bench) -> None:
+    class Slow(Server):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            if request.method == "POST":
+                await asyncio.Event().wait()
+            return await super().handle_async_request(request)
+
+    recipe = bench.recipe(*STEPS, teacher={"timeout_s": 0.05})
+    with pytest.raises(TeacherError, match=r"no answer within .*teacher\.timeout_s = 0\.05"):
+        bench.run(recipe, bench.data(*rows(1)), Slow(question_of))
+
+
+def test_a_stop_is_heard_while_a_server_has_to_be_waited_for() -> None:
+    calls: list[int] = []
+
+    def may_ask() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RunInterruptedError("stop")
+
+    one = Pace()
+    one.note({"retry-after": "3600"}, is_refused=True)
+    started = time.monotonic()
+    with pytest.raises(RunInterruptedError):
+        asyncio.run(one.wait(may_ask))
+    assert time.monotonic() - started < 10

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gkd.author.questions import Answer, Arrived, AskSettings, Failure, PromptKind, Question
 from gkd.author.spec import ModelForm
-from gkd.config import settled_option
+from gkd.config import lone_choices, settled_option
 from gkd.data.formats import Row
 from gkd.engines.sampling import SamplerSpec
 from gkd.errors import DataError
@@ -48,14 +48,16 @@ class LocalAuthor:
         path = resolve_model(form.model, revision=form.revision, key=f"{key}.model")
         config = read_config(path, revision=form.revision, key=f"{key}.model")
         self._tokenizer: Any = load_tokenizer(path, f"{key}.model", revision=form.revision)
-        self._encoder = RowEncoder(self._tokenizer, ChatTemplate(self._tokenizer, {}))
+        self._encoder = RowEncoder(
+            self._tokenizer, ChatTemplate(self._tokenizer, form.chat_template_kwargs, key=f"{key}.chat_template_kwargs")
+        )
         generation = read_generation_config(path, revision=form.revision, key=f"{key}.model")
         self._end_ids = end_token_ids(self._tokenizer, generation, config, key=f"{key}.model")
         context = getattr(config, "max_position_embeddings", None) or 4096
         self._longest = form.max_model_tokens or min(context, _LONGEST_CONTEXT)
         dtype = settled_option(form.dtype)
         fingerprint = model_fingerprint(path, form.revision, f"{key}.model")
-        self.identity = json.dumps([fingerprint, form.engine, dtype])
+        self.identity = json.dumps([fingerprint, form.engine, dtype, form.chat_template_kwargs])
         self._sampler: Sampler | None = None
         self._spec = SamplerSpec(
             engine=form.engine,
@@ -99,6 +101,9 @@ class LocalAuthor:
             ids = tuple(self._encoder.prompt_ids(row))
         except DataError as error:
             return Failure("the chat template refuses the conversation", str(error))
+        if left_out := list(self._encoder.left_out):
+            self._encoder.left_out.clear()
+            return Failure("the chat template leaves messages out", ", ".join(left_out))
         if not ids:
             return Failure("an empty prompt")
         if len(ids) + settings.max_new_tokens > self._longest:
@@ -111,9 +116,13 @@ class LocalAuthor:
         if not requests:
             return []
         if self._sampler is None:
+            import torch
+
             from gkd.rollout.offline import alone, start_sampler
 
-            self._sampler = start_sampler(alone(self._spec))
+            chosen = lone_choices(torch.cuda.is_available())
+            spec = replace(self._spec, max_num_seqs=chosen.max_num_seqs, enforce_eager=chosen.enforce_eager)
+            self._sampler = start_sampler(alone(spec))
         drawn = SamplingSettings(
             settings.max_new_tokens, settings.temperature, settings.top_p, stop_token_ids=self._end_ids
         )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
+_LOOK_UP_S = 1.0
 _LONGEST_S = 3600.0  # nobody waits longer because of a header
 _PARTS = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _UNITS_S = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -21,9 +22,12 @@ class Pace:
     def __init__(self) -> None:
         self._ready_at = 0.0  # of time.monotonic
 
-    async def wait(self) -> None:
+    async def wait(self, may_ask: Callable[[], None] = lambda: None) -> None:
+        """Raises what `may_ask` does, which is called every second: nobody waits for an hour to be stopped."""
+        may_ask()
         while (left_s := self._ready_at - time.monotonic()) > 0:
-            await asyncio.sleep(left_s)
+            await asyncio.sleep(min(left_s, _LOOK_UP_S))
+            may_ask()
 
     def note(self, headers: Mapping[str, str], *, is_refused: bool) -> None:
         """Of an answer; `is_refused`: it came too soon (429), or the server is busy (503)."""

@@ -128,15 +128,19 @@ class ServerAuthor:
 
     async def _ask(self, content: bytes, question: Question) -> tuple[Outcome, bool]:
         """What came of one request, and whether it is to be made again."""
-        await self._pace.wait()
+        await self._pace.wait(self._check)
+        try:
+            async with asyncio.timeout(self._form.timeout_s):  # of the whole answer: a server may send it byte by byte
+                response = await self._client.post(self._url, content=content, headers=_JSON)
+        except (httpx.HTTPError, TimeoutError) as error:
+            return Failure("the server failed", self._why(error)), True
+        return self._read(response, question)
+
+    def _check(self) -> None:
+        """Raises what has ended this server's part, or all of the run."""
         if self._fatal is not None:
             raise self._fatal
         self._may_ask()
-        try:
-            response = await self._client.post(self._url, content=content, headers=_JSON)
-        except httpx.HTTPError as error:
-            return Failure("the server failed", self._why(error)), True
-        return self._read(response, question)
 
     def _failed(self, failure: Failure) -> Failure:
         """Counted, unless nothing else has come so far."""
@@ -165,7 +169,7 @@ class ServerAuthor:
             body["stop"] = list(settings.stop)
         if settings.logprobs:
             body["logprobs"] = True if is_chat else 1
-        return body | self._form.extra
+        return {name: value for name, value in (body | self._form.extra).items() if value is not None}
 
     def _read(self, response: httpx.Response, question: Question) -> tuple[Outcome, bool]:
         """What came of it, and whether it is to be asked again."""
@@ -179,10 +183,10 @@ class ServerAuthor:
             raise self._end(text)
         return Failure(f"refused with status {status}", text), status in _TRY_AGAIN or status >= 500
 
-    def _why(self, error: httpx.HTTPError) -> str:
+    def _why(self, error: httpx.HTTPError | TimeoutError) -> str:
         if isinstance(error, httpx.ConnectTimeout):
             return f"no connection within {CONNECT_TIMEOUT_S:g} s"
-        if isinstance(error, httpx.TimeoutException):
+        if isinstance(error, httpx.TimeoutException | TimeoutError):
             return f"no answer within {self._key}.timeout_s = {self._form.timeout_s:g}"
         return self._without_token(str(error) or type(error).__name__)
 
