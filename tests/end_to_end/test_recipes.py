@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,102 @@ def test_best_of_n(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> No
         question: max(texts)[1] for question, texts in said.items()
     }
     trained("best_of_n", tmp_path / "rows.jsonl", tmp_path, tiny_teacher, tiny_student, batch_size=2)
+
+
+def test_socratic(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> None:
+    right = gold()
+
+    def reply(body: dict[str, Any]) -> str:
+        result = next(right[asked] for asked in right if asked in question_of(body)) if body["seed"] % 4 else "-1"
+        parts = [{"question": f"What is part {n}?", "answer": f"part {n}"} for n in range(1, 2 + body["seed"] % 3)]
+        return f"Here it is: {json.dumps({'steps': parts, 'result': result})}"
+
+    run, rows = asked_of_a_server("socratic", tmp_path, reply)
+    tasks = by_task(rows)
+    assert dropped(run).keys() >= {"fewer than two questions", "wrong answer"} and len(tasks["questions"]) >= 4
+    for (problem, asked), (again, said) in zip(tasks["questions"], tasks["answers"], strict=True):
+        question = problem.removesuffix("\nWhich questions lead to the result?")
+        assert asked.startswith("1. What is part 1?\n2. ") and again.startswith(f"{question}\n1. What is part 1?\n2. ")
+        assert said.startswith("1. part 1\n2. part 2") and said.endswith(f"Answer: {right[question]}")
+    trained("socratic", tmp_path / "rows.jsonl", tmp_path, tiny_teacher, tiny_student)
+
+
+def test_counterfactual(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> None:
+    pairs = [json.loads(line) for line in (RECIPES / "entailments.jsonl").read_text().splitlines()]
+    targets = {pair["hypothesis"]: pair["target"] for pair in pairs}
+
+    def reply(body: dict[str, Any]) -> str:
+        text = question_of(body)
+        hypothesis, premise = (text.partition(f"{name}: ")[2].partition("\n")[0] for name in ("Hypothesis", "Premise"))
+        if "Answer in one word" in text:
+            return f"{targets[hypothesis].title()}." if "changed" in premise else "unclear"
+        return [premise, f"{premise} in vain", f"{premise} changed {body['seed'] % 50}"][body["seed"] % 3]
+
+    out = tmp_path / "rows.jsonl"
+    server = ["models.teacher={address: http://127.0.0.1:9, model: stub}"]
+    run = author("counterfactual", RECIPES / "entailments.jsonl", out, *server, server=Server(reply))
+    tasks = by_task([json.loads(line) for line in out.read_text().splitlines()])
+    assert [said for _, said in tasks["original"]] == [pair["label"] for pair in pairs]
+    assert dropped(run).keys() >= {"nothing was changed", "judged to be another relation"}
+    assert len(tasks["counterfactual"]) > 6
+    for prompt, said in tasks["counterfactual"]:
+        assert " changed " in prompt and said == targets[prompt.partition("Hypothesis: ")[2].partition("\n")[0]]
+    trained("counterfactual", out, tmp_path, tiny_teacher, tiny_student)
+
+
+def test_consistent(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> None:
+    right = gold()
+    _, rows = asked_of_a_server("consistent", tmp_path, lambda body: f"Because {body['seed'] % 1000}.")
+    tasks = by_task(rows)
+    assert list(tasks) == ["factual", "counterfactual"] and {len(pairs) for pairs in tasks.values()} == {6}
+    for (prompt, said), (other, wrong) in zip(tasks["factual"], tasks["counterfactual"], strict=True):
+        question = prompt.removeprefix("[factual] ")
+        assert re.fullmatch(rf"Because \d+\. So the answer is {right[question]}\.", said)
+        assert (
+            other.startswith(f"[counterfactual] {question} Because ") and wrong == f"{int(float(right[question])) + 1}."
+        )
+    trained("consistent", tmp_path / "rows.jsonl", tmp_path, tiny_teacher, tiny_student)
+
+
+def test_in_context(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> None:
+    asked: list[str] = []
+    _, rows = asked_of_a_server("in_context", tmp_path, lambda body: asked.append(question_of(body)) or "42")
+    tasks = by_task(rows)
+    assert [said for _, said in tasks["teacher"]] == ["42"] * 6
+    assert [said for _, said in tasks["gold"]] == [row["answer"] for row in problems(6)]
+    assert [prompt for prompt, _ in tasks["teacher"]] == [prompt for prompt, _ in tasks["gold"]] == asked
+    assert all(prompt.count("Question: ") == 4 and prompt.endswith("Answer:") for prompt in asked)
+    short = tmp_path / "short.jsonl"  # the tiny models read 512 bytes
+    for row in rows:
+        row["prompt"][0]["content"] = row["prompt"][0]["content"][-200:]
+    short.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained("in_context", short, tmp_path, tiny_teacher, tiny_student)
+
+
+def test_hard_instructions(tmp_path: Path, tiny_teacher: Path, tiny_student: Path) -> None:
+    data, out = tmp_path / "prompts.jsonl", tmp_path / "rows.jsonl"
+    prompts = [{"messages": [{"role": "user", "content": f"do {i}"}]} for i in range(8)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in prompts))
+
+    def reply(body: dict[str, Any]) -> str:
+        text = question_of(body)
+        if "Mark both answers" in text:
+            return json.dumps({"first": 8, "second": 8 if "do 1" in text or "do 2" in text else 3})
+        if "Write one new instruction" in text:
+            return f"harder: {text.partition(chr(10))[0]}" if "do 3" not in text else "harder: do 4"
+        return f"{body['model']} says {text}"
+
+    server = [
+        "models={teacher: {address: http://127.0.0.1:9, model: stub}, "
+        "student: {address: http://127.0.0.1:8, model: stub}}"
+    ]
+    run = author("hard_instructions", data, out, *server, server=Server(reply))
+    tasks = by_task([json.loads(line) for line in out.read_text().splitlines()])
+    assert [prompt for prompt, _ in tasks["hard"]] == [f"do {i}" for i in (0, 3, 4, 5, 6, 7)]
+    assert [prompt for prompt, _ in tasks["new"]] == [f"harder: do {i}" for i in (0, 4, 5, 6, 7)]
+    assert all(said == f"stub says {prompt}" for pairs in tasks.values() for prompt, said in pairs)
+    assert dropped(run) == {"the student answers as well": 2, "nearly said before": 1}
+    trained("hard_instructions", out, tmp_path, tiny_teacher, tiny_student)
 
 
 @pytest.mark.parametrize("name", NAMES)
