@@ -13,6 +13,7 @@ from gkd.cli.chain import chain_command
 from gkd.cli.config import config_command
 from gkd.cli.doctor import doctor_command
 from gkd.cli.eval import eval_command
+from gkd.cli.export import export_command
 from gkd.cli.generate import generate_command
 from gkd.cli.init import init_command
 from gkd.cli.launch import launch_command
@@ -40,6 +41,7 @@ app.command("train")(train_command)
 app.command("eval")(eval_command)
 app.command("chain")(chain_command)
 app.command("generate")(generate_command)
+app.command("export")(export_command)
 app.command("author")(author_command)
 app.command("serve-teacher")(serve_teacher_command)
 app.command("serve-sampler")(serve_sampler_command)

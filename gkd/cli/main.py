@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": "train",
     "chain": "train",
     "generate": "train",
+    "export": "train",
     "author": "train",
     "serve-teacher": "train",
     "serve-sampler": "train",

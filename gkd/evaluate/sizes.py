@@ -8,16 +8,17 @@ from pathlib import Path
 
 from gkd.evaluate.figures import Axis, Cell, Figure, Row
 from gkd.models.load import empty_model, read_config
+from gkd.models.quantized_files import packed_scheme, plain_shapes
 from gkd.models.weight_files import read_header, weight_files
 
 
 def stored_parameters(folder: Path) -> int:
-    """Sum over the tensors in a folder's safetensors headers. A tied head that is stored once counts once."""
-    return sum(
-        math.prod(entry["shape"])
-        for file in weight_files(folder, "model")
-        for entry in read_header(file, "model").values()
-    )
+    """Sum over the tensors in a folder's safetensors headers. A tied head that is stored once counts once, and packed
+    weights count as the numbers that they stand for."""
+    scheme = packed_scheme(read_config(str(folder), key="model"), str(folder), "model")
+    headers = [read_header(file, "model") for file in weight_files(folder, "model")]
+    shapes = {name: tuple(entry["shape"]) for header in headers for name, entry in header.items()}
+    return sum(map(math.prod, (shapes if scheme is None else plain_shapes(shapes, scheme)).values()))
 
 
 def weight_file_bytes(folder: Path) -> int:

@@ -5,7 +5,7 @@ In memory gkd has plain numbers only: what is read is unpacked, and computes wha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,11 +92,27 @@ def _only_scheme(values: Mapping[str, Any], path: str, key: str) -> Quantization
 def plain_names(names: Iterable[str]) -> set[str]:
     """What the tensors of a folder are called once they are unpacked."""
     found = set(names)
+    return {_plain_name(name) for name in found if not _describes_packed(name, found)}
+
+
+def plain_shapes(shapes: Mapping[str, tuple[int, ...]], scheme: QuantizationScheme) -> dict[str, tuple[int, ...]]:
+    """Shapes by those names; of rows whose length is a whole number of the words that they are packed in."""
+    assert scheme.weights is not None
+    numbers = 32 // scheme.weights.num_bits  # of a word
     return {
-        name.removesuffix(_PACKED) + ".weight" if name.endswith(_PACKED) else name
-        for name in found
-        if not name.endswith((_SCALE, _SHAPE)) or _module(name) + _PACKED not in found
+        _plain_name(name): (*shape[:-1], shape[-1] * numbers) if name.endswith(_PACKED) else shape
+        for name, shape in shapes.items()
+        if not _describes_packed(name, shapes)
     }
+
+
+def _plain_name(name: str) -> str:
+    return f"{_module(name)}.weight" if name.endswith(_PACKED) else name
+
+
+def _describes_packed(name: str, names: Container[str]) -> bool:
+    """Scale or shape of a packed weight."""
+    return name.endswith((_SCALE, _SHAPE)) and _module(name) + _PACKED in names
 
 
 def _module(name: str) -> str:

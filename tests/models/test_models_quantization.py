@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from gkd.cli.export import export_command
 from gkd.config import QuantizeConfig
-from gkd.errors import ConfigError, ModelError
+from gkd.errors import ConfigError, InputError, ModelError
+from gkd.evaluate.sizes import stored_parameters, weight_file_bytes
 from gkd.models import (
     ModelCard,
     Probe,
@@ -32,6 +35,7 @@ from gkd.models import (
 )
 from gkd.models.leaving import LeavingWeight
 from gkd.models.unpacked import is_packed, unpacked
+from gkd.run_files import RunFiles
 
 INT4 = QuantizeConfig.model_validate({"scheme": "int4", "group_size": 32})
 IDS = torch.arange(3, 40)[None]
@@ -239,6 +243,34 @@ def test_an_unpacked_copy_is_kept(tmp_path: Path, tiny_student: Path, monkeypatc
     expected = dict(load_causal_lm(str(folder), "bfloat16", may_be_packed=True).named_parameters())
     for name, parameter in load_causal_lm(plain, "bfloat16").named_parameters():
         assert parameter.equal(expected[name]), name
+
+
+@pytest.mark.parametrize("student", ["tiny_student", "tiny_untied_student"])
+def test_a_finished_model_is_packed_and_unpacked(student: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """By the command. It is what a student that is trained so would have begun as."""
+    source = request.getfixturevalue(student)
+    files, there, back = RunFiles(tmp_path / "run"), tmp_path / "packed", tmp_path / "plain"
+    shutil.copytree(source, files.final)
+    export_command(str(files.path), there, "compressed-tensors", "int4", 32, None)
+    trained = values(whole_weights(made(source)))
+    loaded = load_causal_lm(str(there), "float32", may_be_packed=True)
+    for name, parameter in loaded.named_parameters():
+        assert parameter.equal(trained[name]), name
+    assert stored_parameters(there) == stored_parameters(source)
+    assert weight_file_bytes(there) < weight_file_bytes(source)
+    export_command(str(there), back, "plain")
+    for name, parameter in load_causal_lm(str(back), "float32").named_parameters():
+        assert parameter.equal(trained[name]), name
+    cases: list[tuple[tuple[Any, ...], str]] = [
+        ((str(source), back, "plain"), r"^--out: .* exists"),
+        ((str(source), tmp_path / "new", "plain"), r"^--format: .* is plain already"),
+        ((str(there), tmp_path / "new", "compressed-tensors"), r"^--format: .* is packed already"),
+        ((str(source), tmp_path / "new", "compressed-tensors", "int4", 48), r"^student\.quantize\.group_size: "),
+    ]
+    for arguments, error in cases:
+        with pytest.raises(InputError, match=error):
+            export_command(*arguments)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_result_that_is_not_what_was_trained_is_refused(tmp_path: Path, tiny_student: Path) -> None:
