@@ -118,6 +118,14 @@ class RewardGroup(NamedTuple):
     deviation: float
 
 
+class Reward(NamedTuple):
+    """A text's, beside those of its group; NaN where there is none."""
+
+    value: float
+    mean: float
+    deviation: float
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
     """A completion that a step trains on: where it came from and, if sampled here, by which weights."""
@@ -387,7 +395,7 @@ class TokenBatch:
     sequence_lengths: tuple[int, ...] | None = None  # packed: tokens of each sequence in the row; None: padded rows
     teacher_share: torch.Tensor | None = None  # [N] float32: of each token's rollout; None: 0
     reference: HiddenScores | None = None  # of N tokens, by the initial student, where a term compares with it
-    rewards: torch.Tensor | None = None  # [S, 3] float64: of each sequence, and its group's mean and deviation; or NaN
+    rewards: tuple[Reward, ...] | None = None  # of each sequence; None: nobody judged any
     every_token: TokenView | None = None  # of prompts and scored tokens, where there are such; it weighs what those do
     tasks: tuple[str | None, ...] = ()  # of each sequence its prompt's `task_name`
 
@@ -398,7 +406,7 @@ class TokenBatch:
     @property
     def sequence_rewards(self) -> list[float] | None:
         """Of each sequence, NaN of one that nobody judged; None: nobody judged any."""
-        return None if self.rewards is None else [float(reward) for reward in self.rewards[:, 0]]
+        return None if self.rewards is None else [reward.value for reward in self.rewards]
 
     def view(self, tokens: WhichTokens) -> TokenView:
         """Where states of such tokens are found."""

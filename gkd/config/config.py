@@ -159,6 +159,11 @@ class Config(Section):
         """Whether a part of the run is in processes that are not the run's own."""
         return self.rollout.placement == "served" or any(teacher.has_servers for teacher in self.teachers.values())
 
+    @property
+    def fails_apart(self) -> bool:
+        """Whether a part can fail on one rank and not on another."""
+        return self.has_servers or self.environment is not None
+
     @staticmethod
     def teacher_key(name: str) -> str:
         """Where a teacher stands in the config."""

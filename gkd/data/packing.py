@@ -22,6 +22,7 @@ from gkd.types import (
     AlignedScores,
     HiddenScores,
     NoScores,
+    Reward,
     Rollout,
     TeacherScores,
     TokenBatch,
@@ -168,16 +169,14 @@ def _micro_batch(
     )
 
 
-def _rewards(rollouts: Sequence[Rollout]) -> torch.Tensor | None:
-    """[S, 3], if any was judged."""
+def _rewards(rollouts: Sequence[Rollout]) -> tuple[Reward, ...] | None:
     if all(rollout.reward is None for rollout in rollouts):
         return None
     unknown = (math.nan, math.nan)
-    rows = [
-        (math.nan if rollout.reward is None else rollout.reward, *(rollout.reward_group or unknown))
+    return tuple(
+        Reward(math.nan if rollout.reward is None else rollout.reward, *(rollout.reward_group or unknown))
         for rollout in rollouts
-    ]
-    return torch.tensor(rows, dtype=torch.float64)
+    )
 
 
 def _every_token(rollouts: Sequence[Rollout], starts: Sequence[int], reduction: str) -> TokenView:

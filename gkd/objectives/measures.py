@@ -35,4 +35,4 @@ class SequenceMeasures:
     sequence_index: Tensor  # [N] int64 below S
     sequences: int  # S
     teacher_share: Tensor | None = None  # [N] of `TokenBatch`
-    rewards: Tensor | None = None  # [S, 3] of `TokenBatch`
+    rewards: Tensor | None = None  # [S, 3] float64: what each sequence earned, its group's mean and deviation, or NaN

@@ -131,7 +131,7 @@ class ObjectiveHead(nn.Module):
             sequence_index=batch.sequence_index,
             sequences=len(batch.sample_ids),
             teacher_share=batch.teacher_share,
-            rewards=batch.rewards,
+            rewards=None if batch.rewards is None else hidden.new_tensor(batch.rewards, dtype=torch.float64),
         )
 
     def own_head(self) -> OutputHead:

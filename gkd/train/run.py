@@ -89,7 +89,7 @@ class Run:
                     self.loop()
                     return self.finish(started)
             except PartError as error:
-                if self.config.has_servers or self.launch.world_size == 1:  # else it may be on this rank alone
+                if self.config.fails_apart or self.launch.world_size == 1:  # else it may be on this rank alone
                     self.stop(error)
                 raise
 
@@ -161,7 +161,7 @@ class Run:
 
     def loop(self) -> None:
         rollouts = parts.ahead_of_training(self.config, self.rollouts, self.data)
-        if self.config.has_servers:
+        if self.config.fails_apart:
             rollouts = parts.SharedRollouts(rollouts, self.interruption.because_of)
         try:
             with self.signals.deferred():

@@ -81,6 +81,8 @@ def test_replayed_conversations_go_on_bitwise(make_run_config: MakeConfig, games
 
 
 PLUGIN = """
+import os
+
 from gkd.environments import Environment, EnvironmentKind, Observed
 from gkd.plugins import register_environment
 
@@ -89,6 +91,8 @@ class Broken(Environment):
     def reset(self, task): pass
 
     def step(self, turn):
+        if "elsewhere" in os.environ.get("FAILS", "") and os.environ.get("RANK") != "1":
+            return Observed("", done=True)
         raise KeyError("lost")
 
 
@@ -116,6 +120,8 @@ def test_a_users_environment_that_fails_is_one_line(
     assert failed.returncode == 1 and "Traceback" not in failed.stderr
     assert "environment: broken: " in failed.stderr and "turn 1: KeyError: 'lost'" in failed.stderr
     assert "train.jsonl:" in failed.stderr
+    alone = torchrun(2, ["-m", "gkd", "train", config, "--overwrite"], PYTHONPATH=str(package), FAILS="elsewhere")
+    assert alone.returncode != 0 and "rank 1: environment: broken: " in alone.stderr, "all ranks end, and none waits"
 
 
 @pytest.mark.slow

@@ -44,7 +44,8 @@ def test_advantages_by_hand(is_normalized: bool) -> None:
     rollouts = with_reward_groups([sample(0, 0, 1.0), sample(0, 1, 0.0), sample(0, 2, 0.5), sample(1, 0, None)])
     (batch,) = pack(rollouts, None, micro_batch_size=4, pad_token_id=0, reduction="token_mean")
     own = torch.full((12,), -1.0)
-    measures = SequenceMeasures(own, None, batch.sampler_logprobs, batch.sequence_index, 4, rewards=batch.rewards)
+    rewards = torch.tensor(batch.rewards, dtype=torch.float64)
+    measures = SequenceMeasures(own, None, batch.sampler_logprobs, batch.sequence_index, 4, rewards=rewards)
     found = -RewardCost(is_normalized, None).of_sequences(measures).reshape(4, 3)
     scale = (0.5 + 1e-6) if is_normalized else 1.0
     expected = [0.5 / scale, -0.5 / scale, 0.0, 0.0]
