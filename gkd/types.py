@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # torch takes a second to import; these types must not
 
 FinishReason = Literal["stop", "length"]
 ConversationEnd = Literal["done", "stopped", "turns", "tokens", "timeout"]
-AlignmentKind = Literal["shared"]
+AlignmentKind = Literal["shared", "uld", "projection"]
 LayerOutput = Literal["hidden", "query", "key", "value"]  # the last three: of a projection, before norms and rotary
 WhichTokens = Literal["scored", "all"]  # of a sequence; all: of the prompt, and the scored ones
 _NAME_IN_JSON = re.compile(r'"([A-Za-z0-9][\w.-]{0,63})"', re.ASCII)
@@ -306,11 +306,14 @@ class NoScores:
 
 @dataclass(frozen=True, eq=False)  # one object a teacher, known by itself
 class Alignment:
-    """How a teacher with another tokenizer is compared, and which ids of the two sides stand for the same."""
+    """How a teacher with another tokenizer is compared, and which of its ids stands for which of the student's.
+
+    projection: several of the student's may go to one of the teacher's.
+    """
 
     kind: AlignmentKind
     student_ids: tuple[int, ...]
-    teacher_ids: tuple[int, ...]  # the same, one by one
+    teacher_ids: tuple[int, ...]  # of each of these
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,7 @@ class Config(Section):
             if teacher.alignment is None:
                 continue
             key = f"{self.teacher_key(name)}.alignment"
-            self.objective.check_aligned(key)
+            self.objective.check_aligned(key, is_ranked=teacher.alignment == "uld")
             if self.environment is not None:
                 raise ValueError(
                     f"environment: a conversation is scored token by token, and with {key} a text is not; leave out "

@@ -220,8 +220,9 @@ class ObjectiveConfig(Section):
                         "out, or use hidden states (placement: served)"
                     )
 
-    def check_aligned(self, key: str) -> None:
-        """Raises ValueError where a teacher with another tokenizer cannot serve a term; `key` says that it has one."""
+    def check_aligned(self, key: str, *, is_ranked: bool) -> None:
+        """Raises ValueError where a teacher with another tokenizer cannot serve a term; `key` says that it has one.
+        `is_ranked`: of which sorted probabilities are compared."""
         for index, term in enumerate(self.terms):
             place = f"objective.terms.{index}"
             is_known = term.is_divergence or isinstance(term, StatesTerm)  # which `check_states` refuses
@@ -229,6 +230,11 @@ class ObjectiveConfig(Section):
                 raise ValueError(
                     f"{place}: {term.kind} needs what the teacher says of the student's own tokens, and {key} is of "
                     "another tokenizer; leave it out"
+                )
+            if is_ranked and term.is_divergence and term.kind != "tvd":
+                raise ValueError(
+                    f"{place}.kind: {term.kind} is not for {key}: uld, the L1 of sorted probabilities; set it to tvd, "
+                    "which is half of that (weight: 2.0 as published)"
                 )
             for name, weight in term.token_weight.items():
                 if weight.needs_teacher:

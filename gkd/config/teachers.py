@@ -62,7 +62,8 @@ class TeacherConfig(Section):
     alignment: AlignmentKind | None = Field(
         None,
         description="of a teacher with another tokenizer, whose texts are compared by their bytes: shared = the ids of "
-        "equal bytes and one bucket a side for all others; null = its tokenizer has to be the student's",
+        "equal bytes and one bucket a side for all others; projection = every id of the student goes to one of the "
+        "teacher's; uld = sorted probabilities, for kind: tvd; null = its tokenizer has to be the student's",
     )
     min_shared_mass: Fraction = Field(
         0.5,

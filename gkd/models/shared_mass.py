@@ -42,12 +42,21 @@ class SharedMass:
     @property
     def figures(self) -> str:
         """For people to read."""
+        reached = ""
+        if self.pair.alignment.kind == "projection":
+            projected, goal = len(self.pair.alignment.student_ids), len(set(self.pair.alignment.teacher_ids))
+            lost = len(self.pair.student.tokenizer.get_vocab()) - projected
+            reached = (
+                f", {projected - len(self.pair.shared)} more of the student's go to the first token that the teacher "
+                f"would write, {lost} nowhere, and {goal} of the teacher's are reached"
+            )
         singles = self.single_tokens / max(1, self.student_tokens)
         sizes = [self.bytes / max(1, tokens) for tokens in (self.student_tokens, self.teacher_tokens)]
         return (
-            f"{len(self.pair.shared)} ids are the same to both tokenizers; of {self.texts} texts {self.share:.1%} of "
-            f"the teacher's tokens are tokens of the student, {singles:.1%} of the student's stand alone beside one of "
-            f"the teacher's, and a token has {sizes[0]:.1f} bytes for the student and {sizes[1]:.1f} for the teacher"
+            f"{len(self.pair.shared)} ids are the same to both tokenizers{reached}; "
+            f"of {self.texts} texts {self.share:.1%} of the teacher's tokens are tokens of the student, {singles:.1%} "
+            "of the student's stand alone beside one of the teacher's, and a token has "
+            f"{sizes[0]:.1f} bytes for the student and {sizes[1]:.1f} for the teacher"
         )
 
 

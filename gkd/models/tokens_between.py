@@ -111,7 +111,8 @@ class TokenizerPair:
         to_student = dict.fromkeys(teacher_ends, _end_of(student, student_ends)) | {t: s for s, t in control}
         spelled = _equal_bytes(student, teacher)
         shared = sorted([*control, *(pair for pair in spelled if pair[0] not in known[0] and pair[1] not in known[1])])
-        alignment = Alignment(kind, tuple(own for own, _ in shared), tuple(other for _, other in shared))
+        pairs = shared if kind != "projection" else _projected(student, teacher, shared)
+        alignment = Alignment(kind, tuple(own for own, _ in pairs), tuple(other for _, other in pairs))
         return cls(student, teacher, tuple(shared), to_teacher, to_student, tuple(teacher_ends), alignment)
 
     def read_by_teacher(self, completion_ids: Sequence[int]) -> Translation:
@@ -145,6 +146,17 @@ def _control_pairs(
         if student_id not in found and teacher_id not in found.values():
             found[student_id] = teacher_id
     return list(found.items())
+
+
+def _projected(student: TokenBytes, teacher: TokenBytes, shared: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Every token of the student goes where it has its like, else to the first token of what the teacher would read:
+    the one that it has to begin with to write the same. Control tokens without their like go nowhere."""
+    found = dict(shared)
+    for student_id in student.tokenizer.get_vocab().values():
+        spelled = student.of(student_id)
+        if student_id not in found and spelled and teacher.unreadable.isdisjoint(spelled):
+            found[student_id] = teacher.encode(spelled)[0]
+    return sorted(found.items())
 
 
 _ROLES = ("eos_token_id", "bos_token_id")

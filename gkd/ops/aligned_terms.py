@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gkd.objectives.divergence import Divergence
-from gkd.objectives.outcomes import Outcomes, SharedOutcomes
+from gkd.objectives.outcomes import Outcomes, ProjectedOutcomes, RankedOutcomes, SharedOutcomes
 from gkd.objectives.reduction import weigh
 from gkd.objectives.row_losses import LabelLoss
 from gkd.objectives.spans import SpanScores, score_spans
@@ -45,7 +45,8 @@ def aligned_terms(
     compute_dtype: torch.dtype | None = None,
     chunk_bytes: int | None = None,
 ) -> TermScores:
-    """As `linear_terms`, whose arguments these are. Losses are divergences, and what needs no teacher.
+    """As `linear_terms`, whose arguments these are. Losses are divergences, and what needs no teacher; with ULD total
+    variations are of ranks, and other divergences, which measure, of shared tokens.
 
     Head products: two for every row, one more a side for the rows of longer spans, and the student's once more for the
     labels of all rows.
@@ -53,6 +54,7 @@ def aligned_terms(
     spans, valid_head = SpanRows.of(teacher), student_head.first(valid_vocab)
     compared = [number for number, loss in enumerate(losses) if loss.needs_teacher]
     others = [number for number, loss in enumerate(losses) if not loss.needs_teacher]
+    is_ranked = teacher.alignment.kind == "uld" and all(_is_total_variation(losses[number]) for number in compared)
     device, n_rows = student_hidden.device, len(student_hidden)
     ones = spans.ones.to(device)
     whole = linear_terms(  # spans of one token a side
@@ -63,7 +65,7 @@ def aligned_terms(
         acts=acts[compared][:, spans.ones],
         labels=None,
         valid_vocab=valid_vocab,
-        outcomes=_outcomes(teacher.alignment, valid_vocab, teacher.head.weight.shape[0], device),
+        outcomes=_outcomes(teacher.alignment, is_ranked, valid_vocab, teacher.head.weight.shape[0], device),
         temperature=temperature,
         compute_dtype=compute_dtype,
         chunk_bytes=chunk_bytes,
@@ -88,7 +90,9 @@ def aligned_terms(
     found.add_ones(whole, ones)
     for place, one in enumerate(scored):
         found.add_longer(compared[place], one, longer)
-    return found.scores(torch.where(labels >= 0, logprobs, 0.0), spans)
+    # of ranks nothing is measured: the likeliest token is first on both sides
+    measured = torch.zeros_like(spans.is_compared) if is_ranked else spans.is_compared
+    return found.scores(torch.where(labels >= 0, logprobs, 0.0), measured)
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,8 @@ class _Found:
             of_rows = measured[longer.spans] if source == "top1_agreement" else longer.shared_out(measured)
             self.measures[name][longer.rows] = torch.where(is_active, of_rows, self.measures[name][longer.rows])
 
-    def scores(self, label_logprobs: Tensor, spans: SpanRows) -> TermScores:
+    def scores(self, label_logprobs: Tensor, measured: Tensor) -> TermScores:
+        """`measured` [N] bool: where by-products are known."""
         is_active = self.acts.any(0)
         measures = self.measures | {
             LABEL_LOGPROB: torch.where(is_active.to(label_logprobs.device), label_logprobs, 0.0)
@@ -207,7 +212,7 @@ class _Found:
             self.weights,
             measures,
             acts=is_active,
-            compared=self.acts[list(self.compared)].any(0) & spans.is_compared,
+            compared=self.acts[list(self.compared)].any(0) & measured,
         )
 
 
@@ -215,7 +220,16 @@ def _of_rows(loss: WeightedLoss, rows: Tensor) -> WeightedLoss:
     return loss if loss.weights is None else replace(loss, weights=loss.weights.index_select(0, rows))
 
 
+def _is_total_variation(loss: WeightedLoss) -> bool:
+    return isinstance(loss.loss, Divergence) and loss.loss.limit == "tvd"
+
+
 @lru_cache(maxsize=8)
-def _outcomes(alignment: Alignment, student_columns: int, teacher_columns: int, device: torch.device) -> Outcomes:
+def _outcomes(
+    alignment: Alignment, is_ranked: bool, student_columns: int, teacher_columns: int, device: torch.device
+) -> Outcomes:
     """Made once: which columns have a counterpart is the same for every micro-batch."""
-    return SharedOutcomes(alignment.student_ids, alignment.teacher_ids, student_columns, teacher_columns, device)
+    if is_ranked:
+        return RankedOutcomes(student_columns, teacher_columns)
+    kind = ProjectedOutcomes if alignment.kind == "projection" else SharedOutcomes
+    return kind(alignment.student_ids, alignment.teacher_ids, student_columns, teacher_columns, device)

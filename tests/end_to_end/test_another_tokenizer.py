@@ -73,8 +73,10 @@ def test_the_same_tokenizer_through_this_path_is_the_ordinary_run(
     [
         {"mixture": {"student": 0.5, "teacher": 0.25, "dataset": 0.25}, "optim": {"micro_batch_tokens": 120}},
         {"objective": {"kind": "reverse_kl", "temperature": 2.0}, "teacher": {"cache_gib": 0.1}},
+        {"teacher": {"alignment": "projection"}},
+        {"objective": {"kind": "tvd", "weight": 2.0}, "teacher": {"alignment": "uld"}},
     ],
-    ids=["packed", "cached"],
+    ids=["packed", "cached", "projection", "uld"],
 )
 def test_a_resume_is_bitwise(
     make_run_config: MakeConfig, other: Path, raw_text: dict[str, str], sections: dict[str, Any]
@@ -92,7 +94,9 @@ def test_a_resume_is_bitwise(
     second, resumed = ran(Bare, halves, resume=True)
     assert without_times([*first, *second]) == without_times(whole)
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in weights.items()) and weights
-    assert whole[0]["divergence/aligned_forward_kl"] > 0 and "divergence/forward_kl" not in whole[0]
+    is_ranked = keys["teacher"]["alignment"] == "uld"
+    assert ("divergence/aligned_forward_kl" in whole[0]) != is_ranked and "divergence/forward_kl" not in whole[0]
+    assert whole[0]["heldout/aligned_jsd"] > 0
 
 
 @pytest.mark.parametrize(
@@ -107,6 +111,8 @@ def test_a_resume_is_bitwise(
          r"mixture\.mixed: .* teacher\.alignment says"),
         ({"teacher": {"alignment": "shared"}, "objective": {"terms": [{"kind": "hidden_states"}]}},
          r"objective\.terms\.0: hidden_states .*teacher\.alignment"),
+        ({"teacher": {"alignment": "uld"}, "objective": {"kind": "jsd"}}, r"objective\.kind: jsd .* set it to tvd"),
+        ({"teacher": {"alignment": "shared"}, "environment": {"kind": "calculator"}}, "environment: a conversation"),
         ({"teacher": {"alignment": "shared"}, "objective": {"terms": [{"kind": "rkd"}]}}, r"objective\.terms\.0: rkd"),
         ({"teacher": {"alignment": "shared"}, "mixture": {"student": 1.0, "teacher": 0.0, "dataset": 0.0},
           "objective": {"terms": [{"kind": "policy_gradient", "advantage": "teacher"}]}},

@@ -148,6 +148,24 @@ def test_one_tokenizer_shares_every_token_with_itself(family: str) -> None:
     assert {(i, i) for i in own.tokenizer.get_vocab().values()} - set(pair_of(own, own).shared) == set()
 
 
+@pytest.mark.parametrize("student", FAMILIES)
+def test_a_projection_sends_every_token_to_one_that_it_begins_with(student: str) -> None:
+    own, other = side(student), side("byte_level" if student != "byte_level" else "sentencepiece")
+    ends = ((one.tokenizer.eos_token_id,) for one in (own, other))
+    pair = TokenizerPair.of(own, other, *ends, kind="projection")  # pyright: ignore
+    goes_to = dict(zip(pair.alignment.student_ids, pair.alignment.teacher_ids, strict=True))
+    assert len(goes_to) == len(pair.alignment.student_ids), "a row for each, of one 1"
+    assert goes_to | dict(pair.shared) == goes_to
+    for student_id in own.tokenizer.get_vocab().values():
+        spelled = own.of(student_id)
+        if spelled and other.unreadable.isdisjoint(spelled):
+            assert spelled.startswith(other.of(goes_to[student_id]) or b"?")
+        else:
+            assert student_id not in goes_to or student_id in dict(pair.shared)
+    figures = SharedMass.of(pair, ["the cat"]).figures
+    assert f"{len(goes_to) - len(pair.shared)} more of the student's go to the first token" in figures
+
+
 def test_shared_mass_counts_the_teachers_tokens(tiny: TokenBytes) -> None:
     teacher = side("byte_level")
     mass = SharedMass.of(pair_of(tiny, teacher), ["the", "", "q"])

@@ -15,7 +15,7 @@ from gkd.objectives.row_losses import LabelLoss
 from gkd.ops.aligned_terms import aligned_terms
 from gkd.ops.linear_terms import TermScores, linear_terms
 from gkd.ops.pass_job import WeightedLoss
-from gkd.types import AlignedScores, Alignment, HiddenScores, OutputHead
+from gkd.types import AlignedScores, Alignment, AlignmentKind, HiddenScores, OutputHead
 
 HIDDEN, TEACHER_HIDDEN = 8, 6
 KINDS = ("forward_kl", "reverse_kl", "jsd", "tvd", "alpha")
@@ -33,6 +33,7 @@ class Case:
     temperature: float = 1.0
     softcap: float | None = None
     dtype: torch.dtype = torch.float64
+    kind: AlignmentKind = "shared"
 
     def tensors(self, seed: int = 0) -> dict[str, Tensor]:
         draw = torch.Generator().manual_seed(seed)
@@ -53,7 +54,7 @@ class Case:
         }
 
     def scores(self, t: dict[str, Tensor]) -> AlignedScores:
-        alignment = Alignment("shared", tuple(s for s, _ in self.pairs), tuple(t for _, t in self.pairs))
+        alignment = Alignment(self.kind, tuple(s for s, _ in self.pairs), tuple(t for _, t in self.pairs))
         return AlignedScores(
             t["teacher_hidden"],
             OutputHead(t["teacher_weight"]),
@@ -94,6 +95,20 @@ def outcome_log_probs(logits: Tensor, shared: list[int], *, with_bucket: bool, t
     return torch.cat([kept, rest]).log()
 
 
+def projected(case: Case, own: Tensor, theirs: Tensor) -> list[Tensor]:
+    """Log-probabilities of the outcomes: the student's times a dense matrix whose rows sum to 1, and the teacher's."""
+    goes_to = dict(case.pairs)
+    matrix = torch.zeros(case.student_columns, case.teacher_columns + 1, dtype=own.dtype)
+    for student in range(case.student_columns):
+        matrix[student, goes_to.get(student, case.teacher_columns)] = 1.0
+    assert matrix.sum(1).eq(1.0).all()
+    q, p = (own / case.temperature).softmax(-1) @ matrix, (theirs / case.temperature).softmax(-1)
+    reached = sorted(set(goes_to.values()))
+    others = [i for i in range(case.teacher_columns) if i not in reached]
+    q_rest = q[-1:] if len(goes_to) < case.student_columns else q.sum()[None] * EMPTY_BUCKET
+    return [torch.cat([q[reached], q_rest]).log(), torch.cat([p[reached], p[others].sum()[None]]).log()]
+
+
 def reference(case: Case, t: dict[str, Tensor], divergence: Divergence) -> dict[int, Tensor]:
     """The divergence of each span."""
     own, teacher = student_logits(case, t), t["teacher_hidden"] @ t["teacher_weight"].T
@@ -104,7 +119,17 @@ def reference(case: Case, t: dict[str, Tensor], divergence: Divergence) -> dict[
     for span in range(max(case.spans, default=-1) + 1):
         rows = [i for i, number in enumerate(case.student_spans) if number == span]
         theirs = [i for i, number in enumerate(case.spans) if number == span]
-        if len(rows) == len(theirs) == 1:
+        if len(rows) == len(theirs) == 1 and case.kind == "projection":
+            sides = projected(case, own[rows[0]], teacher[theirs[0]])
+        elif len(rows) == len(theirs) == 1 and case.kind == "uld":
+            q, p = ((side / case.temperature).softmax(-1) for side in (own[rows[0]], teacher[theirs[0]]))
+            count = max(len(q), len(p))
+            q, p = (
+                torch.cat([side.sort(descending=True).values, side.new_zeros(count - len(side))]) for side in (q, p)
+            )
+            found[span] = 0.5 * (q - p).abs().sum() * scale
+            continue
+        elif len(rows) == len(theirs) == 1:
             sides = [
                 outcome_log_probs(logits, ids, with_bucket=with_bucket, temperature=case.temperature)
                 for logits, ids in (
@@ -145,6 +170,8 @@ CASES = {
     "student_is_all_shared": Case(student_columns=5, pairs=((0, 3), (1, 1), (2, 9), (3, 16), (4, 0))),
     "teacher_is_all_shared": Case(teacher_columns=4, pairs=((0, 3), (2, 1), (4, 2), (5, 0))),
     "nothing_is_shared": Case(pairs=()),
+    "projection": Case(kind="projection", pairs=((0, 3), (1, 3), (2, 1), (4, 9), (5, 16), (7, 9), (8, 9), (12, 0))),
+    "projection_of_all": Case(kind="projection", temperature=1.5, pairs=tuple((i, i % 4) for i in range(13))),
 }
 
 
@@ -164,6 +191,39 @@ def test_values_and_gradients_are_those_of_float64(name: str, kind: str) -> None
         rows = [i for i, number in enumerate(case.student_spans) if number == span]
         torch.testing.assert_close(scores.values[0, rows].sum(), value, rtol=1e-9, atol=1e-12)
     assert scores.compared.tolist() == [span >= 0 for span in case.student_spans]
+
+
+@pytest.mark.parametrize("columns", [(13, 17), (17, 13), (9, 9)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_ranks_are_compared_by_half_of_their_l1(columns: tuple[int, int], temperature: float) -> None:
+    case = Case(
+        kind="uld", student_columns=columns[0], teacher_columns=columns[1], pairs=((0, 3),), temperature=temperature
+    )
+    t = case.tensors()
+    divergence = Divergence("tvd", temperature=temperature)
+    scores = case.run(t, [WeightedLoss(divergence, t["weights"])])
+    expected = reference_loss(case, t, divergence)
+    torch.testing.assert_close(scores.loss, expected, rtol=1e-9, atol=1e-12)
+    for ours, theirs in zip(gradients(scores.loss, t), gradients(expected, t), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+    assert not scores.compared.any(), "the likeliest of both sides are always rank one"
+    measured, shared = case.run(t, [WeightedLoss(Divergence("jsd"))]), replace(case, kind="shared")
+    torch.testing.assert_close(measured.values, shared.run(t, [WeightedLoss(Divergence("jsd"))]).values)
+    assert measured.compared.any()
+
+
+@pytest.mark.parametrize("case", [Case(), Case(kind="projection"), Case(kind="uld", student_columns=31)])
+def test_float32_of_unlikely_tokens_has_no_infinite_loss(case: Case) -> None:
+    """Logits that are far apart: outcomes whose probabilities float32 cannot hold."""
+    t = replace(case, dtype=torch.float32).tensors()
+    with torch.no_grad():
+        t["weight"].mul_(40.0)
+    t["teacher_weight"].mul_(40.0)
+    kinds = ["tvd"] if case.kind == "uld" else ["jsd", "forward_kl"]
+    for kind in kinds:
+        scores = replace(case, dtype=torch.float32).run(t, [WeightedLoss(Divergence(kind))])
+        assert scores.loss.isfinite()
+        assert all(gradient.isfinite().all() for gradient in gradients(scores.loss, t))
 
 
 def test_float32_is_as_good_as_its_numbers() -> None:
@@ -203,10 +263,13 @@ def test_losses_without_a_teacher_stand_beside_them() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_one_tokenizer_through_this_path_is_the_ordinary_path(kind: str, temperature: float) -> None:
+@pytest.mark.parametrize("alignment", ["shared", "projection"])
+def test_one_tokenizer_through_this_path_is_the_ordinary_path(
+    kind: str, temperature: float, alignment: AlignmentKind
+) -> None:
     columns, rows = 13, tuple(range(6))
     pairs = tuple((i, i) for i in range(columns))
-    case = Case(rows, rows, columns, columns, pairs, temperature)
+    case = Case(rows, rows, columns, columns, pairs, temperature, kind=alignment)
     t = case.tensors()
     loss = WeightedLoss(Divergence(kind, temperature=temperature), t["weights"])
     head = OutputHead(t["weight"], t["bias"])
