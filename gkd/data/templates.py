@@ -111,6 +111,11 @@ class ChatTemplate:
         return self._unread[key]
 
 
+def is_shown(content: str, text: str) -> bool:
+    """Whether a rendering holds a message's content, whitespace aside."""
+    return content in text or _is_in(content, _squeeze(text))
+
+
 def _is_in(content: str, squeezed: str) -> bool:
     """As it stands, or as JSON spells it: templates write the answers of tools so."""
     return _squeeze(content) in squeezed or _squeeze(dumps(content, ensure_ascii=False)[1:-1]) in squeezed

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from gkd.data.encoding import RowEncoder
 from gkd.data.formats import Message
-from gkd.data.templates import MARK, MARK_END, ChatTemplate
+from gkd.data.templates import MARK, MARK_END, ChatTemplate, is_shown
 from gkd.environments import EnvironmentKind
 from gkd.errors import ConfigError, ConversationError, DataError, shown
 from gkd.types import Prompt
@@ -100,6 +100,11 @@ class TurnEncoder:
         if text.count(_TURN) != 1:
             raise DataError(f"{prompt.origin}: the chat template does not show the assistant's turn once, as it is")
         behind = text[text.index(_TURN) + len(_TURN) :]
+        if not is_shown(marked.messages[0]["content"], behind):
+            raise DataError(
+                f"{prompt.origin}: the chat template does not show a message of role {self._role} behind the "
+                "assistant's; set environment.role to the other of user and tool, or take another template"
+            )
         found = re.match(rf"\s*({self._encoder.control_pattern.pattern})", behind)
         if found is None:
             return None, tuple(self._encoder.encode(behind, marked.literals, prompt.origin))

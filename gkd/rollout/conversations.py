@@ -8,6 +8,8 @@ environments that are functions of task and turns, a conversation is.
 from __future__ import annotations
 
 import concurrent.futures
+import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +24,7 @@ from gkd.seeding import derive_seed
 from gkd.serving.threads import in_thread, map_in_threads
 from gkd.types import Completion, Conversation, ConversationEnd, PromptDraw, Rollout, SampleRequest, SamplingSettings
 
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 Decode = Callable[[Sequence[int]], str]
 
@@ -119,7 +122,7 @@ class Conversations:
         template has no place for one.
         """
         talks = [
-            _Talk(draw, request, settings, self._kind.open(), Transcript(draw.prompt))
+            _Talk(draw, request, settings, self._open(), Transcript(draw.prompt))
             for draw, request in zip(draws, requests, strict=True)
         ]
         try:
@@ -131,8 +134,7 @@ class Conversations:
                 self._observe([talk for talk in going if talk.end is None], self._kind.turns_at(step))
             self._of_each([talk for talk in talks if talk.end != "done"], self._leave)
         finally:
-            for talk in talks:
-                talk.environment.close()
+            self._of_each(talks, self._close)
         return [talk.held() for talk in talks]
 
     def _observe(self, talks: Sequence[_Talk], most_turns: int) -> None:
@@ -167,17 +169,36 @@ class Conversations:
 
     def _leave(self, talk: _Talk) -> None:
         """Of one that ended before its environment was done."""
-        talk.earn(talk.environment.unfinished())
+        reward = self._within_time(talk, talk.environment.unfinished)
+        if reward is not _LATE:
+            self._refuse(talk, _fault_of(Observed("", reward=reward)))  # pyright: ignore[reportArgumentType]
+            talk.earn(reward)  # pyright: ignore[reportArgumentType]
+
+    def _close(self, talk: _Talk) -> None:
+        """Nothing depends on it any more: what goes wrong is said."""
+        try:
+            self._within_time(talk, talk.environment.close)
+        except ConversationError as error:
+            _log.warning("%s: while it was closed", error)
+
+    def _open(self) -> Environment:
+        try:
+            return self._kind.open()
+        except Exception as error:
+            raise ConversationError(f"environment: {self._kind.kind}: {type(error).__name__}: {error}") from error
 
     def _step(self, talk: _Talk) -> Observed | None:
         """None: it took too long."""
         observed = self._within_time(talk, partial(talk.environment.step, self._readable(talk.turn)))
         if observed is _LATE:
             return None
-        if (fault := _fault_of(observed)) is not None:
-            raise ConversationError(f"environment: {self._kind.kind}: {talk.name}: {fault}")
+        self._refuse(talk, _fault_of(observed))
         assert isinstance(observed, Observed)
         return observed
+
+    def _refuse(self, talk: _Talk, fault: str | None) -> None:
+        if fault is not None:
+            raise ConversationError(f"environment: {self._kind.kind}: {talk.name}: {fault}")
 
     def _within_time(self, talk: _Talk, call: Callable[[], object]) -> object:
         """What it returns, or `_LATE`. Its thread goes on; nobody waits for it."""
@@ -244,6 +265,8 @@ def _fault_of(observed: object) -> str | None:
         return f"an observation is text, not {type(observed.observation).__name__}"
     if any("\ud800" <= character <= "\udfff" for character in observed.observation):
         return "an observation holds half a surrogate pair"
-    if observed.reward is not None and not abs(observed.reward) < float("inf"):
+    if observed.reward is None:
+        return None
+    if not isinstance(observed.reward, (int, float)) or not abs(observed.reward) < math.inf:  # pyright: ignore[reportUnnecessaryIsInstance]
         return f"a reward is a finite number, not {observed.reward}"
     return None
