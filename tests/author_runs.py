@@ -38,7 +38,7 @@ class Server(httpx.AsyncBaseTransport):
 def chat(text: str, reason: str = "stop", **usage: int) -> httpx.Response:
     choice = {"message": {"role": "assistant", "content": text}, "finish_reason": reason}
     tokens = {"prompt_tokens": 10, "completion_tokens": 5} | usage
-    return httpx.Response(200, json={"choices": [choice], "usage": tokens})
+    return httpx.Response(200, content=json.dumps({"choices": [choice], "usage": tokens}))
 
 
 def question_of(body: Mapping[str, Any]) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 import yaml
 
 import gkd
-from gkd.author.made import Made, card_path
+from gkd.author.made import Made
+from gkd.author.paths import card_path
 from gkd.author.spec import ModelForm
 from gkd.digests import file_digest
 from gkd.files import write_atomically

@@ -21,11 +21,3 @@ class Made:
     shown: ShownRows
     spent: Spent = field(default_factory=Spent)
     rows: int = 0  # of the input
-
-
-def card_path(out: Path) -> Path:
-    return out.with_suffix(".card.md")
-
-
-def page_path(out: Path) -> Path:
-    return out.with_suffix(".html")

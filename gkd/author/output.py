@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from gkd.author.paths import card_path, page_path
 from gkd.errors import ConfigError
 from gkd.files import flush
 
@@ -22,7 +23,7 @@ class Output:
         self._aside = Path(file.name)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self._file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
 
     def finish(self) -> None:
         """The file has its name, and a power cut keeps it."""
@@ -52,10 +53,11 @@ def open_output(path: Path) -> Generator[Output]:
 
 
 def check_new(path: Path) -> None:
-    """Raises ConfigError for an output that exists, or whose folder does not."""
+    """Raises ConfigError for an output that exists, itself or what stands beside it, or whose folder does not."""
     if path.suffix != ".jsonl":
         raise ConfigError(f"--out: {path} is written as JSON lines: let its name end in .jsonl")
-    if path.exists():
-        raise ConfigError(f"--out: {path} exists, and nothing is written over: name another file, or remove it")
+    for file in (path, card_path(path), page_path(path)):
+        if file.exists():
+            raise ConfigError(f"--out: {file} exists, and nothing is written over: name another file, or remove it")
     if not path.parent.is_dir():
         raise ConfigError(f"--out: there is no folder {path.parent}")

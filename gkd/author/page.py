@@ -8,7 +8,8 @@ from importlib import resources
 from typing import Any, cast
 
 import gkd
-from gkd.author.made import Made, page_path
+from gkd.author.made import Made
+from gkd.author.paths import page_path
 from gkd.author.records import Example
 from gkd.data.formats import Message
 from gkd.files import write_atomically

@@ -156,6 +156,14 @@ def test_an_output_that_cannot_be(bench: Bench, out: str, message: str) -> None:
     assert data.read_bytes() == before
 
 
+@pytest.mark.parametrize("beside", ["out.card.md", "out.html"])
+def test_what_would_stand_beside_is_not_written_over(bench: Bench, beside: str) -> None:
+    (bench.folder / beside).write_text("mine")
+    with pytest.raises(InputError, match=rf"--out: .*{beside} exists"):
+        bench.run(bench.recipe(ASK, WRITE), bench.data({"question": "a"}), question_of)
+    assert (bench.folder / beside).read_text() == "mine"
+
+
 def test_two_at_once_do_not_write_one_file(bench: Bench) -> None:
     data, recipe = bench.data({"question": "a"}), bench.recipe(ASK, WRITE)
 

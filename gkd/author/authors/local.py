@@ -55,7 +55,7 @@ class LocalAuthor:
         self._end_ids = end_token_ids(self._tokenizer, generation, config, key=f"{key}.model")
         context = getattr(config, "max_position_embeddings", None) or 4096
         self._longest = form.max_model_tokens or min(context, _LONGEST_CONTEXT)
-        dtype = settled_option(form.dtype)
+        dtype = settled_option(form.dtype, f"{key}.dtype")
         fingerprint = model_fingerprint(path, form.revision, f"{key}.model")
         self.identity = json.dumps([fingerprint, form.engine, dtype, form.chat_template_kwargs])
         self._sampler: Sampler | None = None
