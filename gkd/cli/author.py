@@ -33,8 +33,11 @@ def author_command(
 ) -> None:
     """Let a model write training data: rationales, demonstrations, judged samples.
 
-    The model runs in this process or behind an OpenAI-compatible server. Every answer is kept: the same command goes on
-    where it was stopped, by a signal, a spent budget (exit code 75) or a failure, and asks nothing twice.
+    A recipe names models, in this process or behind an OpenAI-compatible server, and the steps that every row goes
+    through: ask, read, keep, distinct, sample, write.
+
+    Every answer is kept: the same command goes on where it was stopped, by a signal, a spent budget (exit code 75) or a
+    failure, and asks nothing twice.
     """
     from gkd.author import AuthorRun, Recipe, card_path, page_path
 
