@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import save_tiny_model
 
+from gkd.config import cache_folder
 from gkd.environment import prepare_process
 
 pytest_plugins = ["leftovers", "skips"]
@@ -24,6 +25,22 @@ def _log_level() -> Iterator[None]:
     level = logger.level
     yield
     logger.setLevel(level)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A fresh cache, or a text or score of an earlier run would stand in for what no longer works.
+
+    A converted wheel and the layers of its cuts, which take minutes, are shared with other runs.
+    """
+    shared, own = cache_folder(), tmp_path_factory.getbasetemp() / "cache"
+    own.mkdir()
+    for name in ("models", "cuts"):
+        (shared / name).mkdir(parents=True, exist_ok=True)
+        (own / name).symlink_to(shared / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GKD_CACHE", str(own))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ RELATIONS = {"kind": "relations", "relation_heads": 2}
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"environment": {}}, r"environment\.kind: is missing; one of calculator, text_game"),
+        ({"environment": {}}, r"environment\.kind: is missing; one of .*calculator, text_game"),
         ({"environment": {"kind": "calculater"}}, r"environment\.kind: unknown environment 'calculater'; did you mean"),
         ({"environment": {"kind": "calculator", "turns": 3}}, r"environment\.turns: unknown key"),
         ({"environment": {"kind": "calculator", "max_turns": 0}}, r"environment\.max_turns: 0 must be at least 1"),

@@ -89,11 +89,6 @@ def finished_run(
     return run
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GKD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 @pytest.fixture
 def sampling_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The teacher's texts are sampled in this process, and not in one of their own."""

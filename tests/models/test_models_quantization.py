@@ -133,6 +133,7 @@ def saved(model: Any, source: Path, target: Path, dtype: str, quantize: Quantize
     )
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")  # transformers', to whom it is passed
 @pytest.mark.parametrize("scheme", ["int4", "int8"])
 @pytest.mark.parametrize("student", ["tiny_student", "tiny_untied_student"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
