@@ -25,6 +25,7 @@ from gkd.config.sections import (
 from gkd.config.teachers import OtherTeacherConfig, TeacherConfig
 from gkd.errors import ConfigError
 from gkd.registry import REPLAY
+from gkd.schedules import largest
 from gkd.schema import Section
 
 _ROUNDING = 1e-6  # of fractions that add up
@@ -213,6 +214,12 @@ class Config(Section):
             raise ValueError(
                 "environment: only the student's own texts are conversations, and mixture.student is 0; raise that, or "
                 "leave this out"
+            )
+        turn, most = self.environment.turn_tokens, self.rollout.most_new_tokens
+        if turn is not None and turn >= most and largest(self.environment.max_turns) > 1:
+            raise ValueError(
+                f"environment.turn_tokens: {turn} leave no second turn of rollout.max_new_tokens = {most}, which a "
+                "whole conversation has; raise that, or lower this"
             )
         if self.rollout.tensor_parallel > 1:  # whose ranks have different numbers of rounds
             raise ValueError(

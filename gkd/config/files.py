@@ -231,7 +231,7 @@ def _suggestion(location: list[str], root: type[Section]) -> str:
         field = model.model_fields.get(part)
         model = _section_of(field.annotation) if field else None
         if model is None:
-            return _term_suggestion(location)
+            return _kind_suggestion(location)
     close = difflib.get_close_matches(location[-1], list(model.model_fields), n=1, cutoff=0.5)
     if close:
         return f"; did you mean {'.'.join([*location[:-1], close[0]])}?"
@@ -243,13 +243,17 @@ def _suggestion(location: list[str], root: type[Section]) -> str:
     return f"; did you mean {' or '.join(home)}?" if home else f"; known: {', '.join(model.model_fields)}"
 
 
-def _term_suggestion(location: list[str]) -> str:
-    """Of a key in a term, whatever its kind is."""
-    if location[:2] != ["objective", "terms"]:
+def _kind_suggestion(location: list[str]) -> str:
+    """Of a key in a term or an environment, whatever its kind is."""
+    if location[:2] == ["objective", "terms"]:
+        what, rows, beside = "term", _term_keys(), set(ObjectiveConfig.model_fields)
+    elif location[0] == "environment":
+        what, rows, beside = "environment", _environment_keys(), set[str]()
+    else:
         return ""
-    known = sorted({path.split(".")[-1] for path, _, _ in _term_keys()} | set(ObjectiveConfig.model_fields))
+    known = sorted({path.split(".")[-1] for path, _, _ in rows} | beside)
     if location[-1] in known:
-        return "; it is of another kind of term"
+        return f"; it is of another kind of {what}"
     close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -265,15 +269,18 @@ def describe_keys() -> list[tuple[str, str, str]]:
     _describe(Config, "", rows)
     place = next(index for index, row in enumerate(rows) if row[0] == "objective.terms") + 1
     rows[place:place] = _term_keys()
-    place = next(index for index, row in enumerate(rows) if row[0] == "optim.lr")
-    own = {row[0] for row in rows}
-    for kind in ENVIRONMENTS.names():
-        of_kind: list[tuple[str, str, str]] = []
-        _describe(ENVIRONMENTS[kind], "environment.", of_kind)
-        rows[place:place] = new = [row for row in of_kind if row[0] not in own]
-        own |= {row[0] for row in new}
-        place += len(new)
+    place = next(index for index, row in enumerate(rows) if row[0] == "environment") + 1
+    rows[place:place] = _environment_keys()
     return rows
+
+
+def _environment_keys() -> list[tuple[str, str, str]]:
+    rows: dict[str, tuple[str, str, str]] = {}
+    for kind in ENVIRONMENTS.names():
+        own: list[tuple[str, str, str]] = []
+        _describe(ENVIRONMENTS[kind], "environment.", own)
+        rows = {row[0]: row for row in own} | rows
+    return [*rows.values()]
 
 
 def _term_keys() -> list[tuple[str, str, str]]:

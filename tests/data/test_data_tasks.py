@@ -50,7 +50,16 @@ RELATIONS = {"kind": "relations", "relation_heads": 2}
         ({"mixture": {"student": 0.0, "teacher": 1.0}}, r"environment: only the student's own texts are conversations"),
         ({"rollout": {"tensor_parallel": 2}}, r"rollout\.tensor_parallel: 2 samples no conversations; set it to 1"),
         ({"objective": {"terms": [RELATIONS]}}, r"objective\.terms\.0: relations compares the positions of one text"),
-        ({"environment": "calculator"}, r"environment: "),
+        ({"environment": "calculator"}, r"environment: 'calculator' is no mapping such as \{kind: answer\}"),
+        ({"environment": {"kind": "calculator", "max_turn": 2}}, r"max_turn: unknown key; did you mean max_turns\?"),
+        (
+            {"environment": {"kind": "calculator", "match": "exact"}},
+            r"match: unknown key; it is of another kind of env",
+        ),
+        (
+            {"environment": {"kind": "calculator", "turn_tokens": 128}},
+            r"environment\.turn_tokens: 128 leave no second turn of rollout\.max_new_tokens = 128",
+        ),
     ],
 )
 def test_what_a_config_cannot_say(sections: dict[str, object], message: str) -> None:
