@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,3 +98,30 @@ def test_a_teacher_that_reads_the_same_as_itself_is_refused(make_run_config: Mak
         result = run_gkd(["train", path, option, own] if option != "--dry-run" else ["train", path, own, option])
         assert result.returncode == 2 and f"teacher.weights: {weights}: student and teacher are one" in result.stderr
     assert not (tmp_path / "itself").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["ema", pytest.param("initial", marks=pytest.mark.long)])
+def test_a_student_that_taught_itself_is_evaluated_beside_what_it_was(
+    make_run_config: MakeConfig, tmp_path: Path, data_folder: Path, tiny_student: Path, weights: str
+) -> None:
+    """The teacher of `gkd eval` is the initial student behind its own view, whatever taught."""
+    (tmp_path / "more").mkdir()
+    more = told(data_folder, tmp_path / "more", lambda text: f"{text} {TOLD}")
+    config = make_run_config(
+        data=more,
+        teacher={"model": "student", "weights": weights, "max_prompt_tokens": 100},
+        student={"model": str(tiny_student)},
+        mixture={"student": 1.0, "teacher": 0.0, "dataset": 0.0},
+        run={"steps": 3},
+        optim={"lr": 5e-3},
+    )
+    check(run_gkd(["train", config]))
+    resolved = tmp_path / "tiny" / "config.resolved.json"
+    evaluated = check(run_gkd(["eval", resolved, "--only", "task", "--format", "json"]))
+    figures = json.loads(evaluated.stdout.splitlines()[-1])["task"]["figures"]
+    before, after = (figures["forward_kl"][f"student_{when}"]["value"] for when in ("before", "after"))
+    assert before > 1e-4, "it reads less than its teacher"
+    summary = json.loads((tmp_path / "tiny" / "summary.json").read_text())
+    assert before == pytest.approx(summary["heldout_forward_kl_before"], rel=1e-3)
+    assert after != pytest.approx(before, rel=1e-3)
