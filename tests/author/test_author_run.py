@@ -21,6 +21,7 @@ from author_runs import Bench, Server, chat, dropped, question_of
 from author_server import author_server, requests_in
 from launching import check, environment, run_gkd
 
+from gkd.author import progress
 from gkd.author.authors.kept import AnswerStore, Spent
 from gkd.author.progress import Progress
 from gkd.author.questions import Answer, AskSettings, Question, answer_key, question_digest
@@ -314,11 +315,21 @@ def test_progress_says_what_was_dropped_and_how_long_it_takes() -> None:
         tally.drop(0, Drop(reason), "x:1", {})
     tally.rows, tally.written = 25, 20
     spent = Spent(asked=30, found=4, prompt_tokens=9000, completion_tokens=3300, money=0.25)
-    line = Progress(100, stream).line(tally, spent, 50.0)
+    line = Progress(100, stream).line(tally, spent, 2.0)
     assert line == (
         "25/100 rows, 20 written, 30 asked, 4 kept from before, 5 dropped (a 2, b 1, c 1, ...), 12.3k tokens, "
         "cost 0.25, 2m30s left"
     )
+
+
+def test_the_time_that_is_left_is_that_of_rows_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    tally, spent, stream = Tally([]), Spent(), StringIO()
+    one = Progress(100, stream)
+    for now[0], tally.rows, spent.asked in ((1.0, 40, 0), (31.0, 50, 8), (91.0, 60, 16)):
+        one.tell(tally, spent)
+    assert [line.rpartition(", ")[2] for line in stream.getvalue().splitlines()] == ["0.0 tokens", "4m00s left"]
 
 
 def test_dry_run_asks_nothing(tmp_path: Path) -> None:
