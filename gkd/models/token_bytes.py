@@ -101,7 +101,7 @@ class TokenBytes:
         words = _WORD.findall(text)  # the tokenizer normalises something: only where it does it is left to the bytes
         return [i for word in words for i in self._text_ids(word)] if len(words) > 1 else self._longest(data)
 
-    @lru_cache(maxsize=len(_ANCHORS))  # noqa: B019  one tokenizer a model, for the whole run
+    @lru_cache(maxsize=64)  # noqa: B019  of the tokenizers of a run, which keeps them to its end
     def _encoded(self, anchor: str) -> tuple[int, ...]:
         return tuple(self._backend.encode(anchor, add_special_tokens=False).ids)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from transformers import PreTrainedModel
 from gkd.data import pack
 from gkd.measures.answers import greedy_settings, sample_requests
 from gkd.measures.heldout import HeldoutEvaluation, heldout_requests, heldout_rollouts
-from gkd.models import load_causal_lm
+from gkd.models import TokenBytes, TokenizerPair, load_causal_lm, load_tokenizer
 from gkd.objectives.objective import Objective
 from gkd.teacher.local import LocalTeacher
+from gkd.teacher.views import OtherTokenizer, WithViews
 from gkd.train.module import StudentModule, token_measures
 from gkd.types import Completion, Prompt, SamplingSettings, TokenBatch
 
@@ -94,6 +96,25 @@ def test_figures_are_means_over_tokens_from_full_logits(teacher: LocalTeacher, t
         zip(("heldout/forward_kl", "heldout/reverse_kl", "heldout/jsd"), (total / tokens).tolist(), strict=True)
     )
     assert measured == pytest.approx(expected, rel=1e-4)
+
+
+def test_tokens_that_another_tokenizer_has_nothing_for_are_not_counted(
+    teacher: LocalTeacher, tiny_teacher: Path, tiny_student: Path
+) -> None:
+    """A teacher that reads two tokens of each completion has the figures of completions of two tokens."""
+    side = TokenBytes(load_tokenizer(str(tiny_teacher)), "teacher.model")
+    pair = TokenizerPair.of(side, side, (2,), (2,))
+    cut = WithViews(teacher, {"main": OtherTokenizer(pair, pair.alignment, 2)})
+    student = PlainStudent(load_causal_lm(str(tiny_student), "float32"))
+    short = [replace(one, token_ids=one.token_ids[:2]) for one in COMPLETIONS]
+    figures = [
+        HeldoutEvaluation(
+            heldout_rollouts(PROMPTS, written), teacher=who, student=student, pack=PACK, rank=0, world_size=1
+        ).measure()
+        for written, who in ((COMPLETIONS, cut), (short, teacher))
+    ]
+    aligned = {name.replace("aligned_", ""): mean for name, mean in figures[0].means.items()}
+    assert aligned == pytest.approx(figures[1].means, rel=1e-4) and len(aligned) == 3
 
 
 def test_requests_are_fixed_by_the_seed() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from gkd.measures.leakage import CopiedCounts, copied_counts, leakage_metrics
@@ -27,3 +29,12 @@ def test_runs_that_only_the_teacher_read() -> None:
     assert counts == CopiedCounts(ngrams=5, copied=2, samples=3, with_copies=1)
     assert leakage_metrics(counts) == {"leakage/ngram_share": 0.4, "leakage/sample_share": pytest.approx(1 / 3)}
     assert leakage_metrics(copied_counts(others)) == {}
+
+
+def test_tokens_of_another_tokenizer_are_no_copies() -> None:
+    """The teacher's ids are its own: equal numbers are other texts."""
+    copies = rollout([50, 51, 52, 53, 54], [50, 51, 52, 53, 54], [1])
+    prompt = replace(copies.draw.prompt, is_translated=True)
+    translated = replace(copies, draw=replace(copies.draw, prompt=prompt))
+    assert copied_counts([copies]).copied == 1
+    assert leakage_metrics(copied_counts([translated])) == {}
