@@ -16,7 +16,7 @@ from gkd.evaluate.token_scores import DIVERGENCES, NLL, ScoringSettings, TokenSc
 from gkd.measures.heldout import heldout_rollouts
 from gkd.models import load_causal_lm
 from gkd.teacher.local import LocalTeacher
-from gkd.types import Completion, Prompt, Rollout, TeacherScores
+from gkd.types import AlignedScores, Alignment, Completion, HiddenScores, Prompt, Rollout, TeacherScores
 
 LENGTHS = (3, 40, 1, 17, 9)  # of the completions, on purpose not in order
 BOOTSTRAP = task.Bootstrap(resamples=200, seed=0)
@@ -96,6 +96,40 @@ def test_a_student_that_is_the_teacher_diverges_by_nothing(
         cell = row.cells["student_after"]
         assert isinstance(cell, Figure)
         assert cell.value == pytest.approx(1.0 if row.name == "top1_agreement" else 0.0, abs=1e-6), row.name
+
+
+def in_spans(scores: TeacherScores, spans: list[int], student_spans: list[int], labels: list[int]) -> AlignedScores:
+    """As if the teacher had said of its own tokens what it said of the first of the student's."""
+    assert isinstance(scores, HiddenScores)
+    ids = tuple(range(259))
+    numbers = (torch.tensor(values, dtype=torch.int64) for values in (labels, spans, student_spans))
+    return AlignedScores(scores.states[: len(spans)], scores.head, *numbers, Alignment("shared", ids, ids))
+
+
+def test_another_tokenizer_with_equal_tokens_has_the_same_scores(
+    tiny_student: Path, rollouts: list[Rollout], of_teacher: list[TeacherScores], of_student: list[TokenScores]
+) -> None:
+    aligned = [
+        in_spans(said, [*range(len(said))], [*range(len(said))], list(rollout.completion_ids))
+        for said, rollout in zip(of_teacher, rollouts, strict=True)
+    ]
+    found = student_scores(load_causal_lm(str(tiny_student), "float32"), rollouts, aligned, SETTINGS)
+    nll = zip(teacher_nll(rollouts, aligned, SETTINGS), teacher_nll(rollouts, of_teacher, SETTINGS), strict=True)
+    for ours, theirs in [*zip(found, of_student, strict=True), *nll]:
+        assert ours.keys() == theirs.keys()
+        for name, values in theirs.items():
+            np.testing.assert_allclose(ours[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_what_a_teacher_says_of_a_span_is_shared_out_over_its_tokens(
+    rollouts: list[Rollout], of_teacher: list[TeacherScores]
+) -> None:
+    said, labels = of_teacher[0], list(rollouts[0].completion_ids)
+    (plain,) = teacher_nll(rollouts[:1], [said], SETTINGS)
+    aligned = in_spans(said, [0, 0], [0, 0, -1], labels[:2])
+    (found,) = teacher_nll(rollouts[:1], [aligned], SETTINGS)
+    half = plain[NLL][:2].sum() / 2
+    np.testing.assert_allclose(found[NLL], [half, half, 0.0], rtol=1e-6)
 
 
 def test_buckets_add_up_to_the_whole(of_student: list[TokenScores]) -> None:
