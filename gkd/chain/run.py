@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
-from gkd.chain.inputs import STEPS, changed_keys, stage_inputs
-from gkd.chain.spec import Chain, Reference, Stage, override_words
-from gkd.config import Config, load_config
+from gkd.chain.inputs import changed_keys
+from gkd.chain.kinds import Action
+from gkd.chain.spec import Chain, Reference, Stage
 from gkd.environment import die_with_parent, shell_status
 from gkd.errors import InputError, StageError
 from gkd.files import write_json
 from gkd.run_files import RunFiles
 
-Action = Literal["skip", "resume", "start", "start anew"]
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 _NAMED_KEYS = 5  # of those that differ
 
@@ -81,48 +78,34 @@ class _Work:
     """A stage whose predecessors are done: what is to be done for it, and by which command."""
 
     def __init__(self, chain: Chain, stage: Stage, record: _Record) -> None:
-        self._chain, self._stage = chain, stage
-        self.inputs = stage_inputs(self._config())
+        self._chain, self._kind = chain, stage.kind
+        self._task = stage.task(self._file(stage), self._output)
+        self.inputs = stage.kind.inputs(self._task)
         before = record[stage.name]
         self._changed = changed_keys(before.get("inputs", self.inputs), self.inputs)
-        self.action: Action = self._decide(bool(before), bool(before.get("is_done")))
+        self.action: Action = self._decide(stage, before)
 
     def describe(self) -> str:
         named = ", ".join(self._changed[:_NAMED_KEYS]) + (", ..." if len(self._changed) > _NAMED_KEYS else "")
-        what = {"skip": "done before", "resume": "goes on", "start": self._stage.run, "start anew": "again"}
+        what = {"skip": "done before", "resume": "goes on", "start": self._kind.name, "start anew": "again"}
         return what[self.action] + (f": other {named}" if self._changed else "")
 
     def command(self) -> list[str]:
-        stage = self._stage
-        words = [stage.run, self._file(), *override_words(stage, self._output)]
-        if stage.run == "eval":
-            return [sys.executable, "-m", "gkd", *words, "--out", str(stage.folder)]
-        words.append(f"run.dir={json.dumps(str(stage.folder))}")
-        words += {"resume": ["--resume"], "start anew": ["--overwrite"]}.get(self.action, [])
-        if stage.launcher is None:
-            return [sys.executable, "-m", "gkd", *words]
-        return [sys.executable, "-m", "gkd", "launch", "--", *shlex.split(stage.launcher), "gkd", *words]
+        return self._kind.command(self._task, self.action)
 
-    def _decide(self, has_begun: bool, is_done: bool) -> Action:
-        files = RunFiles(self._stage.folder)
-        if is_done and not self._changed and (files.final if self._stage.run == "train" else files.evaluation).exists():
+    def _decide(self, stage: Stage, before: Mapping[str, Any]) -> Action:
+        if before.get("is_done") and not self._changed and self._kind.is_there(stage.folder):
             return "skip"
-        if self._stage.run == "eval" or not files.config.exists():
-            return "start"
-        if has_begun and set(self._changed) <= {STEPS} and any(files.checkpoints.glob("step_*")):
-            return "resume"
-        return "start anew"
+        return self._kind.decide(stage.folder, has_begun=bool(before), changed=self._changed)
 
-    def _config(self) -> Config:
-        return load_config(self._file(), override_words(self._stage, self._output))
-
-    def _file(self) -> str:
-        if isinstance(self._stage.file, Reference):
-            return str(RunFiles(self._chain.stage(self._stage.file.stage).folder).config)
-        return self._stage.file
+    def _file(self, stage: Stage) -> str:
+        if isinstance(stage.file, Reference):
+            return str(RunFiles(self._chain.stage(stage.file.stage).folder).config)
+        return stage.file
 
     def _output(self, reference: Reference) -> str:
-        return str(RunFiles(self._chain.stage(reference.stage).folder).final)
+        stage = self._chain.stage(reference.stage)
+        return str(stage.kind.output(stage.folder))
 
 
 def _wait_for(command: list[str]) -> int:

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from gkd.config import load_config, make_section, read_mapping
+from gkd.chain.kinds import KINDS, Kind, KindName, Task, check_data
+from gkd.config import make_section, read_mapping
 from gkd.errors import ConfigError, shown
 from gkd.schema import Section, is_mapping
 
@@ -20,15 +21,21 @@ _NAME = r"[A-Za-z0-9][\w.-]{0,99}"
 
 
 class ReferenceForm(Section):
-    stage: str = Field(description="an earlier stage's name: its student, or, as the file of an eval, its config")
+    stage: str = Field(
+        description="an earlier stage's name: its student or rows, or, as the file of an eval, its config"
+    )
     round: Literal["previous"] | None = Field(None, description="of a repeat: the newest one before this round")
     first: str | None = Field(None, description="with round: what stands for it in a first round that has none")
 
 
 class StageForm(Section):
     name: str = Field(description="names its folder in the chain's")
-    run: Literal["train", "eval"] = Field("train", description="which command")
-    file: str | ReferenceForm = Field(description="the command's config; of an eval also {stage: NAME}")
+    run: KindName = Field("train", description="which command")
+    file: str | ReferenceForm = Field(
+        description="the command's config, or an author's recipe; of an eval also {stage: NAME}"
+    )
+    data: str | ReferenceForm | None = Field(None, description="run: author: the rows that it starts from")
+    heldout: str | None = Field(None, description="run: author: texts that no row may share a run of words with")
     overrides: dict[str, Any] = Field({}, description="config keys, dotted or nested, and their values")
     launcher: str | None = Field(None, description="words before `gkd train`, such as `torchrun --nproc_per_node 2 -m`")
 
@@ -57,17 +64,28 @@ class Stage:
     """A command to run. `overrides` are key -> value, or the Reference whose output is the value."""
 
     name: str  # the round's number included
-    run: Literal["train", "eval"]
+    kind: Kind
     file: str | Reference
     overrides: Mapping[str, Any]
     launcher: str | None
     folder: Path
+    data: str | Reference | None = None
+    heldout: str | None = None
 
     @property
     def needs(self) -> list[str]:
         """The stages that have to be done before it, by their full names."""
-        values = [self.file, *self.overrides.values()]
+        values = [self.file, self.data, *self.overrides.values()]
         return list(dict.fromkeys(value.stage for value in values if isinstance(value, Reference)))
+
+    def task(self, file: str, output: Callable[[Reference], str]) -> Task:
+        """With what `output` says for each reference, and `file` for its own."""
+        words = [
+            f"{key}={json.dumps(output(value) if isinstance(value, Reference) else value)}"
+            for key, value in self.overrides.items()
+        ]
+        data = output(self.data) if isinstance(self.data, Reference) else self.data
+        return Task(file, words, self.folder, self.launcher, data, self.heldout)
 
 
 @dataclass(frozen=True)
@@ -149,12 +167,15 @@ def _make_stage(
 
     stage = Stage(
         name=name,
-        run=form.run,
+        kind=KINDS[form.run],
         file=resolved(form.file, "file"),
         overrides={key: resolved(value, f"overrides.{key}") for key, value in _flat(form.overrides).items()},
         launcher=form.launcher or launcher,
         folder=folder / name,
+        data=resolved(form.data, "data"),
+        heldout=resolved(form.heldout, "heldout"),
     )
+    check_data(stage.kind, stage.data, stage.heldout, where)
     _check(stage, stages, where)
     return stage
 
@@ -202,23 +223,18 @@ def _check_name(name: str, where: str) -> None:
 def _check(stage: Stage, earlier: Sequence[Stage], where: str) -> None:
     by_name = {other.name: other for other in earlier}
     for needed in stage.needs:
-        if by_name[needed].run != "train":
-            raise ConfigError(f"{where}: {needed} is an eval, which makes no student to go on with")
+        if by_name[needed].kind.brings is None:
+            raise ConfigError(f"{where}: {needed} is an {by_name[needed].kind.name}, which makes nothing to go on with")
     if isinstance(stage.file, Reference):
-        if stage.run == "train":
-            raise ConfigError(f"{where}.file: of a train it is a config; {{stage: ...}} is for an eval")
+        if not stage.kind.file_of_stage:
+            raise ConfigError(f"{where}.file: of a {stage.kind.name} it is a file; {{stage: ...}} is for an eval")
+        if by_name[stage.file.stage].kind.name != "train":
+            raise ConfigError(f"{where}.file: {stage.file.stage} is no train, and has no config to go by")
         return  # its config is checked already
     if "run.dir" in stage.overrides:
         raise ConfigError(f"{where}.overrides: run.dir is {stage.folder}, as this is the folder of the stage")
+    task = stage.task(stage.file, lambda reference: str(by_name[reference.stage].folder))
     try:
-        load_config(stage.file, override_words(stage, lambda reference: str(by_name[reference.stage].folder)))
+        stage.kind.check(task)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-
-
-def override_words(stage: Stage, output: Callable[[Reference], str]) -> list[str]:
-    """key=value words of the stage's overrides, with what `output` says for each reference."""
-    return [
-        f"{key}={json.dumps(output(value) if isinstance(value, Reference) else value)}"
-        for key, value in stage.overrides.items()
-    ]

@@ -19,7 +19,7 @@ def chain_command(
         bool, typer.Option("--dry-run", help="Check every stage's config, print what would run, in order.")
     ] = False,
 ) -> None:
-    """Run several trainings and evaluations, each made of what those before it brought.
+    """Run several trainings and evaluations, and data that models write, each made of what those before it brought.
 
     A stage that is done is skipped as long as nothing that it is made of has changed, one that was interrupted goes
     on, and one that fails stops the chain: the same command goes on from there.
@@ -32,11 +32,11 @@ def chain_command(
     if dry_run:
         for stage in chain.stages:
             after = f"   after {', '.join(stage.needs)}" if stage.needs else ""
-            launcher = f"   under {stage.launcher}" if stage.launcher and stage.run == "train" else ""
-            typer.echo(f"{stage.name:<24} {stage.run:<6} {stage.folder}{after}{launcher}")
+            launcher = f"   under {stage.launcher}" if stage.launcher and stage.kind.name == "train" else ""
+            typer.echo(f"{stage.name:<24} {stage.kind.name:<6} {stage.folder}{after}{launcher}")
         return
     run_chain(chain, lambda line: typer.echo(line, err=True))
-    trained = [stage.folder for stage in chain.stages if stage.run == "train"]
+    trained = [stage.folder for stage in chain.stages if stage.kind.name == "train"]
     if trained:
         from gkd.report import read_runs, write_report
 

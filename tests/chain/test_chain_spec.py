@@ -18,6 +18,7 @@ TRAIN = {"name": "a", "file": "base.yaml"}
 @pytest.fixture(autouse=True)
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text("name: r\nmodels: {teacher: {model: t}}\nsteps: [{ask: {}}, {write: {}}]\n")
     Path("base.yaml").write_text("teacher: {model: t}\nstudent: {model: s}\ndata: {train: d.jsonl}\n")
 
 
@@ -63,7 +64,28 @@ def test_previous_reaches_before_the_repeat() -> None:
     ("stages", "message"),
     [
         ([{**TRAIN, "runs": "train"}], r"stages\.0: runs: unknown key; did you mean run\?"),
-        ([{**TRAIN, "run": "author"}], r"stages\.0: run: input should be 'train' or 'eval', not 'author'"),
+        ([{**TRAIN, "run": "auth"}], r"stages\.0: run: input should be 'train', 'eval' or 'author', not 'auth'"),
+        ([{**TRAIN, "run": "author"}], r"stages\.0\.data: is missing: the rows that gkd author starts from"),
+        ([{**TRAIN, "data": "d.jsonl"}], r"stages\.0\.data: is for run: author; the config of a train names its data"),
+        (
+            [
+                {
+                    **TRAIN,
+                    "run": "author",
+                    "file": "recipe.yaml",
+                    "data": "d.jsonl",
+                    "overrides": {"models.x.modle": "y"},
+                }
+            ],
+            r"stages\.0: recipe\.yaml: models\.x",
+        ),
+        (
+            [
+                {"name": "w", "run": "author", "file": "recipe.yaml", "data": "d.jsonl"},
+                {"name": "e", "run": "eval", "file": {"stage": "w"}},
+            ],
+            r"stages\.1\.file: w is no train, and has no config",
+        ),
         ([{**TRAIN, "name": "a/b"}], r"stages\.0\.name: 'a/b' must be letters"),
         ([TRAIN, TRAIN], r"stages\.1\.name: another stage is called 'a' already"),
         ([{**TRAIN, "file": "none.yaml"}], r"stages\.0: none\.yaml: no such config file"),
@@ -81,14 +103,14 @@ def test_previous_reaches_before_the_repeat() -> None:
             [{**TRAIN, "file": {"stage": "a", "round": "previous"}}],
             r"stages\.0\.file: round and first are for stages of",
         ),
-        ([TRAIN, {"name": "b", "file": {"stage": "a"}}], r"stages\.1\.file: of a train it is a config"),
+        ([TRAIN, {"name": "b", "file": {"stage": "a"}}], r"stages\.1\.file: of a train it is a file"),
         (
             [
                 TRAIN,
                 {"name": "e", "run": "eval", "file": {"stage": "a"}},
                 {"name": "f", "run": "eval", "file": {"stage": "e"}},
             ],
-            r"stages\.2: e is an eval, which makes no student",
+            r"stages\.2: e is an eval, which makes nothing to go on with",
         ),
         ([{"repeat": 0, "stages": [TRAIN]}], r"stages\.0: repeat: input should be greater than or equal to 1"),
         ([{"repeat": 2, "stages": [{"repeat": 2, "stages": []}]}], r"stages\.0\.stages\.0: name: is missing"),
