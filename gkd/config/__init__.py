@@ -22,15 +22,12 @@ from gkd.config.sections import (
     Dtype,
     DtypeOrAuto,
     LayerRule,
-    LoraConfig,
     OptimConfig,
-    QuantizeConfig,
     ReplayConfig,
     RolloutConfig,
-    StudentInit,
-    StudentWidth,
 )
 from gkd.config.settle import Machine, Settled, settle, settled_values
+from gkd.config.student import LoraConfig, QuantizeConfig, StudentInit, StudentWidth
 from gkd.config.teachers import TeacherConfig
 
 __all__ = [

@@ -16,12 +16,11 @@ from gkd.config.sections import (
     DeepSpeedConfig,
     EvalConfig,
     LogConfig,
-    LoraConfig,
     OptimConfig,
     RolloutConfig,
     RunConfig,
-    StudentConfig,
 )
+from gkd.config.student import LoraConfig, StudentConfig
 from gkd.config.teachers import OtherTeacherConfig, TeacherConfig
 from gkd.errors import ConfigError
 from gkd.registry import REPLAY
