@@ -226,7 +226,7 @@ def setup_of(
         kv_cache_bytes=config.rollout.kv_cache_gib * 2**30,
         decode_overhead_s=device.decode_eager_s if known(config.rollout.enforce_eager) else device.decode_graph_s,
         chunk_bytes=float(loss_chunk_bytes(device.torch_type) if chunk_mib is None else chunk_mib << 20),
-        head_products=config.objective.head_products,
+        head_products=_head_products(config),
         extra_forwards=config.objective.extra_forwards,
         needs_reference=config.objective.needs_reference,
         together_share=together_share,
@@ -244,6 +244,13 @@ def setup_of(
         state_widths=state_widths,
         settled_lines=settled_lines,
     )
+
+
+def _head_products(config: Config) -> tuple[int, int]:
+    """As `ObjectiveConfig.head_products`. With another tokenizer at most: `gkd.ops.aligned_terms` says which they are,
+    and all tokens are taken to stand in longer spans."""
+    student, teacher = config.objective.head_products
+    return (student + 2, teacher + 1) if config.teacher.alignment is not None else (student, teacher)
 
 
 def _sampled_share(config: Config) -> float:

@@ -73,6 +73,13 @@ def test_the_student_as_it_was_by_hand() -> None:
     assert below.reference_bytes == 0 and below.extra_forwards == 1
 
 
+def test_another_tokenizer_costs_products_with_the_heads() -> None:
+    """The log-probabilities of all labels, and of longer spans those of both sides."""
+    plain, aligned = setup_of(SMALL, 1), setup_of(SMALL, 1, "teacher.alignment=shared")
+    assert (plain.head_products, aligned.head_products) == ((1, 1), (3, 2))
+    assert training_s(aligned)["loss, compute"] > 1.5 * training_s(plain)["loss, compute"]
+
+
 def test_an_offloaded_optimizer_by_hand() -> None:
     setup = replace(setup_of(SMALL, 8), offload_optimizer=True)
     for stage, on_device in {1: 4 + 4, 2: 4, 3: 4 / 8}.items():
