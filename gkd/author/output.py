@@ -35,29 +35,45 @@ class Output:
 
 @contextmanager
 def open_output(path: Path) -> Generator[Output]:
-    """For rows of `path`, which has to be new. What an earlier process has left of it is written over.
+    """For rows of `path`, which has to be new. What an earlier process has left of it, and beside it, is written over.
 
-    Raises ConfigError if `path` exists, its folder does not, or another process is writing it.
+    Raises ConfigError if `path` exists, or another process is writing it.
     """
-    aside = path.with_name(f".{path.name}.part")
+    aside = _aside(path)
     with aside.open("ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(f"--out: another gkd author is writing {path}") from None
+        # Whoever held the lock until now may have ended meanwhile, and given the file that we have opened its name.
+        if path.exists() or not _is_open_as(file, aside):
+            raise ConfigError(f"--out: {path} was written by another gkd author meanwhile")
         file.truncate(0)
         try:
             yield Output(path, file)
-        finally:
-            aside.unlink(missing_ok=True)
+        except BaseException:
+            for mine in (aside, card_path(path), page_path(path)):
+                mine.unlink(missing_ok=True)
+            raise
 
 
 def check_new(path: Path) -> None:
-    """Raises ConfigError for an output that exists, itself or what stands beside it, or whose folder does not."""
+    """Raises ConfigError for an output that exists, itself or what stands beside it, or whose folder does not.
+
+    Card and page alone are of a process that was killed before the output had its name, where it has left one aside.
+    """
     if path.suffix != ".jsonl":
         raise ConfigError(f"--out: {path} is written as JSON lines: let its name end in .jsonl")
-    for file in (path, card_path(path), page_path(path)):
+    for file in (path,) if _aside(path).exists() else (path, card_path(path), page_path(path)):
         if file.exists():
             raise ConfigError(f"--out: {file} exists, and nothing is written over: name another file, or remove it")
     if not path.parent.is_dir():
         raise ConfigError(f"--out: there is no folder {path.parent}")
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def _is_open_as(file: IO[bytes], path: Path) -> bool:
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())

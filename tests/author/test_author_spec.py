@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,35 @@ def test_two_at_once_do_not_write_one_file(bench: Bench) -> None:
         return "one"
 
     assert len(bench.run(recipe, data, reply)[1]) == 1
+
+
+def test_a_file_that_another_has_finished_meanwhile_stays(bench: Bench) -> None:
+    data, recipe = bench.data({"question": "a"}), bench.recipe(ASK, WRITE)
+    late = AuthorRun(Recipe.read(recipe), str(data), bench.folder / "out.jsonl", transport=Server(lambda _: "late"))
+    late.check()
+    _, rows = bench.run(recipe, data, lambda _: "first")
+    with pytest.raises(InputError, match=r"--out: .*out\.jsonl was written by another gkd author meanwhile"):
+        late.run()
+    assert [json.loads(line) for line in (bench.folder / "out.jsonl").read_text().splitlines()] == rows
+    assert (bench.folder / "out.card.md").exists()
+
+
+def test_what_a_process_left_that_was_killed_behind_its_card_is_written_over(bench: Bench) -> None:
+    (bench.folder / ".out.jsonl.part").write_text("half a row")
+    (bench.folder / "out.card.md").write_text("of nothing")
+    _, rows = bench.run(bench.recipe(ASK, WRITE), bench.data({"question": "a"}), question_of)
+    assert len(rows) == 1 and "of nothing" not in (bench.folder / "out.card.md").read_text()
+
+
+def test_a_failure_behind_the_card_takes_it_along(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(made: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    recipe, data = bench.recipe(ASK, WRITE), bench.data({"question": "a"})
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr("gkd.author.run.write_page", full)
+        bench.run(recipe, data, question_of)
+    assert len(bench.run(recipe, data, question_of)[1]) == 1
 
 
 def test_overrides(bench: Bench) -> None:
