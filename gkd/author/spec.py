@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -57,7 +58,7 @@ class ModelForm(Section):
 
     @model_validator(mode="after")
     def _keys_fit(self) -> ModelForm:
-        if self.address is not None and not _ADDRESS.fullmatch(self.address):
+        if self.address is not None and not _is_address(self.address):
             raise ValueError(f"address: {self.address!r} is not of the form https://HOST:PORT/PATH")
         check_template_arguments(self.chat_template_kwargs)
         wrong = _HERE if self.address else _OF_SERVERS
@@ -66,6 +67,13 @@ class ModelForm(Section):
                 kind = "a model in this process; leave it out, or address" if self.address else "a server; give address"
                 raise ValueError(f"{key}: is for {kind}")
         return self
+
+
+def _is_address(text: str) -> bool:
+    try:
+        return _ADDRESS.fullmatch(text) is not None and urlsplit(text).port != 0
+    except ValueError:  # a port, or an IPv6 address, that cannot be
+        return False
 
 
 class MessageForm(Section):

@@ -7,15 +7,13 @@ it does not know: `developer`, `tool`, a second `system`, the thoughts in `<thin
 from __future__ import annotations
 
 import re
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from json import dumps
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from gkd.data.formats import Message
 from gkd.errors import ConfigError, DataError
+from gkd.time_limits import TooLongError, processor_time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +55,7 @@ class ChatTemplate:
                 "has no chat template; use a model that has one, or rows with 'prompt' as raw text"
             )
         try:
-            with _processor_time_limit(_LIMIT_S):
+            with processor_time_limit(_LIMIT_S):
                 text = self._tokenizer.apply_chat_template(
                     list(messages),
                     chat_template=self._own,
@@ -65,7 +63,7 @@ class ChatTemplate:
                     tokenize=False,
                     **self._arguments,
                 )
-        except _TooLongError:
+        except TooLongError:
             raise DataError(
                 f"{origin}: the chat template does not end: stopped after {_LIMIT_S:g} s of processor time"
             ) from None
@@ -123,29 +121,3 @@ def _is_in(content: str, squeezed: str) -> bool:
 
 def _squeeze(text: str) -> str:
     return "".join(text.split())
-
-
-class _TooLongError(Exception):
-    pass
-
-
-@contextmanager
-def _processor_time_limit(seconds: float) -> Iterator[None]:
-    """Raises _TooLongError in the block after so much processor time; a busy machine takes nothing from it.
-
-    Signals reach the main thread alone: elsewhere there is no limit.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGVTALRM, _stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, previous)
-
-
-def _stop(_signal: int, _frame: object) -> NoReturn:
-    raise _TooLongError

@@ -123,6 +123,17 @@ def test_what_cannot_be_read_is_counted(bench: Bench, read: dict[str, Any], text
     assert run.made.tally.examples[1, reason][0].detail == text.strip()
 
 
+def test_a_text_that_a_regex_does_not_get_through_is_counted(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gkd.author.operators.read._LIMIT_S", 0.2)
+    recipe = bench.recipe(
+        {"ask": {"prompt": "{{ question }}"}}, {"read": {"regex": "^(?P<word>(a+)+)$"}}, {"write": {"prompt": "p"}}
+    )
+    data = bench.data({"question": "a" * 60 + "!"}, {"question": "aaa"})
+    run, made = bench.run(recipe, data, question_of)
+    assert len(made) == 1
+    assert dropped(run) == {"the text takes longer than 0.2 s of processor time to be read": 1}
+
+
 def test_the_last_number_and_the_first_object() -> None:
     assert last_number("1e3 of 5%") == "5" and last_number("-.5") == "-.5" and last_number("- . ,") is None
     assert first_object("{" * 100_000) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
@@ -132,6 +132,53 @@ def test_garbage_is_asked_for_again_and_then_counted(bench: Bench, body: bytes) 
     recipe = bench.recipe(*STEPS, teacher={"retry_s": 60.0, "max_concurrency": 1})
     run, made = bench.run(recipe, bench.data(*rows(5)), server := Server(reply))
     assert len(made) == 3 and dropped(run) == {"an answer that cannot be read": 2} and len(server.asked) == 3 + 2 * 3
+
+
+class Endless(httpx.AsyncByteStream):
+    """A server that never stops, in ever the same 64 KiB."""
+
+    def __init__(self) -> None:
+        self.sent_bytes = 0
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            self.sent_bytes += 1 << 16
+            yield b"x" * (1 << 16)
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_an_answer_without_end_is_garbage_too(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gkd.author.authors.server._LARGEST_BYTES", 1 << 20)
+    sent: list[Endless] = []
+
+    def reply(asked: dict[str, Any]) -> httpx.Response:
+        if question_of(asked).endswith("1"):
+            return chat("good")
+        sent.append(Endless())
+        return httpx.Response(200, stream=sent[-1])
+
+    recipe = bench.recipe(*STEPS, teacher={"retry_s": 60.0, "timeout_s": 10.0})
+    run, made = bench.run(recipe, bench.data(*rows(2)), Server(reply, models=httpx.Response(200, stream=Endless())))
+    assert len(made) == 1 and dropped(run) == {"an answer that cannot be read": 1}
+    assert [stream.sent_bytes for stream in sent] == [(1 << 20) + (1 << 16)] * 3
+    assert run.made.tally.examples[0, "an answer that cannot be read"][0].detail == "it is larger than 1 MiB"
+
+
+@pytest.mark.parametrize("count", ["1e400", "null", "-5", "1" + "0" * 30, "NaN", '"many"', "[]"])
+def test_a_count_that_is_none_is_made_of_the_text(bench: Bench, count: str) -> None:
+    body = f'{{"choices": [{{"message": {{"content": "12345678"}}}}], "usage": {{"completion_tokens": {count}}}}}'
+    run, made = bench.run(bench.recipe(*STEPS), bench.data(*rows(1)), lambda _: httpx.Response(200, text=body))
+    assert len(made) == 1 and run.made.spent.completion_tokens == 3
+
+
+@pytest.mark.parametrize("logprob", ["NaN", "-Infinity", "-1e400"])
+@pytest.mark.usefixtures("no_pauses")
+def test_a_log_probability_that_is_none_is_garbage(bench: Bench, logprob: str) -> None:
+    choice = f'{{"message": {{"content": "a"}}, "logprobs": {{"content": [{{"logprob": {logprob}}}]}}}}'
+    body = f'{{"choices": [{choice}]}}'
+    recipe = bench.recipe({"ask": {"prompt": "{{ question }}", "logprobs": True}}, STEPS[1])
+    run, _ = bench.run(recipe, bench.data(*rows(1)), lambda _: httpx.Response(200, text=body))
+    assert dropped(run) == {"an answer that cannot be read": 1}
 
 
 def test_a_refusal_to_say_anything_is_counted(bench: Bench) -> None:

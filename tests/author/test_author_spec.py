@@ -90,6 +90,12 @@ ASK, WRITE = {"ask": {"prompt": "{{ question }}"}}, {"write": {"prompt": "{{ que
         ),
         (
             [ASK, WRITE],
+            {"teacher": {"address": "http://a:99999"}},
+            r"models\.teacher\.address: 'http://a:99999' is not",
+        ),
+        ([ASK, WRITE], {"teacher": {"address": "http://[:::]"}}, r"models\.teacher\.address: 'http://\[:::\]' is not"),
+        (
+            [ASK, WRITE],
             {"teacher": {"max_model_tokens": 9}},
             r"models\.teacher\.max_model_tokens: is for a model in this process",
         ),

@@ -14,6 +14,7 @@ import pytest
 from tiny import CHAT_TEMPLATE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from gkd import time_limits
 from gkd.config import DataConfig
 from gkd.data import templates
 from gkd.data.prompts import PromptSet, load_prompts, render_message
@@ -178,7 +179,7 @@ def test_no_limit_is_left_behind(load: Load) -> None:
 
     load(CHAT_TEMPLATE, [ASK])
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
-    assert signal.getsignal(signal.SIGVTALRM) is not templates._stop
+    assert signal.getsignal(signal.SIGVTALRM) is not time_limits._stop
 
 
 def test_another_thread_renders_too(load: Load) -> None:

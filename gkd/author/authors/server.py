@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -27,6 +28,8 @@ _GARBAGE = "an answer that cannot be read"
 _GARBAGE_TRIES = 3
 _FAILURES_THAT_END = 8  # the first so many questions, if no answer came to any
 _CHARACTERS_A_TOKEN = 4  # of a server that does not count
+_MOST_TOKENS = 10**9  # of one that does
+_LARGEST_BYTES = 32 << 20  # of an answer, with the log-probabilities of each token and of others in its place
 
 
 class ServerAuthor:
@@ -81,13 +84,13 @@ class ServerAuthor:
         """
         where = f"{self._key}.address: {self._base}"
         try:
-            response = await self._client.get(f"{self._base}/models")
-        except httpx.HTTPError as error:
+            response, body = await self._fetch("GET", f"{self._base}/models")
+        except (httpx.HTTPError, TimeoutError) as error:
             raise ConfigError(f"{where} does not answer: {self._why(error)}") from None
         if response.status_code in (401, 403):
             given = self._form.token_file or f"${self._form.token_variable or TOKEN_VARIABLE}"
             raise ConfigError(f"{where} refuses the token of {given} (status {response.status_code})")
-        names = _listed_models(response) if response.status_code == _OK else None
+        names = _listed_models(body) if response.status_code == _OK else None
         if names and self._form.model not in names:
             listed = ", ".join(names[:8]) + (" and more" if len(names) > 8 else "")
             raise ConfigError(f"{self._key}.model: {self._base} has no {self._form.model!r}; it serves: {listed}")
@@ -130,11 +133,21 @@ class ServerAuthor:
         """What came of one request, and whether it is to be made again."""
         await self._pace.wait(self._check)
         try:
-            async with asyncio.timeout(self._form.timeout_s):  # of the whole answer: a server may send it byte by byte
-                response = await self._client.post(self._url, content=content, headers=_JSON)
+            response, body = await self._fetch("POST", self._url, content=content, headers=_JSON)
         except (httpx.HTTPError, TimeoutError) as error:
             return Failure("the server failed", self._why(error)), True
-        return self._read(response, question)
+        return self._read(response, body, question)
+
+    async def _fetch(self, method: str, url: str, **request: Any) -> tuple[httpx.Response, bytes]:
+        """An answer and its content, unpacked, up to the byte by which that is too large: a server may send without
+        end, or byte by byte."""
+        body = bytearray()
+        async with asyncio.timeout(self._form.timeout_s), self._client.stream(method, url, **request) as response:
+            async for part in response.aiter_bytes():
+                body += part
+                if len(body) > _LARGEST_BYTES:
+                    break
+        return response, bytes(body)
 
     def _check(self) -> None:
         """Raises what has ended this server's part, or all of the run."""
@@ -171,14 +184,14 @@ class ServerAuthor:
             body["logprobs"] = True if is_chat else 1
         return {name: value for name, value in (body | self._form.extra).items() if value is not None}
 
-    def _read(self, response: httpx.Response, question: Question) -> tuple[Outcome, bool]:
+    def _read(self, response: httpx.Response, body: bytes, question: Question) -> tuple[Outcome, bool]:
         """What came of it, and whether it is to be asked again."""
         status = response.status_code
         self._pace.note(response.headers, is_refused=status in _TOO_SOON)
         if status == _OK:
-            outcome = read_answer(response.content, question)
+            outcome = read_answer(body, question)
             return outcome, isinstance(outcome, Failure) and outcome.reason == _GARBAGE
-        text = self._without_token(refusal(status, response.content))
+        text = self._without_token(refusal(status, body))
         if status in _NOBODY_IS_ANSWERED or "insufficient_quota" in text:
             raise self._end(text)
         return Failure(f"refused with status {status}", text), status in _TRY_AGAIN or status >= 500
@@ -197,6 +210,8 @@ class ServerAuthor:
 
 def read_answer(body: bytes, question: Question) -> Outcome:
     """Of a server's answer with status 200: the first choice's text and the tokens that it says it took."""
+    if len(body) > _LARGEST_BYTES:
+        return Failure(_GARBAGE, f"it is larger than {_LARGEST_BYTES >> 20} MiB")
     try:
         value: Any = json.loads(body)
         choice = value["choices"][0]
@@ -210,12 +225,19 @@ def read_answer(body: bytes, question: Question) -> Outcome:
         return Answer(
             text.encode("utf-8", "replace").decode().strip() if is_chat else text.encode("utf-8", "replace").decode(),
             reason,
-            int(usage.get("prompt_tokens", asked // _CHARACTERS_A_TOKEN + 1)),
-            int(usage.get("completion_tokens", len(text) // _CHARACTERS_A_TOKEN + 1)),
+            _count(usage.get("prompt_tokens"), asked),
+            _count(usage.get("completion_tokens"), len(text)),
             _mean_logprob(choice.get("logprobs")),
         )
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         return Failure(_GARBAGE, f"{type(error).__name__}: {body[:120]!r}")
+
+
+def _count(tokens: object, characters: int) -> int:
+    """What a server says of tokens; where that is no count, what it would be of so many characters."""
+    if isinstance(tokens, int) and 0 <= tokens <= _MOST_TOKENS:
+        return tokens
+    return characters // _CHARACTERS_A_TOKEN + 1
 
 
 def _mean_logprob(logprobs: Any) -> float | None:
@@ -225,13 +247,16 @@ def _mean_logprob(logprobs: Any) -> float | None:
     values = (
         [token["logprob"] for token in logprobs["content"]] if "content" in logprobs else logprobs["token_logprobs"]
     )
-    return sum(values) / len(values) if values else None
+    mean = sum(values) / len(values) if values else 0.0
+    if not math.isfinite(mean):
+        raise ValueError("log-probabilities that are not finite")
+    return mean if values else None
 
 
-def _listed_models(response: httpx.Response) -> list[str] | None:
+def _listed_models(body: bytes) -> list[str] | None:
     try:
-        return [str(model["id"]) for model in response.json()["data"]]
-    except (ValueError, KeyError, TypeError):
+        return [str(model["id"]) for model in json.loads(body)["data"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -11,8 +11,10 @@ from gkd.author.operators.base import Operator
 from gkd.author.records import Drop, Record, RowState
 from gkd.author.spec import ReadForm
 from gkd.errors import ConfigError
+from gkd.time_limits import TooLongError, processor_time_limit
 
 _NUMBER = re.compile(r"[-+\N{MINUS SIGN}]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?")
+_LIMIT_S = 2.0  # for one text, which is read in microseconds: a regex may try every way to part it
 _MOST_OBJECTS = 64  # places in a text where an object might begin
 Reader = Callable[[str], Mapping[str, Any]]
 
@@ -28,7 +30,12 @@ class Read(Operator):
 
     def of_record(self, record: Record, row: RowState) -> Record:
         text = record[self._source]
-        return {**record, **self._read(text if isinstance(text, str) else json.dumps(text))}
+        try:
+            with processor_time_limit(_LIMIT_S):
+                found = self._read(text if isinstance(text, str) else json.dumps(text))
+        except TooLongError:
+            raise Drop(f"the text takes longer than {_LIMIT_S:g} s of processor time to be read") from None
+        return {**record, **found}
 
 
 def _reader(form: ReadForm, where: str) -> Reader:
