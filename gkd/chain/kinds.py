@@ -66,18 +66,22 @@ class Kind(ABC):
     def command(self, task: Task, action: Action) -> list[str]: ...
 
 
-class Train(Kind):
-    name = "train"
-    brings = "student"
-
-    def output(self, folder: Path) -> Path:
-        return RunFiles(folder).final
+class OfConfig(Kind):
+    """Its file is a config."""
 
     def check(self, task: Task) -> None:
         _config(task)
 
     def inputs(self, task: Task) -> dict[str, Any]:
         return config_inputs(_config(task))
+
+
+class Train(OfConfig):
+    name = "train"
+    brings = "student"
+
+    def output(self, folder: Path) -> Path:
+        return RunFiles(folder).final
 
     def is_there(self, folder: Path) -> bool:
         return RunFiles(folder).final.exists()
@@ -98,15 +102,9 @@ class Train(Kind):
         return [*_GKD, "launch", "--", *shlex.split(task.launcher), "gkd", *words]
 
 
-class Evaluate(Kind):
+class Evaluate(OfConfig):
     name = "eval"
     file_of_stage = True
-
-    def check(self, task: Task) -> None:
-        _config(task)
-
-    def inputs(self, task: Task) -> dict[str, Any]:
-        return config_inputs(_config(task))
 
     def is_there(self, folder: Path) -> bool:
         return RunFiles(folder).evaluation.exists()
