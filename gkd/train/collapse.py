@@ -21,6 +21,7 @@ _log = logging.getLogger(__name__)
 _FILE = "collapse.json"  # of a checkpoint
 LENGTH, TRUNCATED, REPEATED = "samples/mean_tokens", "samples/truncated_share", "samples/repeated_share"
 ENTROPY, TEACHER_ENTROPY = "entropy/student", "entropy/teacher"
+ROOM = "room"  # tokens that the step's texts may have, which a schedule may change; no metric
 _FOLLOWED = (LENGTH, TRUNCATED, REPEATED, ENTROPY, TEACHER_ENTROPY)
 _WARNED_AFTER = 4  # a sign is said when it has held for one in so many of the steps that a collapse takes
 _MORE_TRUNCATED = 0.2  # of the texts than at the start: where texts are to be short, most of them are always cut off
@@ -39,6 +40,11 @@ class Seen:
         first = self.first.get(name, math.nan)
         return self.now.get(name, math.nan) / first if first else math.nan
 
+    @property
+    def lengthening(self) -> float:
+        """Times that texts are as long as at first, and beyond what they were given more room."""
+        return self.change(LENGTH) / max(1.0, self.change(ROOM))
+
 
 @dataclass(frozen=True)
 class Sign:
@@ -54,7 +60,7 @@ class Sign:
 
 
 def _is_longer(seen: Seen, limits: CollapseConfig) -> bool:
-    return seen.change(LENGTH) > limits.length_ratio
+    return seen.lengthening > limits.length_ratio
 
 
 def _is_cut_off(seen: Seen, limits: CollapseConfig) -> bool:
@@ -68,15 +74,16 @@ def _is_sure(seen: Seen, limits: CollapseConfig) -> bool:
 
 
 def _says_length(seen: Seen, limits: CollapseConfig) -> str:
+    room = " for the room that they have" if seen.change(ROOM) > 1.0 else ""
     return (
-        f"the student's samples have {seen.now[LENGTH]:.0f} tokens on average, {seen.change(LENGTH):.1f} times those "
-        f"of the first {limits.first_steps} steps"
+        f"the student's samples have {seen.now[LENGTH]:.0f} tokens on average, {seen.lengthening:.1f} times those "
+        f"of the first {limits.first_steps} steps{room}"
     )
 
 
 def _says_truncated(seen: Seen, limits: CollapseConfig) -> str:
     return (
-        f"{seen.now[TRUNCATED]:.0%} of the student's samples were cut off at rollout.max_new_tokens, "
+        f"{seen.now[TRUNCATED]:.0%} of the student's samples were cut off before an end token, "
         f"{seen.first[TRUNCATED]:.0%} in the first {limits.first_steps} steps"
     )
 
@@ -135,8 +142,11 @@ class CollapseWatch:
     """Implements `HasState`. Warns of a sign once it has held for a while, and says when a collapse has held for
     `limits.steps` steps together."""
 
-    def __init__(self, limits: CollapseConfig, *, is_main: bool) -> None:
-        self._limits, self._is_main = limits, is_main
+    def __init__(
+        self, limits: CollapseConfig, *, is_main: bool, room: Callable[[int], float] = lambda step: 1.0
+    ) -> None:
+        """`room`: of a step, what its texts may have; only how it changes counts."""
+        self._limits, self._is_main, self._room = limits, is_main, room
         self._step: dict[str, float] = {}  # what was logged of the step so far
         self._sums: dict[str, tuple[int, float]] = {}  # of the first steps: how many, and their sum
         self._held: dict[str, int] = {}  # steps together, by the sign's name
@@ -151,6 +161,8 @@ class CollapseWatch:
 
     def judge(self, steps_done: int) -> str | None:
         """Ends the step. What a collapse is known by, or None."""
+        if LENGTH in self._step:
+            self._step[ROOM] = self._room(steps_done - 1)
         seen = Seen(self._step, self._first())
         self._step = {}
         reason = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from gkd.config import Config, Launch
@@ -102,7 +103,8 @@ class Run:
         self.texts = parts.teacher_texts(config, models, self.prompts, self.data, launch, self.monitor.note)
         self.monitor.note(f"starting the sampler ({config.rollout.engine}), the student (DeepSpeed) and the teacher")
         self.sampler = self.build_sampler()
-        self.watch = CollapseWatch(config.run.collapse, is_main=launch.is_main)
+        room = partial(parts.room_of_texts, config)
+        self.watch = CollapseWatch(config.run.collapse, is_main=launch.is_main, room=room)
         self.student = self.build_student()
         self.means = parts.build_means(config, models, launch, self.student)
         self.teacher = self.build_teacher()

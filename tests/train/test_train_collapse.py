@@ -19,6 +19,7 @@ from gkd.run_files import RunFiles
 from gkd.train import distributed
 from gkd.train.checkpoint import saved_steps
 from gkd.train.collapse import CollapseWatch
+from gkd.train.parts import room_of_texts
 from gkd.train.placements import ask_placements
 from gkd.train.run import Run
 
@@ -45,7 +46,7 @@ def test_texts_that_grow_until_they_are_cut_off(caplog: pytest.LogCaptureFixture
     assert list(found) == [11, 12]
     assert found[11].startswith(
         "the student's samples have 60 tokens on average, 3.0 times those of the first 3 steps, and 90% of the "
-        "student's samples were cut off at rollout.max_new_tokens, 10% in the first 3 steps, for 8 steps; "
+        "student's samples were cut off before an end token, 10% in the first 3 steps, for 8 steps; "
     )
     assert len(caplog.messages) == 3 and all(said.startswith("step 5: ") for said in caplog.messages)  # each once
     cut_off, long, repeats = caplog.messages
@@ -63,6 +64,29 @@ def test_texts_that_grow_until_they_are_cut_off(caplog: pytest.LogCaptureFixture
 )
 def test_one_half_alone_is_no_collapse(change: dict[str, float]) -> None:
     assert judged(CollapseWatch(LIMITS, is_main=True), [HEALTHY] * 3 + [LOOPING | change] * 20) == {}
+
+
+def test_texts_that_a_schedule_lets_grow_are_no_collapse(caplog: pytest.LogCaptureFixture) -> None:
+    """Always cut off, and four times as long as at first, as rollout.max_new_tokens is."""
+    steps = [LOOPING | {"samples/repeated_share": 0.0, "samples/mean_tokens": 16.0 * (1 + n // 3)} for n in range(20)]
+    with caplog.at_level(logging.WARNING, "gkd"):
+        watch = CollapseWatch(LIMITS, is_main=True, room=lambda step: 16.0 * (1 + step // 3))
+        assert judged(watch, steps) == {} and caplog.messages == []
+        watch = CollapseWatch(LIMITS, is_main=True, room=lambda step: 16.0 if step < 3 else 32.0)
+        (first, *_) = judged(watch, steps).values()
+    assert first.startswith(
+        "the student's samples have 112 tokens on average, 3.5 times those of the first 3 steps for "
+    )
+
+
+def test_room_is_of_all_turns() -> None:
+    sections = {"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"train": "d.jsonl"}}
+    rollout = {"max_new_tokens": {"from": 8, "to": 16, "steps": 2}}
+    config = make_config({**sections, "rollout": rollout})
+    assert [room_of_texts(config, step) for step in range(4)] == [8.0, 12.0, 16.0, 16.0]
+    turns = {"kind": "calculator", "max_turns": {"from": 2, "to": 4, "steps": 2}}
+    config = make_config({**sections, "rollout": rollout, "environment": turns})
+    assert [room_of_texts(config, step) for step in range(4)] == [16.0, 36.0, 64.0, 64.0]
 
 
 def test_texts_that_were_always_cut_off_are_not_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
@@ -148,6 +172,7 @@ def test_a_run_stops_saved_and_goes_on_if_told_to(
     tmp_path: Path, tiny_teacher: Path, tiny_student: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GKD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("gkd.train.parts.room_of_texts", lambda config, step: 1.0)  # as if they grew by themselves
     config = growing(tmp_path, tiny_teacher, tiny_student)
     with pytest.raises(CollapseError, match=r"^run\.stop_on: after step \d+ .*--resume run\.stop_on=null$") as stopped:
         run(config, tmp_path / "run")

@@ -26,7 +26,7 @@ from gkd.train.parts.sampling import (
     probe_texts,
     take_sampler,
 )
-from gkd.train.parts.settings import sampler_spec, sampling_settings
+from gkd.train.parts.settings import room_of_texts, sampler_spec, sampling_settings
 from gkd.train.parts.student import build_checkpoints, build_student, checkpoint_layout, resume_step
 from gkd.train.parts.teachers import build_means, build_teacher
 from gkd.train.parts.texts import TeacherTexts, teacher_texts
@@ -67,6 +67,7 @@ __all__ = [
     "probe_texts",
     "prompt_data",
     "resume_step",
+    "room_of_texts",
     "run_inputs",
     "sampler_spec",
     "sampling_settings",

@@ -15,6 +15,12 @@ def student_settings(config: Config, models: Models, step: int) -> SamplingSetti
     return replace(sampling_settings(config, models), max_new_tokens=config.rollout.new_tokens_at(step))
 
 
+def room_of_texts(config: Config, step: int) -> float:
+    """Grows as schedules let the student's texts grow: the length of one, times the turns that it may have."""
+    turns = 1 if config.environment is None else config.environment.turns_at(step)
+    return float(config.rollout.new_tokens_at(step) * turns)
+
+
 def sampling_settings(config: Config, models: Models) -> SamplingSettings:
     return SamplingSettings(
         max_new_tokens=config.rollout.most_new_tokens,
