@@ -314,6 +314,7 @@ class Alignment:
     kind: AlignmentKind
     student_ids: tuple[int, ...]
     teacher_ids: tuple[int, ...]  # of each of these
+    shared: tuple[tuple[int, int], ...]  # (student's id, teacher's): the same bytes, or control tokens of one role
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,8 @@ def _aligned_view(scores: AlignedScores) -> _TeacherView:
     labels = scores.labels[spans.teacher_ones].to(states.device)
     best, ids = top_logprobs(states, scores.head, ALTERNATIVES)
     to_student = torch.full((scores.head.weight.shape[0],), -1)
-    to_student[list(scores.alignment.teacher_ids)] = torch.tensor(scores.alignment.student_ids)
+    for student_id, teacher_id in scores.alignment.shared:
+        to_student[teacher_id] = student_id
     probability, best_probabilities = torch.full((count,), math.nan), torch.full((count, best.shape[1]), math.nan)
     best_ids = torch.full((count, best.shape[1]), -1)
     probability[spans.ones] = token_logprobs(states, scores.head, labels).exp().cpu().float()

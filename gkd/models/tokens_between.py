@@ -86,7 +86,6 @@ class TokenizerPair:
 
     student: TokenBytes
     teacher: TokenBytes
-    shared: tuple[tuple[int, int], ...]  # (student's id, teacher's): the same bytes, or control tokens of one role
     to_teacher: Mapping[int, int]  # control tokens
     to_student: Mapping[int, int]
     teacher_ends: tuple[int, ...]  # what ends a completion that the teacher writes
@@ -112,8 +111,13 @@ class TokenizerPair:
         spelled = _equal_bytes(student, teacher)
         shared = sorted([*control, *(pair for pair in spelled if pair[0] not in known[0] and pair[1] not in known[1])])
         pairs = shared if kind != "projection" else _projected(student, teacher, shared)
-        alignment = Alignment(kind, tuple(own for own, _ in pairs), tuple(other for _, other in pairs))
-        return cls(student, teacher, tuple(shared), to_teacher, to_student, tuple(teacher_ends), alignment)
+        own, others = tuple(own for own, _ in pairs), tuple(other for _, other in pairs)
+        alignment = Alignment(kind, own, others, tuple(shared))
+        return cls(student, teacher, to_teacher, to_student, tuple(teacher_ends), alignment)
+
+    @property
+    def shared(self) -> tuple[tuple[int, int], ...]:
+        return self.alignment.shared
 
     def read_by_teacher(self, completion_ids: Sequence[int]) -> Translation:
         return translate(completion_ids, self.student, self.teacher, self.to_teacher)

@@ -103,7 +103,7 @@ def in_spans(scores: TeacherScores, spans: list[int], student_spans: list[int], 
     assert isinstance(scores, HiddenScores)
     ids = tuple(range(259))
     numbers = (torch.tensor(values, dtype=torch.int64) for values in (labels, spans, student_spans))
-    return AlignedScores(scores.states[: len(spans)], scores.head, *numbers, Alignment("shared", ids, ids))
+    return AlignedScores(scores.states[: len(spans)], scores.head, *numbers, Alignment("shared", ids, ids, ()))
 
 
 def test_another_tokenizer_with_equal_tokens_has_the_same_scores(

@@ -20,7 +20,17 @@ from gkd.monitor import JsonlSink, read_metrics
 from gkd.objectives.objective import Objective
 from gkd.teacher.local import LocalTeacher
 from gkd.train.module import StudentModule, token_measures
-from gkd.types import Completion, Prompt, PromptDraw, Rollout, TokenBatch
+from gkd.types import (
+    AlignedScores,
+    Alignment,
+    Completion,
+    OutputHead,
+    Prompt,
+    PromptDraw,
+    Rollout,
+    TeacherScores,
+    TokenBatch,
+)
 
 VALID_VOCAB = 250  # of 259 rows: the others stand for padding
 PROMPTS = [Prompt(i, tuple(range(10, 14 + i)), f"prompt {i}") for i in range(3)]
@@ -110,6 +120,24 @@ def check_probabilities(token: AnswerToken, of_teacher: torch.Tensor, of_student
     best = of_teacher.topk(ALTERNATIVES)
     assert [other.id for other in token.alternatives] == best.indices.tolist()
     assert [other.probability for other in token.alternatives] == pytest.approx(best.values.tolist(), rel=1e-4)
+
+
+def test_what_goes_to_a_teachers_token_is_not_what_it_says(tiny_student: Path) -> None:
+    """The student's 3 and 4 are projected to the teacher's 1, which spells something else."""
+    alignment = Alignment("projection", (2, 3, 4), (0, 1, 1), ((2, 0),))
+    one, head = torch.zeros(1, dtype=torch.int64), OutputHead(torch.eye(3))
+    said = AlignedScores(torch.tensor([[1.0, 3.0, 2.0]]), head, one, one, one, alignment)
+
+    class Says:
+        def score(self, rollouts: Sequence[Rollout]) -> list[TeacherScores]:
+            return [said]
+
+    student = PlainStudent(tiny_student)
+    scoring = AnswerScoring(teacher=Says(), student=student, pack=PACK, decode=str, valid_vocab=VALID_VOCAB)
+    (answer,) = scoring.measure(answered(PROMPTS[:1], [(2,)])).answers
+    (token,) = answer.tokens
+    expected = torch.tensor([1.0, 3.0, 2.0]).softmax(0)[0].item()
+    assert [one.id for one in token.alternatives] == [2] and token.teacher_probability == pytest.approx(expected)
 
 
 def test_texts_add_up_to_the_answer(scoring: AnswerScoring, tiny_student: Path) -> None:

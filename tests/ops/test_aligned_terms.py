@@ -54,7 +54,7 @@ class Case:
         }
 
     def scores(self, t: dict[str, Tensor]) -> AlignedScores:
-        alignment = Alignment(self.kind, tuple(s for s, _ in self.pairs), tuple(t for _, t in self.pairs))
+        alignment = Alignment(self.kind, tuple(s for s, _ in self.pairs), tuple(t for _, t in self.pairs), ())
         return AlignedScores(
             t["teacher_hidden"],
             OutputHead(t["teacher_weight"]),
