@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gkd.objectives.objective import Objective
 
 DEFAULT_KIND = "forward_kl"
+_UNJUDGED = frozenset({"teacher", "dataset", "mixed", "speculative"})  # sources whose texts no environment reads
 
 
 def _as_term(value: Any) -> Any:
@@ -134,6 +135,11 @@ class ObjectiveConfig(Section):
             if (term.goes_by_reward or term.needs_groups) and not has_judge:
                 by = ".advantage: reward" if term.needs_groups else f": {term.label}"
                 raise ValueError(f"{key}{by} goes by rewards, which nobody gives; set environment, which judges texts")
+            if term.goes_by_reward and term.on is not None and _UNJUDGED.issuperset(term.on):
+                raise ValueError(
+                    f"{key}.on: {term.label} goes by rewards, and nobody judges the texts of {' and '.join(term.on)}; "
+                    "set it to [student], or leave out reward_from and reward_below"
+                )
             if term.needs_groups and samples_per_prompt < 2:
                 raise ValueError(
                     f"{key}.advantage: reward compares a prompt's samples with one another, and there is one; set "

@@ -72,7 +72,10 @@ def number_of(data: Any) -> float:
     answer = data.get("answer") if isinstance(data, dict) else None
     if isinstance(answer, bool) or not isinstance(answer, (int, float)):
         raise ValueError('expected {"answer": a number}')
-    return float(answer)
+    try:
+        return float(answer)
+    except OverflowError:  # JSON's whole numbers have no end
+        raise ValueError('expected {"answer": a number} below 1e308') from None
 
 
 def text_of(data: Any) -> str:

@@ -31,6 +31,11 @@ def test_what_is_right(match: Any, answer: object, turn: str, reward: float) -> 
     assert observed.done and observed.reward == reward and judge.unfinished() == 0.0
 
 
+def test_a_number_that_no_float_holds_is_refused() -> None:
+    with pytest.raises(ValueError, match="below 1e308"):
+        AnswerKind(kind="answer").check_task({"answer": 10**400})
+
+
 @pytest.mark.parametrize("match", ["number", "exact"])
 @pytest.mark.parametrize("data", [None, {}, 3, {"answer": None}, {"answer": True}, {"answer": [3]}, {"answer": " "}])
 def test_a_task_without_an_answer_is_refused(match: Any, data: object) -> None:

@@ -167,3 +167,19 @@ def test_what_it_cannot_be_beside(changes: dict[str, Any], message: str) -> None
     term = {"kind": "policy_gradient", "advantage": "teacher", **changes.get("objective", {})}
     with pytest.raises(ConfigError, match=message):
         make_config({**config, "objective": term})
+
+
+def test_texts_that_nobody_judges_are_no_terms_by_reward() -> None:
+    config = {
+        "teacher": {"model": "t"},
+        "student": {"model": "s"},
+        "data": {"train": "d.jsonl"},
+        "environment": {"kind": "answer"},
+        "mixture": {"student": 0.5, "teacher": 0.5},
+    }
+    term = {"kind": "forward_kl", "reward_below": 1.0}
+    make_config({**config, "objective": {**term, "on": ["student", "teacher"]}})
+    with pytest.raises(
+        ConfigError, match=r"objective\.on: forward_kl goes by rewards, and nobody judges the texts of te"
+    ):
+        make_config({**config, "objective": {**term, "on": ["teacher"]}})
