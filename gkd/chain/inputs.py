@@ -26,8 +26,11 @@ def config_inputs(config: Config) -> dict[str, Any]:
 
 def recipe_inputs(recipe: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
     """The same of a recipe, and of the files that it is given, by their keys."""
-    models = {f"models.{name}.model": str(model["model"]) for name, model in recipe["models"].items()}
-    return {**flatten(recipe), **files} | _contents_of({**models, **files})
+    names = {f"models.{name}.model": str(model["model"]) for name, model in recipe["models"].items()}
+    for index, step in enumerate(recipe["steps"]):
+        if step["sample"] is not None and step["sample"]["examples"] is not None:
+            names[f"steps.{index}.sample.examples.file"] = step["sample"]["examples"]["file"]
+    return {**flatten(recipe), **files} | _contents_of({**names, **files})
 
 
 def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

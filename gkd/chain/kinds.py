@@ -19,6 +19,7 @@ from gkd.run_files import RunFiles
 
 Action = Literal["skip", "resume", "start", "start anew"]
 KindName = Literal["train", "eval", "author"]
+Brought = Literal["student", "rows"]
 _GKD = (sys.executable, "-m", "gkd")
 
 
@@ -38,7 +39,7 @@ class Kind(ABC):
     """One kind of stage. `brings` is what a reference to it stands for: a student, rows, or nothing."""
 
     name: ClassVar[KindName]
-    brings: ClassVar[str | None] = None
+    brings: ClassVar[Brought | None] = None
     file_of_stage: ClassVar[bool] = False  # its file may be an earlier stage's config
     has_data: ClassVar[bool] = False  # it is given rows
 
@@ -163,6 +164,13 @@ def _move_to_previous(folder: Path) -> None:
     for file in folder.iterdir():
         if file != previous:
             file.replace(previous / file.name)
+
+
+def brought_for(key: str) -> Brought | None:
+    """What a reference has to stand for that is the value of a key; None where that may be anything."""
+    if key == "data" or key.startswith("data."):
+        return "rows"
+    return "student" if key.endswith(".model") else None
 
 
 def check_data(kind: Kind, data: object, heldout: object, where: str) -> None:

@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from gkd.chain.kinds import KINDS, Kind, KindName, Task, check_data
+from gkd.chain.kinds import KINDS, Brought, Kind, KindName, Task, brought_for, check_data
 from gkd.config import make_section, read_mapping
 from gkd.errors import ConfigError, shown
 from gkd.schema import Section, is_mapping
 
 _ROUND = "{{round}}"
+_A: Mapping[Brought, str] = {"student": "a model", "rows": "rows"}
 _NAME = r"[A-Za-z0-9][\w.-]{0,99}"
 
 
@@ -222,12 +223,15 @@ def _check_name(name: str, where: str) -> None:
 
 def _check(stage: Stage, earlier: Sequence[Stage], where: str) -> None:
     by_name = {other.name: other for other in earlier}
-    for needed in stage.needs:
-        if by_name[needed].kind.brings is None:
-            raise ConfigError(f"{where}: {needed} is an {by_name[needed].kind.name}, which makes nothing to go on with")
+    values = {"data": stage.data, **{f"overrides.{key}": value for key, value in stage.overrides.items()}}
+    for key, value in values.items():
+        if isinstance(value, Reference):
+            _check_brings(by_name[value.stage], key, where)
     if isinstance(stage.file, Reference):
         if not stage.kind.file_of_stage:
-            raise ConfigError(f"{where}.file: of a {stage.kind.name} it is a file; {{stage: ...}} is for an eval")
+            raise ConfigError(
+                f"{where}.file: where run is {stage.kind.name} it is a file; {{stage: ...}} is for an eval"
+            )
         if by_name[stage.file.stage].kind.name != "train":
             raise ConfigError(f"{where}.file: {stage.file.stage} is no train, and has no config to go by")
         return  # its config is checked already
@@ -238,3 +242,11 @@ def _check(stage: Stage, earlier: Sequence[Stage], where: str) -> None:
         stage.kind.check(task)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def _check_brings(stage: Stage, key: str, where: str) -> None:
+    brings, wanted = stage.kind.brings, brought_for(key.removeprefix("overrides."))
+    if brings is None:
+        raise ConfigError(f"{where}.{key}: {stage.name} is an {stage.kind.name}, which makes nothing to go on with")
+    if wanted is not None and wanted != brings:
+        raise ConfigError(f"{where}.{key}: has to be {_A[wanted]}, and {stage.name} brings {_A[brings]}")

@@ -145,6 +145,19 @@ def test_an_author_begins_anew_beside_what_it_wrote(go: Callable[..., Ran]) -> N
     assert not Path("runs/c/write/rows.jsonl").exists()
 
 
+@pytest.mark.usefixtures("authored")
+def test_examples_that_change_are_asked_with_anew(go: Callable[..., Ran]) -> None:
+    Path("worked.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
+    examples = "{sample: {examples: {count: 1, file: worked.jsonl}}}"
+    Path("recipe.yaml").write_text(
+        f"models: {{teacher: {{model: t}}}}\nsteps: [{examples}, {{ask: {{}}}}, {{write: {{}}}}]\n"
+    )
+    go()
+    assert go() == []
+    Path("worked.jsonl").write_text('{"a": 1}\n{"a": 3}\n')
+    assert [words[0] for words in go()] == ["author", "author"], "what the first one wrote is the same"
+
+
 def test_a_launcher_stands_before_the_command(go: Callable[..., Ran], chain_file: Path) -> None:
     chain_file.write_text("launcher: torchrun --nproc_per_node 2 -m\n" + chain_file.read_text())
     one = go()[0]

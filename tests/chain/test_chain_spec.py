@@ -103,14 +103,37 @@ def test_previous_reaches_before_the_repeat() -> None:
             [{**TRAIN, "file": {"stage": "a", "round": "previous"}}],
             r"stages\.0\.file: round and first are for stages of",
         ),
-        ([TRAIN, {"name": "b", "file": {"stage": "a"}}], r"stages\.1\.file: of a train it is a file"),
+        ([TRAIN, {"name": "b", "file": {"stage": "a"}}], r"stages\.1\.file: where run is train it is a file"),
         (
             [
                 TRAIN,
                 {"name": "e", "run": "eval", "file": {"stage": "a"}},
                 {"name": "f", "run": "eval", "file": {"stage": "e"}},
             ],
-            r"stages\.2: e is an eval, which makes nothing to go on with",
+            r"stages\.2\.file: e is no train, and has no config",
+        ),
+        (
+            [
+                TRAIN,
+                {"name": "e", "run": "eval", "file": {"stage": "a"}},
+                {**TRAIN, "name": "f", "overrides": {"student.model": {"stage": "e"}}},
+            ],
+            r"stages\.2\.overrides\.student\.model: e is an eval, which makes nothing to go on with",
+        ),
+        (
+            [TRAIN, {"name": "w", "run": "author", "file": "recipe.yaml", "data": {"stage": "a"}}],
+            r"stages\.1\.data: has to be rows, and a brings a model",
+        ),
+        (
+            [
+                {"name": "w", "run": "author", "file": "recipe.yaml", "data": "d.jsonl"},
+                {**TRAIN, "overrides": {"student.model": {"stage": "w"}}},
+            ],
+            r"stages\.1\.overrides\.student\.model: has to be a model, and w brings rows",
+        ),
+        (
+            [TRAIN, {**TRAIN, "name": "b", "overrides": {"data.train": {"stage": "a"}}}],
+            r"stages\.1\..*: has to be rows",
         ),
         ([{"repeat": 0, "stages": [TRAIN]}], r"stages\.0: repeat: input should be greater than or equal to 1"),
         ([{"repeat": 2, "stages": [{"repeat": 2, "stages": []}]}], r"stages\.0\.stages\.0: name: is missing"),
