@@ -45,9 +45,11 @@ def export_command(
     if packed:
         unpack(path, out, key=_KEY)
     else:
+        from gkd.models.quantization import QuantizeKeys
         from gkd.models.repacked import pack
 
         quantize = QuantizeConfig(scheme=scheme, group_size=group_size, ignore=ignore or ["lm_head"])
-        pack(path, out, quantize, key=_KEY)
+        keys = QuantizeKeys("--format", group_size="--group-size", ignore="--ignore")
+        pack(path, out, quantize, key=_KEY, keys=keys)
     size_bytes = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     typer.echo(f"{out}: {size_bytes / 1e6:.1f} MB of weights, from {path}")

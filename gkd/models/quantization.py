@@ -25,8 +25,19 @@ from gkd.config import QuantizeConfig
 from gkd.errors import ConfigError
 from gkd.models.modules import fused_experts, kinds_of, matches
 
-_KEY = "student.quantize"
 _GROUP_SIZES = (16, 32, 64, 96, 128, 192, 256, 512)  # to be proposed
+
+
+@dataclass(frozen=True)
+class QuantizeKeys:
+    """What the parts of a QuantizeConfig are called where a user gives them, for messages."""
+
+    whole: str = "student.quantize"
+    group_size: str = "student.quantize.group_size"
+    ignore: str = "student.quantize.ignore"
+
+
+_OF_STUDENT = QuantizeKeys()
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,7 @@ class QuantizedLinear(nn.Linear):
         return linear(input, weight, self.bias)
 
 
-def quantization_targets(model: Any, quantize: QuantizeConfig) -> list[str]:
+def quantization_targets(model: Any, quantize: QuantizeConfig, keys: QuantizeKeys = _OF_STUDENT) -> list[str]:
     """Names of the linear modules that are quantized: all but the output head and those that `ignore` names.
 
     `model` may be on the meta device. Raises ConfigError, naming the key, for a name that no module has, a group size
@@ -86,7 +97,7 @@ def quantization_targets(model: Any, quantize: QuantizeConfig) -> list[str]:
     fused, share = fused_experts(model)
     if fused:
         raise ConfigError(
-            f"{_KEY}: {', '.join(fused)}, {share:.0%} of the model, are fused experts, which stay as they are"
+            f"{keys.whole}: {', '.join(fused)}, {share:.0%} of the model, are fused experts, which stay as they are"
         )
     head = model.get_output_embeddings()
     linear_modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
@@ -94,22 +105,22 @@ def quantization_targets(model: Any, quantize: QuantizeConfig) -> list[str]:
     for ignored in quantize.ignore:
         if not any(matches(name, ignored) for name in known):
             raise ConfigError(
-                f"{_KEY}.ignore: {type(model).__name__} has no linear module {ignored!r}; known: "
+                f"{keys.ignore}: {type(model).__name__} has no linear module {ignored!r}; known: "
                 f"{', '.join(kinds_of(sorted(known), 1))}"
             )
     targets = [name for name in linear_modules if not any(matches(name, ignored) for ignored in quantize.ignore)]
     if not targets:
-        raise ConfigError(f"{_KEY}.ignore: names every linear module; leave student.quantize out instead")
-    _check_groups({name: linear_modules[name].in_features for name in targets}, quantize.group_size)
+        raise ConfigError(f"{keys.ignore}: names every linear module, so there is nothing to quantize")
+    _check_groups({name: linear_modules[name].in_features for name in targets}, quantize.group_size, keys.group_size)
     return targets
 
 
-def _check_groups(columns: dict[str, int], group_size: int) -> None:
+def _check_groups(columns: dict[str, int], group_size: int, key: str) -> None:
     misfit = next((name for name, count in columns.items() if count % group_size), None)
     if misfit is not None:
         fitting = [str(size) for size in _GROUP_SIZES if not any(count % size for count in columns.values())]
         raise ConfigError(
-            f"{_KEY}.group_size: {columns[misfit]} columns of {misfit} are no whole number of groups of {group_size}; "
+            f"{key}: {columns[misfit]} columns of {misfit} are no whole number of groups of {group_size}; "
             f"sizes that fit all modules: {', '.join(fitting) or 'none; name some in ignore'}"
         )
 

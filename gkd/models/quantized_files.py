@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 CONFIG = "quantization_config"  # of a config.json
 _METHOD, _FORMAT = "compressed-tensors", "pack-quantized"
 _PACKED, _SCALE, _SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
+_COLUMN_GROUPS = ".weight_g_idx"  # of columns that were quantized in another order
+_ALSO_CHANGES = ("transform_config", "sparsity_config")  # the weights, in ways that are not read here
 
 
 def packed_config(quantization: Quantization, ignore: Iterable[str]) -> dict[str, Any]:
@@ -81,6 +83,11 @@ def _only_scheme(values: Mapping[str, Any], path: str, key: str) -> Quantization
     except ValidationError as error:
         raise ModelError(f"{key}: {path}: the {CONFIG} of config.json is not compressed-tensors' ({error})") from None
     schemes: list[Any] = list(groups.values())
+    changed = next((name for name in _ALSO_CHANGES if values.get(name)), None)
+    if changed is not None:
+        raise ModelError(
+            f"{key}: {path}: the {changed} of its config.json is not read here; use the model it was made from"
+        )
     if len(schemes) != 1 or not schemes[0].weights or schemes[0].input_activations or not schemes[0].weights.symmetric:
         raise ModelError(
             f"{key}: {path} is quantized in another way than one symmetric scheme of weights; use the model it was "
@@ -111,8 +118,8 @@ def _plain_name(name: str) -> str:
 
 
 def _describes_packed(name: str, names: Container[str]) -> bool:
-    """Scale or shape of a packed weight."""
-    return name.endswith((_SCALE, _SHAPE)) and _module(name) + _PACKED in names
+    """Scale, shape or order of a packed weight."""
+    return name.endswith((_SCALE, _SHAPE, _COLUMN_GROUPS)) and _module(name) + _PACKED in names
 
 
 def _module(name: str) -> str:
@@ -126,19 +133,29 @@ def plain_tensors(folder: Path, scheme: QuantizationScheme, key: str) -> Iterato
     """
     from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 
+    wanted = _parts(scheme)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in read_tensors(folder, key):
         suffix = "." + name.rpartition(".")[2]
-        if suffix not in (_PACKED, _SCALE, _SHAPE):
+        if suffix not in wanted:
             yield name, tensor
             continue
         module = parts.setdefault(_module(name), {})
         module[suffix[1:]] = tensor
-        if len(module) == 3:
+        if len(module) == len(wanted):
             plain = PackedQuantizationCompressor.decompress(parts.pop(_module(name)), scheme)
             yield f"{_module(name)}.weight", plain["weight"]
     if parts:
-        raise ModelError(f"{key}: {folder}: {min(parts)} lacks one of {_PACKED[1:]}, {_SCALE[1:]} and {_SHAPE[1:]}")
+        raise ModelError(f"{key}: {folder}: {min(parts)} lacks one of {', '.join(part[1:] for part in wanted)}")
+
+
+def _parts(scheme: QuantizationScheme) -> tuple[str, ...]:
+    """Of a packed weight."""
+    from compressed_tensors.quantization import ActivationOrdering
+
+    assert scheme.weights is not None
+    in_order = scheme.weights.actorder != ActivationOrdering.GROUP
+    return (_PACKED, _SCALE, _SHAPE) if in_order else (_PACKED, _SCALE, _SHAPE, _COLUMN_GROUPS)
 
 
 def _scheme(bits: int, group_size: int) -> QuantizationScheme:

@@ -47,11 +47,14 @@ def write_changed(
     tensors: Iterator[tuple[str, torch.Tensor]],
     dtype: torch.dtype | None,
     change: Callable[[dict[str, Any]], object],
+    prove: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Writes `tensors` into `target` beside the other files of a model; `change` is of its config.json."""
+    """Writes `tensors` into `target` beside the other files of a model; `change` is of its config.json. `prove` raises
+    for a written folder that is not to become `target`."""
     with written_aside(target) as partial:
         copy_side_files(folder, partial)
         settings: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         change(settings)
         (partial / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         write_weights(partial, tensors, dtype)
+        prove(partial)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gkd.cli.export import export_command
 from gkd.config import QuantizeConfig
-from gkd.errors import ConfigError, InputError, ModelError
+from gkd.errors import CheckpointError, ConfigError, InputError, ModelError
 from gkd.evaluate.sizes import stored_parameters, weight_file_bytes
 from gkd.models import (
     ModelCard,
@@ -34,7 +34,9 @@ from gkd.models import (
     whole_weights,
 )
 from gkd.models.leaving import LeavingWeight
+from gkd.models.quantized_files import packed_tensors
 from gkd.models.unpacked import is_packed, unpacked
+from gkd.models.weights import write_weights
 from gkd.run_files import RunFiles
 
 INT4 = QuantizeConfig.model_validate({"scheme": "int4", "group_size": 32})
@@ -226,11 +228,75 @@ def test_packed_files_are_read_where_they_may_be(tmp_path: Path, tiny_student: P
         ({"format": "float-quantized"}, r"is quantized \(compressed-tensors\); gkd reads plain weights and those that"),
         ({"quant_method": "gptq"}, r"is quantized \(gptq\); gkd reads"),
         ({"config_groups": {"a": {"targets": "Linear"}}}, r"is not compressed-tensors'"),
+        (
+            {"transform_config": {"config_groups": {}, "rotated": 1}},
+            r"the transform_config of its config\.json is not read",
+        ),
     ):
         changed = {**config, "quantization_config": config["quantization_config"] | change}
         (folder / "config.json").write_text(json.dumps(changed))
         with pytest.raises(ModelError, match=error):
             check_covers(str(folder), key="teacher.model", may_be_packed=True)
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")  # transformers', to whom it is passed
+def test_columns_in_another_order_are_read_as_transformers_reads_them(tmp_path: Path, tiny_student: Path) -> None:
+    folder = saved(made(tiny_student), tiny_student, tmp_path / "final", "float32")
+    before = load_causal_lm(str(folder), "float32", may_be_packed=True)
+    files, draw = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name in [name for name in files if name.endswith("weight_packed")]:
+        columns = 8 * files[name].shape[1]
+        order = torch.randperm(columns, generator=draw) // 32
+        files[name.replace("weight_packed", "weight_g_idx")] = order.to(torch.int32)
+    save_file(files, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    (folder / "config.json").write_text(json.dumps(config))
+    check_covers(str(folder), key="teacher.model", may_be_packed=True)
+    assert stored_parameters(folder) == stored_parameters(tiny_student)
+    loaded = load_causal_lm(str(folder), "float32", may_be_packed=True)
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    dequantized = CompressedTensorsConfig(dequantize=True)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=dequantized)
+    of_theirs = dict(theirs.named_parameters())
+    for name, parameter in loaded.named_parameters():
+        assert parameter.equal(of_theirs[name]), name
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not loaded.get_parameter(name).equal(before.get_parameter(name))
+
+
+def test_parts_of_a_weight_may_lie_in_several_files(tmp_path: Path, tiny_student: Path) -> None:
+    folder = saved(made(tiny_student), tiny_student, tmp_path / "final", "float32")
+    expected = load_causal_lm(str(folder), "float32", may_be_packed=True)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    write_weights(folder, sorted(tensors.items(), key=lambda one: one[0][::-1]), max_shard_bytes=4096)
+    assert len(list(folder.glob("*.safetensors"))) > 3
+    loaded = load_causal_lm(str(folder), "float32", may_be_packed=True)
+    assert all(parameter.equal(expected.get_parameter(name)) for name, parameter in loaded.named_parameters())
+
+
+def test_a_packed_model_that_loads_as_something_else_is_not_left_behind(
+    tmp_path: Path, tiny_student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def skewed(tensors: Any, scales: Any, quantization: Quantization) -> Any:
+        return packed_tensors(tensors, {name: 1.05 * scale for name, scale in scales.items()}, quantization)
+
+    monkeypatch.setattr("gkd.models.repacked.packed_tensors", skewed)
+    with pytest.raises(CheckpointError, match=r"^MODEL: .*does not load as it was rounded"):
+        export_command(str(tiny_student), tmp_path / "packed", "compressed-tensors", "int4", 32, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_with_other_names_are_not_packed_in_silence(tmp_path: Path, tiny_student: Path) -> None:
+    folder = tmp_path / "renamed"
+    shutil.copytree(tiny_student, folder)
+    tensors = {name.removeprefix("model."): one for name, one in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"^MODEL: .*its files have no model\.layers\.0\.mlp\.down_proj\.weight"):
+        export_command(str(folder), tmp_path / "packed", "compressed-tensors", "int4", 32, None)
+    assert not (tmp_path / "packed").exists()
 
 
 def test_an_unpacked_copy_is_kept(tmp_path: Path, tiny_student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +332,8 @@ def test_a_finished_model_is_packed_and_unpacked(student: str, tmp_path: Path, r
         ((str(source), back, "plain"), r"^--out: .* exists"),
         ((str(source), tmp_path / "new", "plain"), r"^--format: .* is plain already"),
         ((str(there), tmp_path / "new", "compressed-tensors"), r"^--format: .* is packed already"),
-        ((str(source), tmp_path / "new", "compressed-tensors", "int4", 48), r"^student\.quantize\.group_size: "),
+        ((str(source), tmp_path / "new", "compressed-tensors", "int4", 48), r"^--group-size: 64 columns of "),
+        ((str(source), tmp_path / "new", "compressed-tensors", "int4", 32, ["nose_proj"]), r"^--ignore: .*'nose_proj'"),
     ]
     for arguments, error in cases:
         with pytest.raises(InputError, match=error):
@@ -276,8 +343,6 @@ def test_a_finished_model_is_packed_and_unpacked(student: str, tmp_path: Path, r
 
 def test_a_result_that_is_not_what_was_trained_is_refused(tmp_path: Path, tiny_student: Path) -> None:
     """Scales that the weights were not rounded by."""
-    from gkd.errors import CheckpointError
-
     model = made(tiny_student)
     scales = {name: 1.05 * tensor for name, tensor in values(weight_scales(model)).items()}
     with pytest.raises(CheckpointError, match="does not load as it was trained"):
