@@ -15,7 +15,7 @@ PORT = 8500
 
 
 def serve_environment_command(
-    kind: Annotated[str, typer.Argument(help="calculator, text_game, or a plugin's.")],
+    kind: Annotated[str, typer.Argument(help="answer, calculator, text_game, or a plugin's.")],
     options: Annotated[str, typer.Option(help="JSON of the kind's keys, e.g. '{\"sides\": 20}'.")] = "{}",
     plugin: Annotated[list[str] | None, typer.Option(help="Installed module that registers the kind.")] = None,
     port: Port = PORT,

@@ -24,7 +24,6 @@ from gkd.config.student import LoraConfig, StudentConfig
 from gkd.config.teachers import OtherTeacherConfig, TeacherConfig
 from gkd.errors import ConfigError
 from gkd.registry import REPLAY
-from gkd.schedules import largest
 from gkd.schema import Section
 
 _ROUNDING = 1e-6  # of fractions that add up
@@ -215,7 +214,7 @@ class Config(Section):
                 "leave this out"
             )
         turn, most = self.environment.turn_tokens, self.rollout.most_new_tokens
-        if turn is not None and turn >= most and largest(self.environment.max_turns) > 1:
+        if turn is not None and turn >= most and self.environment.answers_turns:
             raise ValueError(
                 f"environment.turn_tokens: {turn} leave no second turn of rollout.max_new_tokens = {most}, which a "
                 "whole conversation has; raise that, or lower this"

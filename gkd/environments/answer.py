@@ -46,8 +46,15 @@ MATCHES: dict[str, Callable[[str, Any], bool]] = {"number": last_number_is, "exa
 class AnswerKind(EnvironmentKind):
     match: Literal["number", "exact", "contains"] = Field("number", description="answer: how the text is compared")
 
+    @property
+    def answers_turns(self) -> bool:
+        return False
+
     def open(self) -> Environment:
         return Judge(self.match)
+
+    def describe(self) -> str:
+        return f"{self.kind}, match: {self.match}, one turn"
 
     def check_task(self, data: Any) -> None:
         _READS[self.match](data)

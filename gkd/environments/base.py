@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from gkd.schedules import CountSchedule, describe_schedule, value_at
+from gkd.schedules import CountSchedule, describe_schedule, largest, value_at
 from gkd.schema import Section
 
 
@@ -51,7 +51,11 @@ class Observed:
 
 
 class Environment(ABC):
-    """One conversation's; asked from one thread at a time, while those of other conversations are asked from others."""
+    """One conversation's; asked from one thread at a time, while those of other conversations are asked from others.
+
+    A `step` that takes too long goes on in its thread, and nobody waits for it: `unfinished` and `close` are asked
+    meanwhile.
+    """
 
     @abstractmethod
     def reset(self, task: Task) -> None:
@@ -95,6 +99,11 @@ class EnvironmentKind(Section):
 
     def check_ready(self) -> None:
         """Raises ConfigError where it cannot be opened now."""
+
+    @property
+    def answers_turns(self) -> bool:
+        """Whether the student may read what it says of a turn, and go on."""
+        return largest(self.max_turns) > 1
 
     def turns_at(self, step: int) -> int:
         return round(value_at(self.max_turns, step))

@@ -190,6 +190,8 @@ class Distiller:
         kind = self.config.environment
         if kind is None or not rows:
             return []
+        if not kind.answers_turns:
+            return [f"environment: {kind.describe()}"]
         template = ChatTemplate(tokenizer, self.config.data.chat_template_kwargs)
         row = rows[0]
         said = None if row.messages is None else tuple((one["role"], one["content"]) for one in row.messages)

@@ -15,6 +15,8 @@ from bare_runs import Bare, StopsInTheMiddle, ran, with_tasks, without_times
 from launching import MakeConfig, check, environment, read_metrics, run_gkd, torchrun
 
 from gkd.config import load_config
+from gkd.errors import ConfigError
+from gkd.train.distiller import Distiller
 
 GAME = {"kind": "text_game", "max_turns": 3, "turn_tokens": 5, "max_observation_tokens": 20}
 SECTIONS: dict[str, dict[str, Any]] = {"rollout": {"max_new_tokens": 150}, "environment": GAME}
@@ -158,6 +160,21 @@ def test_what_is_wrong_is_said_before_anything_starts(
         refused = run_gkd(["train", make_run_config("wrong", **sections), "--dry-run"])
         assert refused.returncode == 2 and message in refused.stderr, refused.stderr
         assert len(refused.stderr.strip().splitlines()) == 1
+
+
+def test_a_verifier_of_one_turn_needs_no_place_for_another(
+    make_run_config: MakeConfig, data_folder: Path, tmp_path: Path, change_template: Callable[[str], Path]
+) -> None:
+    folder = with_tasks(data_folder, tmp_path, {"answer": 3})
+    data = {"train": str(folder / "train.jsonl"), "heldout": str(folder / "heldout.jsonl")}
+    sections = {"data": data, "student": {"model": str(change_template("drops"))}}
+    one_turn = [{"kind": "answer"}, {"kind": "calculator", "max_turns": 1}]
+    for kind, said in zip(one_turn, ("answer, match: number, one turn", "calculator, turns: 1"), strict=True):
+        config = load_config(make_run_config("judged", **sections, environment={**kind, "turn_tokens": 12}))
+        assert f"environment: {said}" in Distiller(config).check()
+    config = load_config(make_run_config("talks", **sections, environment={"kind": "calculator", "max_turns": 2}))
+    with pytest.raises(ConfigError, match="writes another history"):
+        Distiller(config).check()
 
 
 @pytest.fixture

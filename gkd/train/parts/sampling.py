@@ -97,7 +97,8 @@ def build_conversations(config: Config, models: Models, prompts: Prompts) -> Con
         return None
     template = ChatTemplate(models.tokenizer, config.data.chat_template_kwargs)
     turns = TurnEncoder(models.tokenizer, template, kind, models.stop_token_ids)
-    turns.probe(prompts.train.prompts[0])
+    if kind.answers_turns:
+        turns.probe(prompts.train.prompts[0])
     kind.check_ready()
     return Conversations(kind, turns, models.readable)
 
