@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from gkd.models.lora import adapter_parameters, inject_lora, lora_targets, save_adapter, use_float32_adapters
     from gkd.models.packed import packed_inputs, use_packed_attention
     from gkd.models.proof import Probe
-    from gkd.models.quantization import Quantization, quantization_targets, quantize_linear
+    from gkd.models.quantization import Quantization, quantization_targets, quantize_linear, quantize_student
     from gkd.models.resolve import local_folder, resolve_model
     from gkd.models.shared_mass import SharedMass
     from gkd.models.sides import Side, describe_sides, union_of_ends
@@ -75,7 +75,7 @@ _HOMES = {
     "proof": ("Probe",),
     "packed": ("packed_inputs", "use_packed_attention"),
     "fingerprint": ("model_fingerprint",),
-    "quantization": ("Quantization", "quantization_targets", "quantize_linear"),
+    "quantization": ("Quantization", "quantization_targets", "quantize_linear", "quantize_student"),
     "resolve": ("local_folder", "resolve_model"),
     "cut_config": ("student_config",),
     "shared_mass": ("SharedMass",),
@@ -140,6 +140,7 @@ __all__ = [
     "pad_token_id",
     "quantization_targets",
     "quantize_linear",
+    "quantize_student",
     "read_config",
     "read_generation_config",
     "record_width",

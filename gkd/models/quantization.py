@@ -133,6 +133,12 @@ def quantize_linear(model: Any, targets: Sequence[str], quantization: Quantizati
         module.quantization = quantization
 
 
+def quantize_student(model: Any, quantize: QuantizeConfig | None, dtype: str) -> None:
+    """Has a student of `dtype`, in training or as it was before, compute as student.quantize says; None: as it is."""
+    if quantize is not None:
+        quantize_linear(model, quantization_targets(model, quantize), Quantization.of(quantize, getattr(torch, dtype)))
+
+
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedLinear]:
     """By their weights' names."""
     return {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}

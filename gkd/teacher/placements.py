@@ -102,6 +102,7 @@ class Local(TeacherPlacement):
         )
         verify_head(model, self._model_key)
         use_short_attention(model)
+        self._prepare(model)
         return LocalTeacher(
             model,
             device=site.device,
@@ -111,6 +112,9 @@ class Local(TeacherPlacement):
             agree_on_largest=site.agree_on_largest if is_sharded else lambda count: count,
             state_places=site.state_places,
         )
+
+    def _prepare(self, model: Any) -> None:
+        """What the model's files do not say of it."""
 
 
 class Sharded(Local):
@@ -127,7 +131,12 @@ class OfStudent(Sharded):
         super().__init__(config, name)
         self._revision = config.student.revision if config.student.init is None else None
         self._is_itself = not config.has_weights_of_its_own(name)
-        self._dtype = config.student.dtype
+        self._dtype, self._quantize = config.student.dtype, config.student.quantize
+
+    def _prepare(self, model: Any) -> None:
+        from gkd.models import quantize_student
+
+        quantize_student(model, self._quantize, self._dtype)
 
     def build(self, path: str, site: Site) -> Teacher:
         if self._is_itself:

@@ -32,6 +32,34 @@ class LooksAtTheSampler(Bare):
         assert len(group.unique()) <= 16
 
 
+def base(student: Path, data: Path) -> dict[str, Any]:
+    return {
+        "student": {"model": str(student), "dtype": "float32", "quantize": QUANTIZE},
+        "data": {"train": str(data / "train.jsonl"), "heldout": str(data / "heldout.jsonl"), "max_prompt_tokens": 64},
+        "rollout": {"engine": "transformers", "max_new_tokens": 6},
+        "optim": {"batch_size": 4, "micro_batch_size": 2, "lr": 1e-3},
+        "eval": {"prompts": 2, "samples": 1},
+    }
+
+
+@pytest.mark.usefixtures("sampling_here")
+@pytest.mark.parametrize("weights", ["initial", "ema"])
+def test_it_begins_as_its_own_teacher_and_reference(weights: str, tmp_path: Path, tiny_student: Path) -> None:
+    """Both are rounded as it is. The teacher's prompt is the student's."""
+    for name in ("train", "heldout"):
+        rows = [{"prompt": f"say {i}", "teacher_prompt": f"say {i}"} for i in range(8)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        **base(tiny_student, tmp_path),
+        "run": {"dir": str(tmp_path / "run"), "steps": STEPS},
+        "teacher": {"model": "student", "weights": weights, "dtype": "float32"},
+        "objective": {"terms": [{"kind": "forward_kl"}, {"kind": "reference_kl"}]},
+    }
+    records, _ = ran(Bare, make_config(config))
+    for term in ("forward_kl", "reference_kl"):
+        assert abs(float(records[0][f"objective/{term}/loss"])) < 1e-6, "0.2 against weights that are not rounded"
+
+
 @pytest.mark.usefixtures("sampling_here")
 def test_it_samples_what_is_deployed_and_resumes_bitwise(
     tmp_path: Path, data_folder: Path, tiny_teacher: Path, tiny_student: Path
@@ -39,17 +67,9 @@ def test_it_samples_what_is_deployed_and_resumes_bitwise(
     def config(name: str) -> Config:
         return make_config(
             {
+                **base(tiny_student, data_folder),
                 "run": {"dir": str(tmp_path / name), "steps": STEPS, "save_every": 1},
                 "teacher": {"model": str(tiny_teacher), "dtype": "float32"},
-                "student": {"model": str(tiny_student), "dtype": "float32", "quantize": QUANTIZE},
-                "data": {
-                    "train": str(data_folder / "train.jsonl"),
-                    "heldout": str(data_folder / "heldout.jsonl"),
-                    "max_prompt_tokens": 64,
-                },
-                "rollout": {"engine": "transformers", "max_new_tokens": 6},
-                "optim": {"batch_size": 4, "micro_batch_size": 2, "lr": 1e-3},
-                "eval": {"prompts": 2, "samples": 1},
             }
         )
 

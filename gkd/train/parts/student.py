@@ -13,11 +13,9 @@ from gkd.config.training import TrainingSettings
 from gkd.data.tasks import named_tasks
 from gkd.errors import RunFolderError
 from gkd.models import (
-    Quantization,
     inject_lora,
     load_causal_lm,
-    quantization_targets,
-    quantize_linear,
+    quantize_student,
     use_float32_adapters,
     use_packed_attention,
     use_short_attention,
@@ -46,9 +44,7 @@ def build_student(
     if lora is not None:
         inject_lora(model, lora, seed=derive_seed(config.run.seed, "lora"))
         use_float32_adapters(model)
-    if (quantize := config.student.quantize) is not None:
-        targets = quantization_targets(model, quantize)
-        quantize_linear(model, targets, Quantization.of(quantize, getattr(torch, config.student.dtype)))
+    quantize_student(model, config.student.quantize, config.student.dtype)
     model.train()
     return StudentEngine(
         model,
@@ -80,7 +76,9 @@ def _reference(config: Config, models: Models, device: torch.device) -> InitialS
     """None where nothing asks for it, and with LoRA, as the student below its adapter is the initial one."""
     if not config.objective.needs_reference or config.student.lora is not None:
         return None
-    return InitialStudent(_load(config, models, config.student.dtype, device))
+    model = _load(config, models, config.student.dtype, device)
+    quantize_student(model, config.student.quantize, config.student.dtype)
+    return InitialStudent(model)
 
 
 def _less_mismatch(config: Config) -> str:
