@@ -11,21 +11,18 @@ The reward is 1 or 0; a text that does not end is wrong. For judges of other kin
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import Field
 
 from gkd.environments.base import Environment, EnvironmentKind, Observed, Task
-
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
+from gkd.last_number import last_number
 
 
 def last_number_is(text: str, answer: float) -> bool:
-    """Commas among digits are not read."""
-    numbers = _NUMBER.findall(text)
-    return bool(numbers) and math.isclose(float(numbers[-1].replace(",", "")), answer, rel_tol=1e-9, abs_tol=1e-9)
+    number = last_number(text)
+    return number is not None and math.isclose(float(number), answer, rel_tol=1e-9, abs_tol=1e-9)
 
 
 def _is_all(text: str, answer: str) -> bool:

@@ -81,7 +81,9 @@ class EnvironmentKind(Section):
     max_turns: CountSchedule = Field(4, description="turns that the student has; a number or a schedule")
     turn_tokens: int | None = Field(None, ge=1, description="longest turn; null = what rollout.max_new_tokens leaves")
     max_observation_tokens: int = Field(64, ge=1, description="what is read of an observation; the rest is cut off")
-    timeout_s: float = Field(10.0, gt=0.0, description="longest wait for an observation; then the conversation ends")
+    timeout_s: float = Field(
+        10.0, gt=0.0, le=86400.0, description="longest wait for an observation; then the conversation ends"
+    )
     concurrency: int = Field(16, ge=1, description="conversations of one rank that wait for observations at once")
     role: Literal["user", "tool"] = Field("user", description="whose message an observation is to the chat template")
     check_prefix: bool = Field(

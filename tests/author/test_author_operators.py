@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from author_runs import Bench, chat, dropped, question_of
 
-from gkd.author.operators.read import first_object, last_number
+from gkd.author.operators.read import first_object
 
 ASK = {"ask": {"prompt": "{{ question }}"}}
 ROWS = [{"question": f"what is {i}", "answer": str(i)} for i in range(4)]
@@ -134,8 +134,7 @@ def test_a_text_that_a_regex_does_not_get_through_is_counted(bench: Bench, monke
     assert dropped(run) == {"the text takes longer than 0.2 s of processor time to be read": 1}
 
 
-def test_the_last_number_and_the_first_object() -> None:
-    assert last_number("1e3 of 5%") == "5" and last_number("-.5") == "-.5" and last_number("- . ,") is None
+def test_the_first_object() -> None:
     assert first_object("{" * 100_000) is None
     assert first_object('{"a": {"b": 1}} {"c": 2}') == {"a": {"b": 1}}
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 from gkd.author.operators.base import Operator
-from gkd.author.operators.read import last_number
 from gkd.author.records import Drop, Record, RowState
 from gkd.author.spec import CloseForm, KeepForm, LengthForm, VerifierForm
 from gkd.author.templates import Expression
 from gkd.errors import DataError
+from gkd.last_number import last_number
 
 Test = Callable[[Record], bool]
 _PROBLEM_KEYS = ("question", "answer", "metadata")

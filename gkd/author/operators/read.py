@@ -11,9 +11,9 @@ from gkd.author.operators.base import Operator
 from gkd.author.records import Drop, Record, RowState
 from gkd.author.spec import ReadForm
 from gkd.errors import ConfigError
+from gkd.last_number import last_number
 from gkd.time_limits import TooLongError, processor_time_limit
 
-_NUMBER = re.compile(r"[-+\N{MINUS SIGN}]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _LIMIT_S = 2.0  # for one text, which is read in microseconds: a regex may try every way to part it
 _MOST_OBJECTS = 64  # places in a text where an object might begin
 Reader = Callable[[str], Mapping[str, Any]]
@@ -74,12 +74,6 @@ def _of_number(field: str) -> Reader:
         return {field: number}
 
     return read
-
-
-def last_number(text: str) -> str | None:
-    """The last number in a text, as digits: without commas of thousands, a minus sign as `-`."""
-    found = [match[0] for match in _NUMBER.finditer(text) if any(c.isdigit() for c in match[0])]
-    return found[-1].replace(",", "").replace("\N{MINUS SIGN}", "-") if found else None
 
 
 def _of_json(keys: Mapping[str, str]) -> Reader:
