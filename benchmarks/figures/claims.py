@@ -31,7 +31,7 @@ SERVING, RECIPES = ("docs/serving.md",), ("docs/recipes.md",)
 QUICKSTART, VERSUS_TRL, PACKING = "quickstart.json", "versus_trl_cpu.json", "packing_cpu.json"
 DIVERGENCE, LINEAR, SCORING = "divergence_cpu.csv", "linear_divergence_cpu.csv", "teacher_scoring_cpu.json"
 AUTHOR, AUTHOR_PAGE = "author_cpu.json", ("docs/author.md",)
-OVERLAP, CUT = "overlap_cpu.json", "cut_cpu.json"
+OVERLAP, CUT, FOUR_BITS = "overlap_cpu.json", "cut_cpu.json", "four_bits_cpu.json"
 NO_BOUND = float("inf")
 
 
@@ -344,6 +344,18 @@ AUTHOR_CLAIMS = [
     )
 ]
 
+FOUR_BITS_CLAIMS = [
+    Claim(f"four bits: {' '.join(keys)}", says, of(FOUR_BITS, *keys), pages=("docs/quantization.md",))
+    for keys, says in (
+        (("forward_kl_means", "full"), r"F, full \| ([\d.]+) \|"),
+        (("forward_kl_means", "rounded"), r"R, the same rounded \| ([\d.]+) \|"),
+        (("forward_kl_means", "trained for it"), r"Q, trained for four bits \| ([\d.]+) \|"),
+        (("left_over_mean",), r"([\d.]+) of the loss by rounding is left"),
+        (("weights_mb", "trained for it"), r"([\d.]+) MB of packed weights"),
+        (("weights_mb", "full"), r"beside ([\d.]+) in bfloat16"),
+    )
+]
+
 CLAIMS = [
     *QUICKSTART_CLAIMS,
     *QUICKSTART_TIMES,
@@ -354,6 +366,7 @@ CLAIMS = [
     *SERVING_CLAIMS,
     *OVERLAP_CLAIMS,
     *AUTHOR_CLAIMS,
+    *FOUR_BITS_CLAIMS,
     *TABLE_CLAIMS,
 ]
 

@@ -88,6 +88,10 @@ def left_over(seed: dict[str, Any]) -> float:
     return (trained - full) / (round_ - full)
 
 
+def mean_of(seeds: list[dict[str, Any]], student: str, figure: str) -> float:
+    return statistics.fmean(seed["students"][student][figure] for seed in seeds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
@@ -111,6 +115,8 @@ def main() -> None:
             "seeds": seeds,
             "left_over": [rounded(share) for share in shares],
             "left_over_mean": rounded(statistics.fmean(shares)),
+            "forward_kl_means": {name: mean_of(seeds, name, "forward_kl") for name in (FULL, ROUNDED, TRAINED)},
+            "weights_mb": {name: mean_of(seeds, name, "weights_bytes") / 1e6 for name in (FULL, ROUNDED, TRAINED)},
         }
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         say(f"left of the loss by rounding: {', '.join(f'{share:.3f}' for share in shares)}")
