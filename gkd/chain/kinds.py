@@ -43,9 +43,9 @@ class Kind(ABC):
     file_of_stage: ClassVar[bool] = False  # its file may be an earlier stage's config
     has_data: ClassVar[bool] = False  # it is given rows
 
+    @abstractmethod
     def output(self, folder: Path) -> Path:
-        """What it brings."""
-        raise NotImplementedError
+        """Its result; where it brings something, that."""
 
     @abstractmethod
     def check(self, task: Task) -> None:
@@ -55,9 +55,9 @@ class Kind(ABC):
     def inputs(self, task: Task) -> dict[str, Any]:
         """What it is made of: it is done for one such set."""
 
-    @abstractmethod
     def is_there(self, folder: Path) -> bool:
         """Whether its result is."""
+        return self.output(folder).exists()
 
     @abstractmethod
     def decide(self, folder: Path, *, has_begun: bool, changed: Sequence[str]) -> Action:
@@ -84,9 +84,6 @@ class Train(OfConfig):
     def output(self, folder: Path) -> Path:
         return RunFiles(folder).final
 
-    def is_there(self, folder: Path) -> bool:
-        return RunFiles(folder).final.exists()
-
     def decide(self, folder: Path, *, has_begun: bool, changed: Sequence[str]) -> Action:
         files = RunFiles(folder)
         if not files.config.exists():
@@ -107,8 +104,8 @@ class Evaluate(OfConfig):
     name = "eval"
     file_of_stage = True
 
-    def is_there(self, folder: Path) -> bool:
-        return RunFiles(folder).evaluation.exists()
+    def output(self, folder: Path) -> Path:
+        return RunFiles(folder).evaluation
 
     def decide(self, folder: Path, *, has_begun: bool, changed: Sequence[str]) -> Action:
         return "start"
@@ -134,9 +131,6 @@ class Author(Kind):
         form = Recipe.read(Path(task.file), task.words).form
         named = {"data": task.data, "heldout": task.heldout}
         return recipe_inputs(form.model_dump(mode="json"), {k: v for k, v in named.items() if v is not None})
-
-    def is_there(self, folder: Path) -> bool:
-        return self.output(folder).exists()
 
     def decide(self, folder: Path, *, has_begun: bool, changed: Sequence[str]) -> Action:
         return "start anew" if self.is_there(folder) else "start"

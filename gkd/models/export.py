@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,7 @@ def save_final(
         tensors, packing = file_tensors(model, checked), None
         if quantization is not None:
             tensors = packed_tensors(tensors, own_scales, quantization)
-            packing = packed_config(quantization, _left_as_they_are(model, own_scales))
+            packing = packed_config(quantization, model, own_scales)
         write_weights(partial, tensors, target_dtype)
         _write_config(source, model, target_dtype, partial, owns_head=checked.owns_head, packing=packing)
         if end_token_ids:
@@ -93,13 +93,6 @@ def _keep_refused(partial: Path, target: Path) -> Path:
         kept.rmdir()
         partial.rename(kept)
     return refused
-
-
-def _left_as_they_are(model: PreTrainedModel, quantized: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names of linear modules whose weights are not among those."""
-    from torch import nn
-
-    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" not in quantized]
 
 
 def _write_config(

@@ -15,7 +15,7 @@ from gkd.models.weights import read_tensors
 if TYPE_CHECKING:
     import torch
     from compressed_tensors.quantization import QuantizationScheme
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from gkd.models.quantization import Quantization
 
@@ -26,15 +26,17 @@ _COLUMN_GROUPS = ".weight_g_idx"  # of columns that were quantized in another or
 _ALSO_CHANGES = ("transform_config", "sparsity_config")  # the weights, in ways that are not read here
 
 
-def packed_config(quantization: Quantization, ignore: Iterable[str]) -> dict[str, Any]:
-    """What config.json says of it; `ignore` are the linear modules that are left as they are."""
+def packed_config(quantization: Quantization, model: PreTrainedModel, quantized: Container[str]) -> dict[str, Any]:
+    """What config.json says of `model`, whose weights of these names are packed."""
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+    from torch import nn
 
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     config = QuantizationConfig(
         config_groups={"group_0": _scheme(quantization.bits, quantization.group_size)},
         format=_FORMAT,
         quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=sorted(ignore),
+        ignore=sorted(name for name in linear if f"{name}.weight" not in quantized),
     )
     return {**config.model_dump(mode="json"), "quant_method": _METHOD}
 

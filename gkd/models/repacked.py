@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from gkd.config import QuantizeConfig
 from gkd.errors import CheckpointError, ModelError
@@ -29,10 +28,9 @@ def pack(path: str, target: Path, quantize: QuantizeConfig, *, key: str, keys: Q
     check_readable(config, path, key)
     model = empty_model(config)
     quantized = {f"{name}.weight" for name in quantization_targets(model, quantize, keys)}
-    left = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" not in quantized]
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     quantization = Quantization.of(quantize, dtype)
-    packing = {CONFIG: packed_config(quantization, left)}
+    packing = {CONFIG: packed_config(quantization, model, quantized)}
     tensors = _rounded(folder, quantized, quantization, key)
     write_changed(
         folder,

@@ -58,11 +58,7 @@ class SharedOutcomes:
         device: torch.device,
     ) -> None:
         """Pairs with an id that has no column are left out."""
-        pairs = [
-            (student, teacher)
-            for student, teacher in zip(student_ids, teacher_ids, strict=True)
-            if student < student_columns and teacher < teacher_columns
-        ]
+        pairs = _with_columns(student_ids, teacher_ids, student_columns, teacher_columns)
         self.student_columns, self.teacher_columns = student_columns, teacher_columns
         has_bucket = max(student_columns, teacher_columns) > len(pairs)
         self.count = len(pairs) + has_bucket
@@ -77,6 +73,17 @@ class SharedOutcomes:
 
     def student_gradient(self, gradient: Tensor, logits: Tensor, temperature: float) -> Tensor:
         return self._student.gradient(gradient, logits, temperature)
+
+
+def _with_columns(
+    student_ids: Sequence[int], teacher_ids: Sequence[int], student_columns: int, teacher_columns: int
+) -> list[tuple[int, int]]:
+    """The pairs whose ids both have a column."""
+    return [
+        (student, teacher)
+        for student, teacher in zip(student_ids, teacher_ids, strict=True)
+        if student < student_columns and teacher < teacher_columns
+    ]
 
 
 class _Side:
@@ -116,11 +123,7 @@ class ProjectedOutcomes:
         device: torch.device,
     ) -> None:
         """Pairs with an id that has no column are left out."""
-        goes_to = {
-            student: teacher
-            for student, teacher in zip(student_ids, teacher_ids, strict=True)
-            if student < student_columns and teacher < teacher_columns
-        }
+        goes_to = dict(_with_columns(student_ids, teacher_ids, student_columns, teacher_columns))
         reached = sorted({*goes_to.values()})
         place = {teacher: index for index, teacher in enumerate(reached)}
         self.student_columns, self.teacher_columns = student_columns, teacher_columns
